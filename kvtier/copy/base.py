@@ -1,0 +1,42 @@
+"""The contract of a block copier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """One engine block and the byte offset in the arena where its segments lie one after the other."""
+
+    block_id: int
+    arena_offset: int
+
+
+class CopyEvent(Protocol):
+    """Completion of a copy that may still run."""
+
+    def done(self) -> bool:
+        """Whether the copy has finished; never waits. Raises what the copy raised."""
+
+    def wait(self) -> None:
+        """Waits until the copy has finished. Raises what the copy raised."""
+
+
+class BlockCopier(Protocol):
+    """Moves whole engine blocks between an engine's paged KV tensors and the arena.
+
+    Bound to one layout and one arena at construction. Not thread-safe. Offsets and block ids are checked against
+    the bounds before any byte moves (IndexError).
+    """
+
+    is_async: bool
+    """False: a copy has finished when ``gather`` or ``scatter`` returns"""
+
+    def gather(self, copies: Sequence[BlockCopy]) -> CopyEvent:
+        """engine -> arena. Ordered after everything the engine has submitted to its compute stream so far."""
+
+    def scatter(self, copies: Sequence[BlockCopy]) -> CopyEvent:
+        """arena -> engine. The engine's later work on the blocks must be ordered after the event."""

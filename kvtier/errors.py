@@ -1,0 +1,54 @@
+"""Every exception kvtier raises.
+
+::
+
+    KVTierError
+    +-- ConfigError (ValueError)        a setting is wrong: names the field, the value, what is allowed
+    +-- UnsupportedModelError (ValueError)  a layout or feature kvtier would get wrong, refused at start
+    +-- TierError (OSError)             a tier cannot be opened: says what and how to mend it
+    |   +-- TierBusyError               another process holds the directory: names it
+    |   +-- TierFormatError             the directory is of another format or damaged beyond use
+    +-- ArenaError (OSError)            the arena cannot be made or mapped (too little /dev/shm, ...)
+    +-- ClosedError (ValueError)        used after close()
+    +-- InvariantError (AssertionError) kvtier has a bug
+
+After start nothing of this reaches an engine: what goes wrong then becomes a miss and a counted event.
+"""
+
+from __future__ import annotations
+
+
+class KVTierError(Exception):
+    """Base of all errors raised by kvtier."""
+
+
+class ConfigError(KVTierError, ValueError):
+    """A setting is wrong. The message names the field, the value and what is allowed."""
+
+
+class UnsupportedModelError(KVTierError, ValueError):
+    """The model or engine uses something kvtier does not support yet; refused at start, by name."""
+
+
+class TierError(KVTierError, OSError):
+    """A tier cannot be opened. The message says what is wrong and how to mend it."""
+
+
+class TierBusyError(TierError):
+    """Another process holds the tier's directory. The message names the holder."""
+
+
+class TierFormatError(TierError):
+    """The directory was written by another format version, or its index is damaged beyond use."""
+
+
+class ArenaError(KVTierError, OSError):
+    """The arena cannot be created or mapped."""
+
+
+class ClosedError(KVTierError, ValueError):
+    """An object was used after ``close()``."""
+
+
+class InvariantError(KVTierError, AssertionError):
+    """An internal promise was broken: kvtier has a bug."""

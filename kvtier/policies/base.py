@@ -1,0 +1,45 @@
+"""The contract of an eviction policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from kvtier.types import BlockKey, BlockMeta
+
+
+class EvictionPolicy(Protocol):
+    """Orders the blocks of one tier for eviction. Pure: no clock, no thread, no I/O.
+
+    Blocks form a forest by their ``parent``. Victims are always leaves at the moment they are taken: a block
+    with a child in the same tier is never given before that child, so no child is ever stranded.
+    Callers touch and insert the tail of a prompt first, so that among blocks of one request the tail leaves first.
+    ``now`` is in seconds and never goes backwards.
+    """
+
+    def insert(self, block: BlockMeta, now: float) -> None:
+        """Takes a block in as just used. The key must not be present. The parent may be absent or come later."""
+
+    def touch(self, keys: Iterable[BlockKey], now: float) -> None:
+        """Marks blocks as used, in the given order. Absent keys are ignored; pinned ones stay pinned."""
+
+    def remove(self, key: BlockKey) -> None:
+        """Forgets a block, pinned or not; an absent key is fine."""
+
+    def pin(self, key: BlockKey) -> None:
+        """Takes a present block out of the candidates until ``unpin``. Not counted: the planner counts."""
+
+    def unpin(self, key: BlockKey, now: float) -> None:
+        """Makes a pinned block a candidate again, as just used. An absent or unpinned key is fine."""
+
+    def victims(self, num_blocks: int, now: float) -> list[BlockKey]:
+        """Chooses and forgets up to ``num_blocks`` blocks, the first to leave first, each a leaf when taken.
+
+        Fewer are returned only where no more candidates exist. O(1) amortised per block.
+        """
+
+    def __len__(self) -> int:
+        """Number of blocks known, pinned ones included."""
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the key is known."""

@@ -1,0 +1,54 @@
+"""The contract of a tier below host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
+
+from kvtier.types import BlockKey, BlockMeta, Damage, JobResult, TransferJob
+
+
+class Tier(Protocol):
+    """Keeps blocks' bytes under keys. Knows nothing of tokens, engines, policies or GPUs.
+
+    All methods are called from one thread, the owner's; the tier does its I/O on threads of its own.
+    ``lookup``, ``submit``, ``poll(0)`` and ``remove`` never wait for I/O and never raise for anything
+    that goes wrong with the storage: that becomes an :class:`~kvtier.types.Outcome`.  Jobs and removals
+    take effect in the order in which they were handed in: a STORE submitted after a ``remove`` may use
+    the room it freed, and a LOAD submitted after a STORE of the same key sees it.
+    """
+
+    name: str
+    capacity_bytes: int | None
+    """``None``: the place has no bound that kvtier must keep"""
+
+    def max_blocks(self, num_bytes: int) -> int | None:
+        """How many blocks of ``num_bytes`` payload the tier can hold when it holds nothing else."""
+
+    def lookup(self, keys: Sequence[BlockKey]) -> int:
+        """Length of the leading run of ``keys`` that is readable now."""
+
+    def submit(self, job: TransferJob) -> None:
+        """Starts a STORE or LOAD. The job's buffers belong to the tier until its result was polled.
+
+        A STORE of a key that is present is OK at once (values are immutable).
+        Raises ClosedError after ``close()``.
+        """
+
+    def poll(self, timeout_s: float = 0.0) -> list[JobResult]:
+        """The results that came in since the last call; every submitted job appears exactly once.
+
+        Waits up to ``timeout_s`` for the first result where there is none and a job is running.
+        """
+
+    def remove(self, keys: Collection[BlockKey]) -> None:
+        """Forgets keys; absent ones are fine. Their room is free for jobs submitted later."""
+
+    def entries(self) -> Iterator[BlockMeta]:
+        """Every readable block, oldest store first. For recovery, right after opening."""
+
+    def check(self) -> list[Damage]:
+        """Verifies everything the tier holds, payloads included. Empty = healthy. No job may be running."""
+
+    def close(self) -> None:
+        """Finishes running jobs (their results can still be polled), releases everything. Idempotent."""

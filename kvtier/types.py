@@ -1,0 +1,143 @@
+"""The values that cross module borders. Standard library only, frozen, cheap.
+
+Nouns are those of the glossary: a *block* is the KV of ``block_tokens`` consecutive tokens in all
+layers, a *block key* its content address, a *slot* the place of a block in the arena, a *tier* a place
+with a capacity.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import NewType
+
+BlockKey = NewType("BlockKey", bytes)
+"""Content address of a block: 16 bytes, chained over the prefix and keyed by the namespace."""
+
+KEY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMeta:
+    """What a tier or policy must know of a block: identity, place in its prefix chain, size in bytes.
+
+    ``parent`` is the key of the block before it in the prompt, or ``None`` for the first one.
+    """
+
+    key: BlockKey
+    parent: BlockKey | None
+    num_bytes: int
+
+
+class JobKind(enum.Enum):
+    """Direction of a transfer, seen from the arena."""
+
+    STORE = "store"
+    """arena -> tier (demotion)"""
+    LOAD = "load"
+    """tier -> arena (promotion)"""
+
+
+class Outcome(enum.Enum):
+    """What became of one block of a job. Expected outcomes are values, never exceptions."""
+
+    OK = "ok"
+    MISS = "miss"
+    """the tier does not hold the key (any more)"""
+    CORRUPT = "corrupt"
+    """bytes were there and failed verification; the tier has forgotten the key; the buffer is undefined"""
+    REJECTED = "rejected"
+    """the tier declined (no room, admission, over its in-flight bound)"""
+    FAILED = "failed"
+    """an I/O error or a tier that is offline"""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockIO:
+    """One block of a job: ``buffer`` holds exactly the block's bytes (STORE: read, LOAD: written).
+
+    The buffer belongs to the tier from ``submit`` until the job's result was polled.
+    """
+
+    meta: BlockMeta
+    buffer: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class TransferJob:
+    """One asynchronous batch transfer. ``job_id`` is unique among the running jobs of a tier."""
+
+    job_id: int
+    kind: JobKind
+    namespace: bytes
+    """16-byte digest of the namespace the blocks belong to (echoed in every record)"""
+    blocks: tuple[BlockIO, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """The outcome of a job: one :class:`Outcome` per block, in the job's order."""
+
+    job_id: int
+    kind: JobKind
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    """time from submit to completion"""
+    num_bytes: int
+    """payload bytes of the blocks that came out OK"""
+    dropped: tuple[BlockKey, ...] = ()
+    """keys the tier gave up on its own to make room; the index must forget them there"""
+    error: str | None = None
+    """first error in words, for the log; ``None`` where everything went as planned"""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One finding of a ``check()``: which file or structure, which key if known, what is wrong."""
+
+    where: str
+    what: str
+    key: BlockKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRef:
+    """A slot of the arena at one moment: ``generation`` changes whenever the slot gets a new tenant."""
+
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """The longest leading run of a key sequence that some tier holds.
+
+    ``ready_blocks`` of them lie committed in host memory (a leading run as well), so
+    ``0 <= ready_blocks <= hit_blocks``.  ``pending`` is true where a promotion of some of the others is
+    already under way.
+    """
+
+    hit_blocks: int
+    ready_blocks: int
+    pending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlan:
+    """Where the new blocks of a store go. ``positions[i]`` of the keys asked for goes to ``slots[i]``.
+
+    Blocks that are present already need no copy and are not listed; a store that only partly fits keeps its
+    leading part.  The plan ends by ``commit_store`` or ``abort_store``.
+    """
+
+    job_id: int
+    positions: tuple[int, ...] = ()
+    slots: tuple[SlotRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """Slots leased for reading, in the order of the keys asked for, until ``end_load``."""
+
+    job_id: int
+    slots: tuple[SlotRef, ...] = field(default=())
