@@ -28,6 +28,7 @@ COUNTERS: Mapping[str, str] = {
     "disk.rejected_blocks": "blocks the disk tier declined",
     "disk.failed_blocks": "blocks lost to I/O errors or an offline tier",
     "disk.dropped_blocks": "blocks the disk tier gave up to make room for another slot size",
+    "disk.skipped_blocks": "blocks evicted from host memory before there was time to write them to disk",
     "disk.offline": "times the disk tier was taken offline",
     "promote.refused_blocks": "promotions that found no slot",
     "promote.timeouts": "requests that stopped waiting for a promotion",

@@ -127,12 +127,17 @@ class StorePlan:
     """Where the new blocks of a store go. ``positions[i]`` of the keys asked for goes to ``slots[i]``.
 
     Blocks that are present already need no copy and are not listed; a store that only partly fits keeps its
-    leading part.  The plan ends by ``commit_store`` or ``abort_store``.
+    leading part.  A plan with slots ends by ``commit_store`` or ``abort_store``; one without needs no end.
+    ``broken``: the block before the first one asked for is nowhere, so nothing could be found again behind it;
+    ask again from an earlier block on.
     """
 
     job_id: int
     positions: tuple[int, ...] = ()
     slots: tuple[SlotRef, ...] = ()
+    num_refused: int = 0
+    """blocks at the end that found no slot; asking again later is fine"""
+    broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,93 @@
+"""What the two halves of a connector say to each other. Plain data: picklable, small, no tensors.
+
+The scheduler half decides and never sees a tensor; the worker half moves bytes and never decides. One
+:class:`StepMessage` travels to every worker per engine step, one :class:`WorkerReport` comes back, merged over the workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvtier.types import SlotRef
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What a request asked for (``kv_transfer_params["kvtier"]``)."""
+
+    load: bool = True
+    """may take KV out of the cache"""
+    store: bool = True
+    """may put KV into the cache"""
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    """A request's part in one engine step. Not frozen: 64 of them are made per step.
+
+    ``block_ids`` are all of its engine blocks so far, in order; after the step the KV of its first
+    ``num_computed_tokens`` tokens is in them.  The list may be the caller's own and grow later.
+    """
+
+    request_id: str
+    block_ids: list[int]
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMove:
+    """Engine block ``block_id`` <-> the part ``index`` (0 <= index < engine blocks per block) of a slot."""
+
+    block_id: int
+    slot: SlotRef
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveJob:
+    """One request's copies of one step, all in the same direction. ``job_id`` is the plan's."""
+
+    job_id: int
+    request_id: str
+    moves: tuple[BlockMove, ...]
+    missing: tuple[int, ...] = ()
+    """loads only: engine blocks that were promised and whose source has vanished; failed without a copy"""
+
+
+@dataclass(frozen=True, slots=True)
+class StepMessage:
+    """Everything the workers must do around one forward pass."""
+
+    loads: tuple[MoveJob, ...] = ()
+    """to be finished before the forward pass of this step reads the blocks"""
+    async_loads: tuple[MoveJob, ...] = ()
+    """reported as received by ``request_id`` when finished; the request is not in this step's batch"""
+    stores: tuple[MoveJob, ...] = ()
+    """to be copied after the forward pass of this step has written the blocks"""
+    preempted: tuple[str, ...] = ()
+    """requests that lost their blocks since the last step: no copy may still read those when they are overwritten"""
+    held: tuple[str, ...] = ()
+    """finished requests whose blocks the engine holds until every worker has reported them as sent"""
+
+
+@dataclass(slots=True)
+class WorkerReport:
+    """What workers finished since the last report. ``done[job_id]`` counts workers; merged by ``merge``."""
+
+    done: dict[int, int] = field(default_factory=dict)
+    failed: dict[int, set[int]] = field(default_factory=dict)
+    """job_id -> positions in ``MoveJob.moves`` that did not copy, on any worker"""
+    attached: int = 0
+    """workers that have mapped the arena since the last report"""
+
+    def merge(self, other: WorkerReport) -> WorkerReport:
+        """Adds another worker's report to this one, in place, and returns it."""
+        for job_id, count in other.done.items():
+            self.done[job_id] = self.done.get(job_id, 0) + count
+        for job_id, positions in other.failed.items():
+            self.failed.setdefault(job_id, set()).update(positions)
+        self.attached += other.attached
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self.done or self.failed or self.attached)

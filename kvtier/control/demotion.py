@@ -1,0 +1,140 @@
+"""Writing blocks down: what is queued, what is under way, and what must leave the lower tier first. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from kvtier.control.commands import Command, Demote, Remove
+from kvtier.control.host_space import HostSpace
+from kvtier.control.index import HOST, Entry, Index
+from kvtier.control.lower import MAX_JOB_BYTES, LowerTier
+from kvtier.control.plans import DemotionPlan
+from kvtier.stats import Stats
+from kvtier.types import BlockKey, Outcome
+
+Forget = Callable[[LowerTier, BlockKey], None]
+"""how the planner forgets a block in a lower tier"""
+
+_OUTCOME_COUNTERS = {Outcome.MISS: "missing", Outcome.CORRUPT: "corrupt", Outcome.REJECTED: "rejected", Outcome.FAILED: "failed"}
+
+
+class Demoter:
+    """Starts and ends demotions for the planner. Bytes in flight per tier are bounded."""
+
+    def __init__(self, space: HostSpace, lower: Sequence[LowerTier], ids: Iterator[int], stats: Stats) -> None:
+        self._space = space
+        self._lower = lower
+        self._ids = ids
+        self._stats = stats
+        self._running: dict[int, DemotionPlan] = {}
+        self._commands: list[Command] = []
+
+    @property
+    def num_running(self) -> int:
+        """Demotions that have not been reported yet."""
+        return len(self._running)
+
+    def take_commands(self) -> list[Command]:
+        """What is to be carried out, in this order; empties the list."""
+        commands, self._commands = self._commands, []
+        return commands
+
+    def committed(self, entry: Entry, now: float) -> None:
+        """A block came to host memory: queue it for the tiers that want it."""
+        for tier in self._lower:
+            tier.committed(entry, now)
+
+    def forget_waiting(self, key: BlockKey) -> None:
+        """A block is no longer in host memory: it cannot be written down any more."""
+        for tier in self._lower:
+            tier.forget_waiting(key)
+
+    def pump(self, index: Index, now: float, forget: Forget) -> None:
+        """Starts the writes that are due, as far as the bound on bytes in flight allows."""
+        for tier in self._lower:
+            while tier.has_budget() and tier.has_due(now):
+                batch: list[Entry] = []
+                for key in tier.due(now):
+                    entry = index.get(key)
+                    if entry is None or not entry.readable & HOST or (entry.readable | entry.busy) & tier.bit:
+                        continue
+                    batch.append(entry)
+                    if len(batch) * entry.num_bytes >= MAX_JOB_BYTES:
+                        break
+                self._start_by_size(tier, batch, index, now, forget)
+
+    def on_evict(self, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
+        """Blocks are about to leave host memory: those that a tier still wants are written down from their leased slots."""
+        for tier in self._lower:
+            wanted = [entry for entry in entries if tier.wants_on_evict(entry)]
+            if not wanted:
+                continue
+            for entry in wanted:
+                tier.forget_waiting(entry.key)
+            if tier.has_budget():
+                self._start_by_size(tier, wanted, index, now, forget)
+            else:
+                self._stats.add(f"{tier.residency.name}.skipped_blocks", len(wanted))
+
+    def finished(self, job_id: int, outcomes: Sequence[Outcome], index: Index, now: float) -> tuple[LowerTier, list[Entry]]:
+        """A demotion is done. Returns the tier and the blocks that are readable there now."""
+        plan = self._running.pop(job_id)
+        tier = self._lower[plan.tier - 1]
+        tier.finished(len(plan.entries), plan.entries[0].num_bytes)
+        self._space.release(plan.slots, job_id)
+        stored: list[Entry] = []
+        for entry, outcome in zip(plan.entries, outcomes, strict=True):
+            entry.busy &= ~tier.bit
+            if outcome is Outcome.OK and not plan.cancelled:
+                stored.append(entry)
+            elif outcome is not Outcome.OK:
+                self._stats.add(f"{tier.residency.name}.{_OUTCOME_COUNTERS[outcome]}_blocks")
+        for entry in reversed(stored):
+            entry.readable |= tier.bit
+            tier.residency.insert(entry.meta, now)
+        for entry in plan.entries:
+            index.drop_if_gone(entry)
+        if plan.cancelled:
+            self._commands.append(Remove(tier.index, tuple(entry.key for entry in plan.entries)))
+        self._stats.add(f"{tier.residency.name}.stored_blocks", len(stored))
+        return tier, stored
+
+    def cancel(self) -> None:
+        """Everything is forgotten: what is under way is to be removed again when it arrives."""
+        for job_id, plan in self._running.items():
+            self._running[job_id] = dataclasses.replace(plan, cancelled=True)
+
+    def _start_by_size(self, tier: LowerTier, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
+        for num_bytes in {entry.num_bytes for entry in entries}:
+            self._start(tier, [entry for entry in entries if entry.num_bytes == num_bytes], index, now, forget)
+
+    def _start(self, tier: LowerTier, entries: list[Entry], index: Index, now: float, forget: Forget) -> None:
+        num_bytes = entries[0].num_bytes
+        # The blocks before the new ones must not make room for them.
+        tier.residency.touch([entry.parent for entry in entries if entry.parent is not None], num_bytes, now)
+        short = tier.shortage(len(entries), num_bytes)
+        if short > 0:
+            victims = tier.residency.victims(short, num_bytes, now)
+            self._evict(tier, victims, index, forget)
+            if len(victims) < short:
+                self._stats.add(f"{tier.residency.name}.rejected_blocks", short - len(victims))
+                entries = entries[: len(entries) - (short - len(victims))]
+        if not entries:
+            return
+        job_id = next(self._ids)
+        slots = tuple(entry.slot for entry in entries)
+        self._space.lease(slots, job_id)
+        for entry in entries:
+            entry.busy |= tier.bit
+        tier.started(len(entries), num_bytes)
+        self._running[job_id] = DemotionPlan(tier.index, tuple(entries), slots)
+        self._commands.append(Demote(job_id, tier.index, tuple(entry.meta for entry in entries), slots))
+
+    def _evict(self, tier: LowerTier, victims: list[BlockKey], index: Index, forget: Forget) -> None:
+        if not victims:
+            return
+        for key in victims:
+            forget(tier, key)
+        self._stats.add(f"{tier.residency.name}.evicted_blocks", len(victims))
+        self._commands.append(Remove(tier.index, tuple(victims)))

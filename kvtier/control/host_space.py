@@ -1,0 +1,117 @@
+"""The slots of host memory: who lives where, who reads there, and when a slot may get a new tenant.
+
+A slot is named by the index of its first 4 KiB page. It becomes free when its block has left *and* the last lease on
+it has ended; leases end when a copy's completion was reported, never by a timer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableSequence
+from typing import Protocol
+
+from kvtier.control.index import Entry
+from kvtier.memory.leases import LeaseTable
+from kvtier.types import SlotRef
+
+PAGE_BYTES = 4096
+_GENERATION_MASK = 0xFFFFFFFF
+
+
+class SlotAllocator(Protocol):
+    """What host space needs of an allocator (:class:`kvtier.memory.slab.SlabAllocator`)."""
+
+    def allocate(self, num_bytes: int) -> int | None: ...
+    def free(self, offset: int) -> None: ...
+    def available(self, num_bytes: int) -> int: ...
+    def crowded_out(self, num_bytes: int) -> list[int]: ...
+    def check(self) -> list[str]: ...
+
+
+class HostSpace:
+    """Slots, their tenants, leases and generations. Pure; ``generations`` is the table readers compare with."""
+
+    def __init__(self, allocator: SlotAllocator, generations: MutableSequence[int]) -> None:
+        self._allocator = allocator
+        self._generations = generations
+        self._leases = LeaseTable()
+        self._tenants: dict[int, Entry] = {}
+        self._draining: dict[int, int] = {}
+        """retired slots that are still leased -> size of their block"""
+        self._draining_count: dict[int, int] = {}
+        self.growing = False
+        """whether more room is coming without eviction (the arena is still being prepared)"""
+
+    def available(self, num_bytes: int) -> int:
+        """How many blocks of this size find a slot right now."""
+        return self._allocator.available(num_bytes)
+
+    def draining(self, num_bytes: int) -> int:
+        """How many slots of this size will be free as soon as the copies that use them are done."""
+        return self._draining_count.get(num_bytes, 0)
+
+    def take(self, entry: Entry) -> bool:
+        """Gives an entry a slot with a new generation. False where there is none."""
+        offset = self._allocator.allocate(entry.num_bytes)
+        if offset is None:
+            return False
+        slot = offset // PAGE_BYTES
+        self._generations[slot] = (int(self._generations[slot]) + 1) & _GENERATION_MASK
+        self._tenants[slot] = entry
+        entry.slot = slot
+        return True
+
+    def vacate(self, entry: Entry) -> None:
+        """Takes an entry's slot away; the slot is free once no lease is left."""
+        slot = entry.slot
+        del self._tenants[slot]
+        entry.slot = -1
+        if self._leases.retire(slot):
+            self._allocator.free(slot * PAGE_BYTES)
+        else:
+            self._draining[slot] = entry.num_bytes
+            self._draining_count[entry.num_bytes] = self._draining_count.get(entry.num_bytes, 0) + 1
+
+    def lease(self, slots: Iterable[int], owner: int) -> None:
+        """Keeps slots from getting a new tenant while ``owner`` (a job) copies."""
+        for slot in slots:
+            self._leases.lease(slot, owner)
+
+    def release(self, slots: Iterable[int], owner: int) -> None:
+        """Ends leases; frees what was waiting for them."""
+        for slot in slots:
+            if self._leases.release(slot, owner):
+                num_bytes = self._draining.pop(slot)
+                self._draining_count[num_bytes] -= 1
+                self._allocator.free(slot * PAGE_BYTES)
+
+    def ref(self, slot: int) -> SlotRef:
+        """The slot together with its present generation."""
+        return SlotRef(slot, int(self._generations[slot]))
+
+    def crowd(self, num_bytes: int) -> list[Entry]:
+        """The tenants that must leave for blocks of another size to get an extent; empty where that cannot help."""
+        slots = [offset // PAGE_BYTES for offset in self._allocator.crowded_out(num_bytes)]
+        if any(slot not in self._tenants for slot in slots):
+            return []
+        return [self._tenants[slot] for slot in slots]
+
+    def tenant(self, slot: int) -> Entry | None:
+        """Who lives in a slot."""
+        return self._tenants.get(slot)
+
+    @property
+    def num_leases(self) -> int:
+        """How many leases are held."""
+        return len(self._leases)
+
+    @property
+    def num_used(self) -> int:
+        """How many slots have a tenant or are draining."""
+        return len(self._tenants) + len(self._draining)
+
+    def check(self) -> list[str]:
+        """Broken promises in words; empty = healthy."""
+        problems = list(self._allocator.check())
+        problems += [f"slot {slot}: its tenant believes to live in slot {entry.slot}" for slot, entry in self._tenants.items() if entry.slot != slot]
+        problems += [f"slot {slot} drains although it has a tenant" for slot in self._draining if slot in self._tenants]
+        return problems

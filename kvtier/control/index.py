@@ -1,0 +1,95 @@
+"""The index: which block is where. One entry a block, whatever number of tiers hold it.
+
+``readable`` and ``busy`` are bit masks over tiers; bit 0 is host memory, bit ``i`` the i-th tier below it.  ``readable``: the bytes are
+there. ``busy``: a copy into that tier is under way (host: from the engine or from a lower tier).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from kvtier.types import BlockKey, BlockMeta, PrefixMatch
+
+HOST = 1
+"""bit of host memory in ``readable`` and ``busy``"""
+
+
+class Entry:
+    """All the control plane knows of one block."""
+
+    __slots__ = ("busy", "key", "num_bytes", "parent", "readable", "slot")
+
+    def __init__(self, key: BlockKey, parent: BlockKey | None, num_bytes: int) -> None:
+        self.key = key
+        self.parent = parent
+        self.num_bytes = num_bytes
+        self.readable = 0
+        self.busy = 0
+        self.slot = -1
+
+    @property
+    def meta(self) -> BlockMeta:
+        return BlockMeta(self.key, self.parent, self.num_bytes)
+
+
+class Index:
+    """Keys -> entries. An entry exists while some tier holds the block or a copy of it is under way."""
+
+    __slots__ = ("_entries", "get")
+
+    def __init__(self) -> None:
+        self._entries: dict[BlockKey, Entry] = {}
+        self.get = self._entries.get
+
+    def ensure(self, key: BlockKey, parent: BlockKey | None, num_bytes: int) -> Entry:
+        """The entry of a key, made where there is none."""
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = Entry(key, parent, num_bytes)
+        return entry
+
+    def drop_if_gone(self, entry: Entry) -> None:
+        """Forgets an entry that is nowhere and on its way nowhere."""
+        if not entry.readable and not entry.busy:
+            del self._entries[entry.key]
+
+    def match(self, keys: Iterable[BlockKey], visible: int) -> PrefixMatch:
+        """The leading run held by the ``visible`` tiers. Stops at the first miss, so ``keys`` may be lazy."""
+        get = self._entries.get
+        hits = 0
+        ready = 0
+        pending = False
+        for key in keys:
+            entry = get(key)
+            if entry is None:
+                break
+            readable = entry.readable & visible
+            if readable & HOST:
+                if ready == hits:
+                    ready += 1
+            elif not readable:
+                break
+            elif entry.busy & HOST:
+                pending = True
+            hits += 1
+        return PrefixMatch(hits, ready, pending)
+
+    def run(self, keys: Sequence[BlockKey], start: int, mask: int) -> list[Entry]:
+        """The leading run of ``keys[start:]`` whose blocks are readable in one of the tiers in ``mask``."""
+        get = self._entries.get
+        out: list[Entry] = []
+        for position in range(start, len(keys)):
+            entry = get(keys[position])
+            if entry is None or not entry.readable & mask:
+                break
+            out.append(entry)
+        return out
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries

@@ -1,0 +1,443 @@
+"""The planner: what to load, store, promote, demote and evict. A pure state machine: events and a time in, plans out.
+
+It has no thread, no clock, no I/O. Whoever drives it carries out :meth:`Planner.take_commands` and reports the outcome; the serving
+engine and the simulator drive the same code.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+
+from kvtier.control.commands import BlockEvent, Command, Promote, Remove
+from kvtier.control.demotion import Demoter
+from kvtier.control.host_space import HostSpace
+from kvtier.control.index import HOST, Entry, Index
+from kvtier.control.lower import LowerTier, LowerTierSpec
+from kvtier.control.pins import Pin, PinTable
+from kvtier.control.plans import PromotionPlan, StoreInFlight
+from kvtier.control.residency import Residency
+from kvtier.stats import Stats
+from kvtier.types import BlockKey, BlockMeta, LoadPlan, Outcome, PrefixMatch, StorePlan
+
+MAX_EVENTS = 100_000
+_OUTCOME_COUNTERS = {Outcome.MISS: "missing", Outcome.CORRUPT: "corrupt", Outcome.REJECTED: "rejected", Outcome.FAILED: "failed"}
+
+
+class Planner:
+    """Decides over one host memory and the tiers below it. Not thread-safe: one thread drives it.
+
+    ``now`` is in seconds, from any clock that does not go backwards.
+    """
+
+    def __init__(self, space: HostSpace, host: Residency, lower: Sequence[LowerTierSpec], stats: Stats, *, events: bool = False) -> None:
+        self._space = space
+        self._host = host
+        self._lower = [LowerTier(index, spec) for index, spec in enumerate(lower, start=1)]
+        self._visible = HOST | sum(tier.bit for tier in self._lower)
+        self._index = Index()
+        self._stats = stats
+        self._pins = PinTable()
+        self._ids = itertools.count(1)
+        self._epoch = 0
+        self._stores: dict[int, StoreInFlight] = {}
+        self._loads: dict[int, tuple[Entry, ...]] = {}
+        self._load_slots: dict[int, tuple[int, ...]] = {}
+        self._promotions: dict[int, PromotionPlan] = {}
+        self._commands: list[Command] = []
+        self._events: deque[BlockEvent] | None = deque(maxlen=MAX_EVENTS) if events else None
+        self._demoter = Demoter(space, self._lower, self._ids, stats)
+
+    # ---- asking -------------------------------------------------------------------------------------------------
+
+    def match(self, keys: Iterable[BlockKey]) -> PrefixMatch:
+        """The longest leading run of ``keys`` that some tier holds. Changes nothing; ``keys`` may be lazy."""
+        return self._index.match(keys, self._visible)
+
+    def take_commands(self) -> list[Command]:
+        """What is to be carried out, in this order; empties the list."""
+        commands, self._commands = self._commands, []
+        commands.extend(self._demoter.take_commands())
+        return commands
+
+    def take_events(self) -> list[BlockEvent]:
+        """What became readable or stopped being so since the last call (if events are on)."""
+        if not self._events:
+            return []
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    @property
+    def num_running(self) -> int:
+        """Promotions and demotions that have not been reported yet."""
+        return len(self._promotions) + self._demoter.num_running
+
+    # ---- keeping ------------------------------------------------------------------------------------------------
+
+    def touch(self, keys: Sequence[BlockKey], now: float) -> None:
+        """Marks a prompt's blocks as used: in every tier, the tail first."""
+        first = self._index.get(keys[0]) if keys else None
+        if first is None:
+            return
+        tail_first = keys[::-1]
+        self._host.touch(tail_first, first.num_bytes, now)
+        for tier in self._lower:
+            tier.residency.touch(tail_first, first.num_bytes, now)
+
+    def pin(self, keys: Sequence[BlockKey], deadline: float | None) -> int:
+        """Keeps the leading run of ``keys`` where it is, until ``unpin`` or the deadline. Returns the pin's id."""
+        places: list[tuple[int, BlockKey, int]] = []
+        run = self._index.run(keys, 0, self._visible)
+        last_tip: Entry | None = None
+        for entry in run:
+            if not entry.readable & HOST:
+                break
+            last_tip = entry
+        if last_tip is not None:
+            places.append((0, last_tip.key, last_tip.num_bytes))
+        if run:
+            tip = run[-1]
+            places += [(tier.index, tip.key, tip.num_bytes) for tier in self._lower if tip.readable & tier.bit]
+        for tier_index, key, num_bytes in places:
+            self._residency(tier_index).pin(key, num_bytes)
+        return self._pins.add(Pin(tuple(places), deadline))
+
+    def unpin(self, pin_id: int, now: float) -> None:
+        """Ends a pin. One that has ended already is fine."""
+        pin = self._pins.pop(pin_id)
+        if pin is not None:
+            self._release_pin(pin, now)
+
+    def tick(self, now: float) -> None:
+        """Ends what has expired and starts the writes that are due. Call it once per engine step."""
+        for pin in self._pins.expired(now):
+            self._stats.add("pin.expired")
+            self._release_pin(pin, now)
+        self._expire(now)
+        self._demoter.pump(self._index, now, self._forget_lower)
+
+    # ---- storing ------------------------------------------------------------------------------------------------
+
+    def begin_store(self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float) -> StorePlan:
+        """Slots for those of ``keys[first:]`` that are not in host memory; ``keys[:first]`` are the blocks before them."""
+        job_id = next(self._ids)
+        anchor = self._index.get(keys[first - 1]) if first else None
+        if first and anchor is None:
+            return StorePlan(job_id, broken=True)
+        wanted: list[int] = []
+        for position in range(first, len(keys)):
+            entry = self._index.get(keys[position])
+            if entry is None or not (entry.readable | entry.busy) & HOST:
+                wanted.append(position)
+            elif not wanted:
+                anchor = entry
+        if not wanted:
+            return StorePlan(job_id)
+        anchored = self._anchor(anchor)
+        room = self._make_room(len(wanted), num_bytes, now)
+        entries = self._open_slots([(keys[p], keys[p - 1] if p else None) for p in wanted[:room]], num_bytes)
+        self._stats.add("store.refused_blocks", len(wanted) - len(entries))
+        if not entries:
+            self._release_pin(anchored, now)
+            return StorePlan(job_id, num_refused=len(wanted))
+        self._stores[job_id] = StoreInFlight(tuple(entries), anchored, self._epoch)
+        positions = tuple(position - first for position in wanted[: len(entries)])
+        return StorePlan(job_id, positions, tuple(self._space.ref(entry.slot) for entry in entries), len(wanted) - len(entries))
+
+    def commit_store(self, job_id: int, failed: Collection[int], now: float) -> None:
+        """The copies of a store are done; ``failed`` are indexes into its slots. What lies behind a failed one is given up."""
+        plan = self._stores.pop(job_id)
+        good = 0 if plan.epoch != self._epoch else min(failed, default=len(plan.entries))
+        for entry in plan.entries[good:]:
+            self._close_slot(entry)
+        self._stats.add("store.aborted_blocks", len(plan.entries) - good)
+        self._stats.add("host.stored_blocks", good)
+        for entry in reversed(plan.entries[:good]):
+            self._now_in_host(entry, now)
+        for entry in plan.entries[:good]:
+            self._demoter.committed(entry, now)
+        self._release_pin(plan.anchor, now)
+
+    def abort_store(self, job_id: int, now: float) -> None:
+        """None of a store's copies will be used."""
+        self.commit_store(job_id, (0,), now)
+
+    # ---- loading ------------------------------------------------------------------------------------------------
+
+    def begin_load(self, keys: Sequence[BlockKey]) -> LoadPlan:
+        """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``."""
+        job_id = next(self._ids)
+        entries = tuple(self._index.run(keys, 0, HOST))
+        slots = tuple(entry.slot for entry in entries)
+        self._space.lease(slots, job_id)
+        self._loads[job_id] = entries
+        self._load_slots[job_id] = slots
+        return LoadPlan(job_id, tuple(self._space.ref(slot) for slot in slots))
+
+    def end_load(self, job_id: int, failed: Collection[int]) -> None:
+        """The copies of a load are done; blocks at the indexes ``failed`` are forgotten in host memory."""
+        entries, slots = self._loads.pop(job_id), self._load_slots.pop(job_id)
+        for position in failed:
+            entry = entries[position]
+            if entry.slot == slots[position]:
+                self._leave_host(entry)
+        self._space.release(slots, job_id)
+        self._stats.add("load.failed_blocks", len(failed))
+        self._stats.add("host.loaded_blocks", len(entries) - len(failed))
+
+    def promote(self, keys: Sequence[BlockKey], now: float) -> int:
+        """Starts to bring the leading run into host memory. Returns how many leading blocks are or will be there."""
+        run = self._index.run(keys, 0, self._visible)
+        missing = [entry for entry in run if not (entry.readable | entry.busy) & HOST]
+        if not missing:
+            return len(run)
+        anchored = self._anchor(self._last_in_host(run))
+        room = self._make_room(len(missing), missing[0].num_bytes, now)
+        taken = missing[:room]
+        for position, entry in enumerate(taken):
+            if not self._space.take(entry):
+                taken = taken[:position]
+                break
+            entry.busy |= HOST
+        self._release_pin(anchored, now)
+        for tier in self._lower:
+            self._start_promotion(tier, [entry for entry in taken if self._source(entry) is tier])
+        if len(taken) == len(missing):
+            return len(run)
+        self._stats.add("promote.refused_blocks", len(missing) - len(taken))
+        return run.index(missing[len(taken)])
+
+    def promoted(self, job_id: int, outcomes: Sequence[Outcome], now: float) -> None:
+        """A promotion is done. What did not come out OK is forgotten in that tier."""
+        plan = self._promotions.pop(job_id)
+        tier = self._lower[plan.tier - 1]
+        good: list[Entry] = []
+        for entry, outcome in zip(plan.entries, outcomes, strict=True):
+            if plan.epoch != self._epoch:
+                self._close_slot(entry)
+            elif outcome is Outcome.OK:
+                good.append(entry)
+            else:
+                self._stats.add(f"{tier.residency.name}.{_OUTCOME_COUNTERS[outcome]}_blocks")
+                if entry.readable & tier.bit:
+                    tier.residency.remove(entry.key, entry.num_bytes)
+                    entry.readable &= ~tier.bit
+                    self._emit(False, tier.residency.name, entry)
+                    self._commands.append(Remove(tier.index, (entry.key,)))
+                self._close_slot(entry)
+        self._stats.add(f"{tier.residency.name}.loaded_blocks", len(good))
+        for entry in reversed(good):
+            self._now_in_host(entry, now)
+
+    # ---- the tiers below ----------------------------------------------------------------------------------------
+
+    def recover(self, tier_index: int, blocks: Iterable[BlockMeta], now: float) -> None:
+        """Takes in what a lower tier holds already, least recently used first."""
+        tier = self._lower[tier_index - 1]
+        for meta in blocks:
+            entry = self._index.ensure(meta.key, meta.parent, meta.num_bytes)
+            if not entry.readable & tier.bit:
+                entry.readable |= tier.bit
+                tier.residency.insert(meta, now)
+
+    def demoted(self, job_id: int, outcomes: Sequence[Outcome], dropped: Collection[BlockKey], now: float) -> None:
+        """A demotion is done; ``dropped`` are blocks the tier gave up on its own."""
+        tier, stored = self._demoter.finished(job_id, outcomes, self._index, now)
+        for entry in stored:
+            self._emit(True, tier.residency.name, entry)
+        for key in dropped:
+            self._stats.add(f"{tier.residency.name}.dropped_blocks")
+            self._forget_lower(tier, key)
+
+    def set_online(self, tier_index: int, online: bool) -> None:
+        """A tier went offline (its blocks are misses until it is back) or came back."""
+        tier = self._lower[tier_index - 1]
+        tier.online = online
+        self._visible = self._visible | tier.bit if online else self._visible & ~tier.bit
+
+    def reset(self, now: float) -> None:
+        """Forgets everything in every tier. Copies under way end as failures."""
+        self._epoch += 1
+        self._stats.add("index.reset")
+        for tier in self._lower:
+            tier.clear_waiting()
+            keys = tuple(entry.key for entry in self._index if entry.readable & tier.bit)
+            for key in keys:
+                self._forget_lower(tier, key)
+            self._commands.append(Remove(tier.index, keys))
+        for entry in [entry for entry in self._index if entry.readable & HOST]:
+            self._leave_host(entry)
+        self._demoter.cancel()
+
+    # ---- health -------------------------------------------------------------------------------------------------
+
+    def check(self) -> list[str]:
+        """Broken promises in words; empty = healthy. Reads every entry."""
+        problems = self._space.check()
+        residencies = [(HOST, self._host)] + [(tier.bit, tier.residency) for tier in self._lower]
+        for bit, residency in residencies:
+            readable = sum(1 for entry in self._index if entry.readable & bit)
+            if readable != len(residency):
+                problems.append(f"{residency.name}: the index knows {readable} blocks, the policy {len(residency)}")
+        for entry in self._index:
+            if not entry.readable and not entry.busy:
+                problems.append(f"{entry.key.hex()} is nowhere")
+            if bool((entry.readable | entry.busy) & HOST) != (entry.slot >= 0):
+                problems.append(f"{entry.key.hex()}: slot {entry.slot} with readable {entry.readable:b}, busy {entry.busy:b}")
+        return problems
+
+    def leftovers(self) -> dict[str, int]:
+        """What is still open: plans, leases and pins. All zero when nothing is under way."""
+        return {
+            "stores": len(self._stores),
+            "loads": len(self._loads),
+            "transfers": self.num_running,
+            "leases": self._space.num_leases,
+            "pins": len(self._pins),
+        }
+
+    def num_blocks(self) -> dict[str, int]:
+        """Readable blocks by tier."""
+        return {self._host.name: len(self._host)} | {tier.residency.name: len(tier.residency) for tier in self._lower}
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _residency(self, tier_index: int) -> Residency:
+        return self._host if tier_index == 0 else self._lower[tier_index - 1].residency
+
+    def _emit(self, stored: bool, tier: str, entry: Entry) -> None:
+        if self._events is not None:
+            self._events.append(BlockEvent(stored, tier, entry.meta))
+
+    def _last_in_host(self, run: Sequence[Entry]) -> Entry | None:
+        last = None
+        for entry in run:
+            if not entry.readable & HOST:
+                break
+            last = entry
+        return last
+
+    def _anchor(self, entry: Entry | None) -> Pin:
+        """Pins a block in host memory for as long as something behind it is on its way."""
+        if entry is None or not entry.readable & HOST:
+            return Pin((), None)
+        self._host.pin(entry.key, entry.num_bytes)
+        return Pin(((0, entry.key, entry.num_bytes),), None)
+
+    def _release_pin(self, pin: Pin, now: float) -> None:
+        for tier_index, key, num_bytes in pin.places:
+            self._residency(tier_index).unpin(key, num_bytes, now)
+
+    def _source(self, entry: Entry) -> LowerTier:
+        return next(tier for tier in self._lower if entry.readable & tier.bit & self._visible)
+
+    def _start_promotion(self, tier: LowerTier, entries: list[Entry]) -> None:
+        if not entries:
+            return
+        job_id = next(self._ids)
+        self._promotions[job_id] = PromotionPlan(tier.index, tuple(entries), self._epoch)
+        self._commands.append(Promote(job_id, tier.index, tuple(e.meta for e in entries), tuple(e.slot for e in entries)))
+
+    def _open_slots(self, blocks: Sequence[tuple[BlockKey, BlockKey | None]], num_bytes: int) -> list[Entry]:
+        entries: list[Entry] = []
+        for key, parent in blocks:
+            entry = self._index.ensure(key, parent, num_bytes)
+            if not self._space.take(entry):
+                self._index.drop_if_gone(entry)
+                break
+            entry.busy |= HOST
+            entries.append(entry)
+        return entries
+
+    def _close_slot(self, entry: Entry) -> None:
+        """A copy into a slot came to nothing."""
+        entry.busy &= ~HOST
+        self._space.vacate(entry)
+        self._index.drop_if_gone(entry)
+
+    def _now_in_host(self, entry: Entry, now: float) -> None:
+        entry.busy &= ~HOST
+        entry.readable |= HOST
+        self._host.insert(entry.meta, now)
+        self._emit(True, self._host.name, entry)
+
+    def _leave_host(self, entry: Entry) -> None:
+        """A block that is not evicted but given up leaves host memory."""
+        self._host.remove(entry.key, entry.num_bytes)
+        self._after_host(entry)
+
+    def _after_host(self, entry: Entry) -> None:
+        entry.readable &= ~HOST
+        self._space.vacate(entry)
+        self._demoter.forget_waiting(entry.key)
+        self._emit(False, self._host.name, entry)
+        self._index.drop_if_gone(entry)
+
+    def _forget_lower(self, tier: LowerTier, key: BlockKey) -> None:
+        entry = self._index.get(key)
+        if entry is None or not entry.readable & tier.bit:
+            return
+        tier.residency.remove(key, entry.num_bytes)
+        entry.readable &= ~tier.bit
+        self._emit(False, tier.residency.name, entry)
+        self._index.drop_if_gone(entry)
+
+    def _make_room(self, count: int, num_bytes: int, now: float) -> int:
+        """Evicts exactly as many blocks as are missing. Returns how many of ``count`` find a slot now."""
+        space = self._space
+        short = count - space.available(num_bytes) - space.draining(num_bytes)
+        if short > 0 and not space.growing:
+            self._evict(self._host.victims(short, num_bytes, now), now)
+            if not space.available(num_bytes) and not space.draining(num_bytes):
+                self._crowd_out(num_bytes, now)
+        return min(count, space.available(num_bytes))
+
+    def _evict(self, keys: Sequence[BlockKey], now: float) -> None:
+        entries = [entry for key in keys if (entry := self._index.get(key)) is not None]
+        self._demoter.on_evict(entries, self._index, now, self._forget_lower)
+        for entry in entries:
+            self._after_host(entry)
+        self._stats.add("host.evicted_blocks", len(entries))
+
+    def _crowd_out(self, num_bytes: int, now: float) -> None:
+        """Blocks of another size hold every extent: the emptiest extent's tenants leave."""
+        tenants = self._space.crowd(num_bytes)
+        if not tenants or any(entry.busy & HOST for entry in tenants):
+            return
+        for entry in tenants:
+            self._host.remove(entry.key, entry.num_bytes)
+        self._evict([entry.key for entry in tenants], now)
+
+    def _expire(self, now: float) -> None:
+        for tier_index, residency in enumerate([self._host, *(tier.residency for tier in self._lower)]):
+            over = residency.expired(now)
+            if not over:
+                continue
+            kept = self._prefixes_of(residency.pinned)
+            gone: list[BlockKey] = []
+            for key in over:
+                entry = self._index.get(key)
+                if key in kept:
+                    residency.restart_ttl(key, now)
+                elif entry is not None and tier_index == 0:
+                    self._leave_host(entry)
+                    gone.append(key)
+                elif entry is not None:
+                    self._forget_lower(self._lower[tier_index - 1], key)
+                    gone.append(key)
+            self._stats.add(f"{residency.name}.expired_blocks", len(gone))
+            if tier_index and gone:
+                self._commands.append(Remove(tier_index, tuple(gone)))
+
+    def _prefixes_of(self, tips: Iterable[BlockKey]) -> set[BlockKey]:
+        """The blocks and everything before them."""
+        kept: set[BlockKey] = set()
+        for tip in tips:
+            key: BlockKey | None = tip
+            while key is not None and key not in kept:
+                kept.add(key)
+                entry = self._index.get(key)
+                key = None if entry is None else entry.parent
+        return kept

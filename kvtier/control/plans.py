@@ -1,0 +1,36 @@
+"""What the planner remembers of copies under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvtier.control.index import Entry
+from kvtier.control.pins import Pin
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInFlight:
+    """Copies from the engine into slots. ``anchor`` keeps the block before them."""
+
+    entries: tuple[Entry, ...]
+    anchor: Pin
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionPlan:
+    """Copies from a lower tier into slots."""
+
+    tier: int
+    entries: tuple[Entry, ...]
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class DemotionPlan:
+    """Copies from slots to a lower tier. The slots are leased, so their blocks may leave host memory meanwhile."""
+
+    tier: int
+    entries: tuple[Entry, ...]
+    slots: tuple[int, ...]
+    cancelled: bool = False

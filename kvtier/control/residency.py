@@ -1,0 +1,111 @@
+"""What the planner keeps of one tier: who is in it, in which order they leave, until when, and who may not.
+
+Blocks of different sizes have an order each, because room freed by one size is of no use to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from kvtier.control.expiry import ExpiryQueue
+from kvtier.policies.base import EvictionPolicy
+from kvtier.types import BlockKey, BlockMeta
+
+
+class Residency:
+    """The committed blocks of one tier. Pure; ``now`` in seconds."""
+
+    __slots__ = ("_expiry", "_make_policy", "_pins", "_policies", "name", "num_bytes")
+
+    def __init__(self, name: str, make_policy: Callable[[], EvictionPolicy], expiry: ExpiryQueue | None) -> None:
+        self.name = name
+        self.num_bytes = 0
+        self._make_policy = make_policy
+        self._policies: dict[int, EvictionPolicy] = {}
+        self._expiry = expiry
+        self._pins: dict[BlockKey, int] = {}
+
+    def insert(self, block: BlockMeta, now: float) -> None:
+        """Takes a block in as just used."""
+        policy = self._policies.get(block.num_bytes)
+        if policy is None:
+            policy = self._policies[block.num_bytes] = self._make_policy()
+        policy.insert(block, now)
+        self.num_bytes += block.num_bytes
+        if self._expiry is not None:
+            self._expiry.insert(block.key, now)
+        if block.key in self._pins:
+            policy.pin(block.key)
+
+    def touch(self, keys: Sequence[BlockKey], num_bytes: int, now: float) -> None:
+        """Marks blocks of one size as used, in the given order."""
+        policy = self._policies.get(num_bytes)
+        if policy is None:
+            return
+        policy.touch(keys, now)
+        if self._expiry is not None:
+            for key in keys:
+                self._expiry.touch(key, now)
+
+    def remove(self, key: BlockKey, num_bytes: int) -> None:
+        """Forgets a block; an absent one is fine. Pins on it stay and hold again when it comes back."""
+        policy = self._policies.get(num_bytes)
+        if policy is None or key not in policy:
+            return
+        policy.remove(key)
+        self.num_bytes -= num_bytes
+        if self._expiry is not None:
+            self._expiry.remove(key)
+
+    def victims(self, count: int, num_bytes: int, now: float) -> list[BlockKey]:
+        """Chooses and forgets up to ``count`` blocks of one size, leaves first."""
+        policy = self._policies.get(num_bytes)
+        if policy is None:
+            return []
+        chosen = policy.victims(count, now)
+        self.num_bytes -= num_bytes * len(chosen)
+        if self._expiry is not None:
+            for key in chosen:
+                self._expiry.remove(key)
+        return chosen
+
+    def pin(self, key: BlockKey, num_bytes: int) -> None:
+        """Keeps a block (and so its whole prefix in this tier) until as many ``unpin`` calls."""
+        self._pins[key] = self._pins.get(key, 0) + 1
+        if self._pins[key] == 1:
+            policy = self._policies.get(num_bytes)
+            if policy is not None:
+                policy.pin(key)
+
+    def unpin(self, key: BlockKey, num_bytes: int, now: float) -> None:
+        """Takes one pin back."""
+        left = self._pins[key] - 1
+        if left:
+            self._pins[key] = left
+            return
+        del self._pins[key]
+        policy = self._policies.get(num_bytes)
+        if policy is not None:
+            policy.unpin(key, now)
+
+    def expired(self, now: float) -> list[BlockKey]:
+        """Takes out of the clock and returns the blocks whose time is over. They stay known until ``remove``."""
+        return [] if self._expiry is None else self._expiry.expired(now)
+
+    def restart_ttl(self, key: BlockKey, now: float) -> None:
+        """Gives a block that may not leave yet a new time to live."""
+        if self._expiry is not None:
+            self._expiry.insert(key, now)
+
+    @property
+    def pinned(self) -> Iterable[BlockKey]:
+        """The blocks that hold a pin (each keeps its whole prefix)."""
+        return self._pins.keys()
+
+    def count(self, num_bytes: int) -> int:
+        """How many blocks of this size there are."""
+        policy = self._policies.get(num_bytes)
+        return 0 if policy is None else len(policy)
+
+    def __len__(self) -> int:
+        return sum(len(policy) for policy in self._policies.values())

@@ -1,0 +1,239 @@
+"""CacheEngine: the one object a connector or a script holds. It joins the planner, the arena and the tiers.
+
+>>> from kvtier import CacheEngine, Config            # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from kvtier.config import Config
+from kvtier.control.commands import BlockEvent
+from kvtier.control.expiry import ExpiryQueue
+from kvtier.control.host_space import PAGE_BYTES, HostSpace
+from kvtier.control.lower import LowerTierSpec, WriteMode
+from kvtier.control.planner import Planner
+from kvtier.control.residency import Residency
+from kvtier.errors import ClosedError, ConfigError
+from kvtier.hashing import Namespace
+from kvtier.memory.arena import Arena
+from kvtier.memory.slab import SlabAllocator
+from kvtier.policies import create_policy
+from kvtier.stats import Stats
+from kvtier.tiers.base import Tier
+from kvtier.tiers.disk import DiskTier
+from kvtier.transfer import TransferRunner
+from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StorePlan
+
+EXTENT_BYTES = 64 << 20
+
+
+class CacheEngine:
+    """KV blocks under keys, in host memory and the tiers below it.
+
+    Not thread-safe: one thread drives it. No method waits for I/O except ``poll`` with a time-out and ``close``.
+    After ``open`` nothing that goes wrong with storage raises: it becomes a miss and a counter in ``stats``.
+    """
+
+    def __init__(self, planner: Planner, runner: TransferRunner, arena: Arena, slab: SlabAllocator, *, space: HostSpace,
+                 tiers: Sequence[Tier], stats: Stats, block_bytes: int, clock: Callable[[], float]) -> None:  # fmt: skip
+        """Use :meth:`open`."""
+        self.stats = stats
+        self.block_bytes = block_bytes
+        self._planner = planner
+        self._runner = runner
+        self._arena = arena
+        self._slab = slab
+        self._space = space
+        self._tiers = tiers
+        self._clock = clock
+        self._closed = False
+        self._grow()
+
+    @classmethod
+    def open(cls, config: Config, *, namespace: Namespace, block_bytes: int, arena: Arena | None = None, events: bool = False,
+             clock: Callable[[], float] = time.monotonic, tiers: Sequence[Tier] | None = None) -> CacheEngine:  # fmt: skip
+        """Opens the tiers a configuration names and recovers what they hold.
+
+        Args:
+            config: the validated configuration.
+            namespace: what the blocks belong to; its digest is echoed in every record.
+            block_bytes: bytes of one block over all layers and ranks.
+            arena: host memory, owned by the caller; made (and owned) here where it is None.
+            events: whether ``take_events`` is going to be called.
+            clock: seconds that do not go backwards.
+            tiers: the tiers below host memory instead of those that ``config`` names (for tests); owned by the engine.
+
+        Raises:
+            ConfigError: host memory cannot hold a single block.
+            ArenaError: host memory cannot be had.
+            TierError: a tier cannot be opened.
+        """
+        extent_bytes = min(EXTENT_BYTES, config.host.capacity_bytes)
+        slab = SlabAllocator(config.host.capacity_bytes, max(extent_bytes, _page_align(block_bytes)))
+        if config.host.capacity_bytes < _page_align(block_bytes) or slab.max_slots(block_bytes) < 1:
+            raise ConfigError(
+                f"tiers[0].capacity: {config.host.capacity_bytes} bytes hold no block; one block of this model has {block_bytes} bytes. "
+                f"Allowed: at least {_page_align(block_bytes)} bytes; some thousand blocks are sensible"
+            )
+        if arena is None:
+            arena = Arena.open(
+                f"/dev/shm/kvtier-{os.getuid()}-{os.getpid()}-{time.monotonic_ns()}",
+                config.host.capacity_bytes,
+                huge_pages=config.host.huge_pages,
+                numa_node=config.host.numa_node,
+            )
+            arena.prefault()
+            arena.unlink()
+        lower = list(tiers) if tiers is not None else _open_tiers(config)
+        stats = Stats()
+        space = HostSpace(slab, arena.generations)
+        host = _residency("host", config.host.policy, config.host.ttl_s, config.host.ttl_mode)
+        planner = Planner(space, host, [_spec(tier, config) for tier in lower], stats, events=events)
+        now = clock()
+        for index, tier in enumerate(lower, start=1):
+            planner.recover(index, tier.entries(), now)
+        runner = TransferRunner(planner, lower, arena, namespace.digest, stats)
+        return cls(planner, runner, arena, slab, space=space, tiers=lower, stats=stats, block_bytes=block_bytes, clock=clock)
+
+    def match(self, keys: Iterable[BlockKey]) -> PrefixMatch:
+        """The longest leading run of ``keys`` that some tier holds. Cheap; changes nothing; stops at the first miss."""
+        return self._planner.match(keys)
+
+    def promote(self, keys: Sequence[BlockKey]) -> int:
+        """Starts to bring the leading run into host memory. Returns how many leading blocks are or will be there."""
+        promised = self._planner.promote(keys, self._clock())
+        self._runner.run()
+        return promised
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Marks a prompt's blocks as used."""
+        self._planner.touch(keys, self._clock())
+
+    def pin(self, keys: Sequence[BlockKey], ttl_s: float | None = None) -> int:
+        """Keeps the leading run of ``keys`` that is present, for ``ttl_s`` seconds or until ``unpin``. Returns the pin's id."""
+        return self._planner.pin(keys, None if ttl_s is None else self._clock() + ttl_s)
+
+    def unpin(self, pin_id: int) -> None:
+        """Ends a pin. One that has ended already is fine."""
+        self._planner.unpin(pin_id, self._clock())
+
+    def begin_load(self, keys: Sequence[BlockKey]) -> LoadPlan:
+        """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``."""
+        return self._planner.begin_load(keys)
+
+    def end_load(self, job_id: int, failed: Collection[int] = ()) -> None:
+        """Ends a load. Blocks at the positions ``failed`` are forgotten in host memory and counted."""
+        self._planner.end_load(job_id, failed)
+
+    def begin_store(self, keys: Sequence[BlockKey], first: int) -> StorePlan:
+        """Slots for those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far."""
+        plan = self._planner.begin_store(keys, first, self.block_bytes, self._clock())
+        self._runner.run()
+        return plan
+
+    def commit_store(self, job_id: int, failed: Collection[int] = ()) -> None:
+        """The slots of a store hold their blocks, except those at the indexes ``failed`` and what follows them."""
+        self._planner.commit_store(job_id, failed, self._clock())
+
+    def abort_store(self, job_id: int) -> None:
+        """The slots of a store will not be filled."""
+        self._planner.abort_store(job_id, self._clock())
+
+    def poll(self, timeout_s: float = 0.0) -> None:
+        """Takes results of the tiers in, ends what has expired, starts the writes that are due.
+
+        Waits up to ``timeout_s`` for a first result where a tier has work. Call it once per engine step.
+        """
+        if self._closed:
+            raise ClosedError("this CacheEngine is closed")
+        self._grow()
+        self._runner.poll(self._clock(), timeout_s)
+        self._planner.tick(self._clock())
+        self._runner.run()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a tier has work whose result was not seen yet."""
+        return self._runner.busy
+
+    def drain(self, timeout_s: float) -> bool:
+        """Polls until no tier has work, at most ``timeout_s`` seconds. Returns whether that was reached."""
+        deadline = time.monotonic() + timeout_s
+        self.poll()
+        while self.busy and time.monotonic() < deadline:
+            self.poll(0.05)
+        return not self.busy
+
+    def reset(self) -> None:
+        """Forgets everything in every tier."""
+        self._planner.reset(self._clock())
+        self._runner.run()
+
+    def take_events(self) -> list[BlockEvent]:
+        """What became readable or stopped being so since the last call."""
+        return self._planner.take_events()
+
+    def num_blocks(self) -> dict[str, int]:
+        """Readable blocks by tier."""
+        return self._planner.num_blocks()
+
+    def leftovers(self) -> dict[str, int]:
+        """Plans, leases, pins and transfers that have not ended."""
+        return self._planner.leftovers()
+
+    def check(self) -> list[Damage]:
+        """Verifies the books of the control plane and the arena. Empty = healthy."""
+        return [Damage("control", problem) for problem in self._planner.check()] + self._arena.check()
+
+    def close(self) -> None:
+        """Finishes what is being written, closes tiers and arena. Idempotent."""
+        if self._closed:
+            return
+        self.drain(30.0)
+        self._closed = True
+        for tier in self._tiers:
+            tier.close()
+        self._arena.close()
+
+    def _grow(self) -> None:
+        """Lets the allocator use what the arena has prepared since."""
+        if self._space.growing or self._slab.limit_bytes < self._arena.ready_bytes:
+            self._slab.set_limit(self._arena.ready_bytes)
+        self._space.growing = self._arena.ready_bytes < self._arena.capacity_bytes and self._arena.reserve_error is None
+
+
+def _page_align(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Residency:
+    expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=ttl_mode == "sliding")
+    return Residency(name, lambda: create_policy(policy), expiry)
+
+
+def _open_tiers(config: Config) -> list[Tier]:
+    disk = config.disk
+    if disk is None:
+        return []
+    return [
+        DiskTier(
+            disk.path,
+            disk.capacity_bytes,
+            segment_bytes=disk.segment_bytes,
+            direct_io=disk.direct_io,
+            io_threads=disk.io_threads,
+            max_in_flight_bytes=disk.max_in_flight_bytes,
+            durable=disk.durable,
+        )
+    ]
+
+
+def _spec(tier: Tier, config: Config) -> LowerTierSpec:
+    disk = config.disk
+    if disk is None:
+        return LowerTierSpec(_residency(tier.name, "lru", None, "sliding"), tier.max_blocks, WriteMode.THROUGH, 256 << 20)
+    residency = _residency(tier.name, disk.policy, disk.ttl_s, disk.ttl_mode)
+    return LowerTierSpec(residency, tier.max_blocks, WriteMode(disk.write.value), disk.max_in_flight_bytes)
