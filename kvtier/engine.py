@@ -1,7 +1,4 @@
-"""CacheEngine: the one object a connector or a script holds. It joins the planner, the arena and the tiers.
-
->>> from kvtier import CacheEngine, Config            # doctest: +SKIP
-"""
+"""CacheEngine: the one object a connector or a script holds. It joins the planner, the arena and the tiers."""
 
 from __future__ import annotations
 
@@ -26,6 +23,8 @@ from kvtier.tiers.base import Tier
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer import TransferRunner
 from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StorePlan
+
+__all__ = ["EXTENT_BYTES", "BlockEvent", "CacheEngine"]
 
 EXTENT_BYTES = 64 << 20
 
@@ -89,7 +88,7 @@ class CacheEngine:
             arena.unlink()
         lower = list(tiers) if tiers is not None else _open_tiers(config)
         stats = Stats()
-        space = HostSpace(slab, arena.generations)
+        space = HostSpace(slab, memoryview(arena.generations))  # a third of the cost of indexing numpy
         host = _residency("host", config.host.policy, config.host.ttl_s, config.host.ttl_mode)
         planner = Planner(space, host, [_spec(tier, config) for tier in lower], stats, events=events)
         now = clock()
@@ -158,6 +157,11 @@ class CacheEngine:
     def busy(self) -> bool:
         """Whether a tier has work whose result was not seen yet."""
         return self._runner.busy
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether host memory is still being prepared; ``poll`` takes note of progress."""
+        return self._space.growing
 
     def drain(self, timeout_s: float) -> bool:
         """Polls until no tier has work, at most ``timeout_s`` seconds. Returns whether that was reached."""

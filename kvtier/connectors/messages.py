@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvtier.types import SlotRef
-
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
@@ -35,21 +33,21 @@ class ScheduledRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockMove:
-    """Engine block ``block_id`` <-> the part ``index`` (0 <= index < engine blocks per block) of a slot."""
-
-    block_id: int
-    slot: SlotRef
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
 class MoveJob:
-    """One request's copies of one step, all in the same direction. ``job_id`` is the plan's."""
+    """One request's copies of one step, all in the same direction. ``job_id`` is the plan's.
+
+    Columns of plain integers, since a long prompt has thousands of blocks.  Engine block ``block_ids[i]`` goes to or comes from
+    part ``(first_index + i) % blocks_per_slot`` of slot ``slots[(first_index + i) // blocks_per_slot]``.
+    """
 
     job_id: int
     request_id: str
-    moves: tuple[BlockMove, ...]
+    block_ids: tuple[int, ...]
+    slots: tuple[int, ...]
+    generations: tuple[int, ...]
+    """of the slots: what the arena's table must say while the copy runs"""
+    first_index: int = 0
+    """0 for stores; a load may begin in the middle of a slot"""
     missing: tuple[int, ...] = ()
     """loads only: engine blocks that were promised and whose source has vanished; failed without a copy"""
 
@@ -76,9 +74,13 @@ class WorkerReport:
 
     done: dict[int, int] = field(default_factory=dict)
     failed: dict[int, set[int]] = field(default_factory=dict)
-    """job_id -> positions in ``MoveJob.moves`` that did not copy, on any worker"""
+    """job_id -> positions in ``MoveJob.block_ids`` that did not copy, on any worker"""
     attached: int = 0
     """workers that have mapped the arena since the last report"""
+    num_stale: int = 0
+    """slots that had a new tenant"""
+    num_errors: int = 0
+    """unexpected errors that became failed copies"""
 
     def merge(self, other: WorkerReport) -> WorkerReport:
         """Adds another worker's report to this one, in place, and returns it."""
@@ -87,7 +89,9 @@ class WorkerReport:
         for job_id, positions in other.failed.items():
             self.failed.setdefault(job_id, set()).update(positions)
         self.attached += other.attached
+        self.num_stale += other.num_stale
+        self.num_errors += other.num_errors
         return self
 
     def __bool__(self) -> bool:
-        return bool(self.done or self.failed or self.attached)
+        return bool(self.done or self.failed or self.attached or self.num_stale or self.num_errors)

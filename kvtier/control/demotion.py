@@ -48,7 +48,8 @@ class Demoter:
     def forget_waiting(self, key: BlockKey) -> None:
         """A block is no longer in host memory: it cannot be written down any more."""
         for tier in self._lower:
-            tier.forget_waiting(key)
+            if tier.forget_waiting(key):
+                self._stats.add(f"{tier.residency.name}.skipped_blocks")
 
     def pump(self, index: Index, now: float, forget: Forget) -> None:
         """Starts the writes that are due, as far as the bound on bytes in flight allows."""

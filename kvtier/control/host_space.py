@@ -101,8 +101,8 @@ class HostSpace:
 
     @property
     def num_leases(self) -> int:
-        """How many leases are held."""
-        return len(self._leases)
+        """How many slots are leased."""
+        return self._leases.num_leased
 
     @property
     def num_used(self) -> int:

@@ -61,14 +61,18 @@ class LowerTier:
         self._waiting[entry.key] = now + (WRITE_BACK_DELAY_S if self.spec.write is WriteMode.BACK else 0.0)
 
     def wants_on_evict(self, entry: Entry) -> bool:
-        """Whether a block that leaves host memory must be written here first."""
+        """Whether a block that leaves host memory must be written here first.
+
+        Not with write-through: there a block still waits only because the tier cannot keep up, and holding its slot would
+        turn new blocks away for the sake of old ones.
+        """
         if entry.readable & self.bit or entry.busy & self.bit or not self.online:
             return False
-        return self.spec.write is WriteMode.ON_EVICT or entry.key in self._waiting
+        return self.spec.write is WriteMode.ON_EVICT or (self.spec.write is WriteMode.BACK and entry.key in self._waiting)
 
-    def forget_waiting(self, key: BlockKey) -> None:
-        """Takes a block out of the queue."""
-        self._waiting.pop(key, None)
+    def forget_waiting(self, key: BlockKey) -> bool:
+        """Takes a block out of the queue; whether it was there."""
+        return self._waiting.pop(key, None) is not None
 
     def due(self, now: float) -> Iterator[BlockKey]:
         """Takes out of the queue what is to be written now, oldest first, while it is consumed."""

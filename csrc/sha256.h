@@ -1,0 +1,30 @@
+// SHA-256's compression function, one and two messages at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvtier {
+
+constexpr size_t kShaBlockBytes = 64;
+constexpr size_t kShaStateWords = 8;
+
+extern const uint32_t kShaInitialState[kShaStateWords];
+
+// One implementation of the compression function. All produce the same states.
+struct Sha256 {
+  const char* name;
+  // Feeds `num_blocks` blocks of 64 bytes into one state.
+  void (*compress)(uint32_t* state, const uint8_t* data, size_t num_blocks) noexcept;
+  // The same for two independent messages at once, each of `num_blocks` blocks. The rounds of one message wait for each
+  // other; those of two fill the gaps.
+  void (*compress_two)(uint32_t* state_a, const uint8_t* data_a, uint32_t* state_b,
+                       const uint8_t* data_b, size_t num_blocks) noexcept;
+};
+
+// The fastest implementation on this CPU.
+const Sha256& BestSha256() noexcept;
+// The one in plain C++, for every CPU.
+const Sha256& PortableSha256() noexcept;
+
+}  // namespace kvtier

@@ -1,0 +1,24 @@
+"""The compiled core. ``kvtier/_fallback.py`` is its specification; use both through ``kvtier/_native.py``."""
+
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+ABI_VERSION: int
+SOURCE_DIGEST: str
+SHA256: str
+READS_LISTS_DIRECTLY: int
+
+def chain_keys(
+    parent: Buffer,
+    token_ids: Sequence[int] | Buffer,
+    first_token: int,
+    num_blocks: int,
+    block_tokens: int,
+    extras: Sequence[Buffer] | None,
+    /,
+) -> list[bytes]: ...
+def copy_blocks(
+    paged: Buffer, arena_address: int, arena_bytes: int, block_ids: Buffer, arena_offsets: Buffer, to_arena: bool, /
+) -> int: ...
+def prefault(address: int, num_bytes: int, /) -> None: ...

@@ -1,0 +1,162 @@
+"""What the compiled core does, in Python: its specification, the oracle of its tests, and its stand-in where it is missing.
+
+``kvtier._core`` has the same functions with the same results and the same exceptions, many times faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import operator
+import os
+import struct
+from collections.abc import Sequence
+from errno import EAGAIN, EINTR, EINVAL
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+KEY_BYTES = 16
+TOKEN_ID_LIMIT = 2**32
+INT64_BYTES = 8
+MADV_POPULATE_WRITE = 23
+
+
+def chain_keys(
+    parent: Buffer,
+    token_ids: Sequence[int] | Buffer,
+    first_token: int,
+    num_blocks: int,
+    block_tokens: int,
+    extras: Sequence[Buffer] | None,
+    /,
+) -> list[bytes]:
+    """The keys of ``num_blocks`` blocks of ``block_tokens`` tokens that start at position ``first_token`` of ``token_ids``.
+
+    ``key[i] = SHA-256(tokens of block i as little-endian 32-bit words || extras[i] || key[i - 1])[:16]`` with
+    ``key[-1] = parent``. The parent comes last, so that what lies before it can be hashed for several blocks at a time.
+
+    Raises:
+        ValueError: a token id outside [0, 2**32), too few tokens, not one extra per block, a parent that is not 16 bytes,
+            or a negative count.
+        TypeError: what should be an integer is none; or a buffer that is no one-dimensional array of 32- or 64-bit integers.
+    """
+    for name, value, least in (("first_token", first_token, 0), ("num_blocks", num_blocks, 0), ("block_tokens", block_tokens, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, not {least} or more")
+    key = bytes(parent)
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"the parent key has {len(key)} bytes, not {KEY_BYTES}")
+    if extras is not None and len(extras) != num_blocks:
+        raise ValueError(f"extra bytes for {len(extras)} blocks of {num_blocks}")
+    end = first_token + num_blocks * block_tokens
+    packed = _pack_tokens(_tokens_between(token_ids, first_token, end), end - first_token)
+    block_bytes = block_tokens * 4
+    keys = []
+    for block in range(num_blocks):
+        digest = hashlib.sha256(packed[block * block_bytes : (block + 1) * block_bytes])
+        if extras is not None:
+            digest.update(extras[block])
+        digest.update(key)
+        key = digest.digest()[:KEY_BYTES]
+        keys.append(key)
+    return keys
+
+
+def copy_blocks(paged: Buffer, arena_address: int, arena_bytes: int, block_ids: Buffer, arena_offsets: Buffer, to_arena: bool, /) -> int:
+    """Copies engine blocks from paged memory to the arena, or back, one after the other. Returns how many bytes it copied.
+
+    ``paged`` is an int64 array: the number of blocks, then base address, stride and length of each segment
+    (:class:`~kvtier.layout.KVLayout`). Block ``block_ids[i]`` lies at ``arena_address + arena_offsets[i]``. Neither side may
+    overlap the other.
+
+    Raises:
+        IndexError: a block id or an arena offset is out of bounds. Nothing was copied.
+        ValueError: ``paged`` is malformed, or there are not as many block ids as offsets.
+        TypeError: an argument is no one-dimensional contiguous array of int64.
+    """
+    words = _int64s("paged", paged)
+    if len(words) < 4 or len(words) % 3 != 1 or not _paged_is_valid(words):
+        raise ValueError("paged is [num_blocks, (base, stride, num_bytes) of each segment]")
+    num_blocks, block_bytes = words[0], sum(words[3::3])
+    if arena_address < 1 or arena_bytes < 0:
+        raise ValueError(f"an arena of {arena_bytes} bytes at address {arena_address}")
+    ids, offsets = _int64s("block_ids", block_ids), _int64s("arena_offsets", arena_offsets)
+    if len(ids) != len(offsets):
+        raise ValueError(f"{len(ids)} block ids and {len(offsets)} arena offsets")
+    for block_id, offset in zip(ids, offsets, strict=True):
+        if not 0 <= block_id < num_blocks:
+            raise IndexError(f"block id {block_id} is outside [0, {num_blocks})")
+        if not 0 <= offset <= arena_bytes - block_bytes:
+            raise IndexError(f"a block of {block_bytes} bytes at arena offset {offset} is outside the arena of {arena_bytes} bytes")
+    for block_id, offset in zip(ids, offsets, strict=True):
+        in_arena = arena_address + offset
+        for base, stride, num_bytes in zip(words[1::3], words[2::3], words[3::3], strict=True):
+            in_pages = base + block_id * stride
+            ctypes.memmove(in_arena if to_arena else in_pages, in_pages if to_arena else in_arena, num_bytes)
+            in_arena += num_bytes
+    return block_bytes * len(ids)
+
+
+def prefault(address: int, num_bytes: int, /) -> None:
+    """Has the kernel back ``num_bytes`` at ``address`` with memory now. Changes no byte, whoever else writes there.
+
+    On a kernel older than 5.14 the compiled core writes to every page; here nothing happens, for Python has no write that
+    leaves a byte as it is.
+
+    Raises:
+        OSError: there is no memory for it.
+        ValueError: a negative size, or no address.
+    """
+    if address < 1 or num_bytes < 0:
+        raise ValueError(f"{num_bytes} bytes at address {address}")
+    if num_bytes == 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = address // mmap.PAGESIZE * mmap.PAGESIZE
+    arguments = (ctypes.c_void_p(first), ctypes.c_size_t(address + num_bytes - first), ctypes.c_int(MADV_POPULATE_WRITE))
+    while libc.madvise(*arguments) != 0:
+        error = ctypes.get_errno()
+        if error == EINVAL:
+            return
+        if error not in (EINTR, EAGAIN):
+            raise OSError(error, os.strerror(error))
+
+
+def _tokens_between(token_ids: Sequence[int] | Buffer, first: int, end: int) -> Sequence[int]:
+    if isinstance(token_ids, list):
+        return token_ids[first:end]
+    try:
+        view = memoryview(token_ids)  # type: ignore[arg-type]
+    except TypeError:
+        return list(token_ids[first:end])  # type: ignore[index]
+    if not view.c_contiguous:
+        raise BufferError("token ids must be contiguous")
+    if view.format.lstrip("@=<") not in tuple("ilqILQ") or view.ndim != 1:
+        raise TypeError(f"token ids are 32- or 64-bit integers in one dimension, not {view.format!r} in {view.ndim}")
+    return view[first:end].tolist()
+
+
+def _pack_tokens(tokens: Sequence[int], expected: int) -> bytes:
+    if len(tokens) != expected:
+        raise ValueError(f"{expected} tokens were asked for, {len(tokens)} are there")
+    values = [operator.index(token) for token in tokens]
+    for position, value in enumerate(values):
+        if not 0 <= value < TOKEN_ID_LIMIT:
+            raise ValueError(f"token id {value} at position {position} is outside [0, 2**32)")
+    return struct.pack(f"<{expected}I", *values)
+
+
+def _int64s(name: str, values: Buffer) -> list[int]:
+    view = memoryview(values)
+    if view.format.lstrip("@=<") not in ("q", "l") or view.itemsize != INT64_BYTES or view.ndim != 1 or not view.c_contiguous:
+        raise TypeError(f"{name} must be a one-dimensional contiguous array of int64")
+    return view.tolist()
+
+
+def _paged_is_valid(words: list[int]) -> bool:
+    return words[0] > 0 and all(
+        base > 0 and num_bytes > 0 and stride >= num_bytes for base, stride, num_bytes in zip(words[1::3], words[2::3], words[3::3], strict=True)
+    )

@@ -1,0 +1,223 @@
+"""``kvtier bench control``: what deciding costs. No KV is moved.
+
+Targets, not limits, stand beside the figures: there is no physical limit of a decision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.bench.report import Record, publish, record, time_rounds
+from kvtier.config import Config
+from kvtier.connectors.messages import ScheduledRequest, WorkerReport
+from kvtier.connectors.requests import DefaultSettings
+from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.control.host_space import PAGE_BYTES, HostSpace
+from kvtier.control.planner import Planner
+from kvtier.control.residency import Residency
+from kvtier.engine import CacheEngine
+from kvtier.hashing import KeyChain, Namespace
+from kvtier.memory.slab import SlabAllocator
+from kvtier.policies import create_policy
+from kvtier.stats import Stats
+from kvtier.tiers.disk import DiskTier
+from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, TransferJob
+
+PROMPT_TOKENS = 131_072
+BLOCKS_PER_PROMPT = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--rounds", type=int, default=31, help="timed rounds per figure (default: 31)")
+    parser.add_argument("--resident", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="resident entries for put + evict")
+    parser.add_argument("--directory", type=Path, default=None, help="where the disk tier's temporary directory is made")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, writes. Returns the exit status."""
+    records = [*lookups(args.rounds), *steps(args.rounds), *evictions(args.resident, args.rounds)]
+    records += disk_evictions(args.resident, args.rounds, args.directory)
+    publish("kvtier bench control", records, args.json)
+    return 0
+
+
+def lookups(rounds: int) -> Iterator[Record]:
+    """From a list of 131,072 token ids to the answer: everything hits, or nothing does."""
+    token_ids = np.random.default_rng(7).integers(0, 49_152, PROMPT_TOKENS).tolist()
+    for block_tokens in (256, 32):
+        with _engine(PROMPT_TOKENS // block_tokens + 1) as engine:
+            keys = KeyChain(b"r" * 16, block_tokens).update(token_ids, PROMPT_TOKENS)
+            _store(engine, keys)
+
+            def all_hit(engine: CacheEngine = engine, block_tokens: int = block_tokens) -> None:
+                found = engine.match(KeyChain(b"r" * 16, block_tokens).update(token_ids, PROMPT_TOKENS))
+                assert PROMPT_TOKENS // block_tokens == found.ready_blocks
+
+            def no_hit(engine: CacheEngine = engine, block_tokens: int = block_tokens) -> None:
+                assert engine.match(KeyChain(b"s" * 16, block_tokens).iter(token_ids, PROMPT_TOKENS)).hit_blocks == 0
+
+            def pinned(engine: CacheEngine = engine, block_tokens: int = block_tokens) -> None:
+                chain = KeyChain(b"r" * 16, block_tokens).update(token_ids, PROMPT_TOKENS)
+                engine.match(chain)
+                engine.unpin(engine.pin(chain))
+
+            params = {"tokens": PROMPT_TOKENS, "block_tokens": block_tokens}
+            yield record("lookup, all hit", params, time_rounds(all_hit, rounds=rounds), "ms", limit=1.0)
+            yield record("lookup, all hit, pin and unpin", params, time_rounds(pinned, rounds=rounds), "ms")
+            yield record("lookup, no hit", params, time_rounds(no_hit, rounds=rounds), "us")
+
+
+def steps(rounds: int, num_requests: int = 64) -> Iterator[Record]:
+    """The scheduler half's share of an engine step in which 64 running requests decode one token each."""
+    block_tokens = 32
+    with _engine(num_requests * 256) as engine:
+        half = SchedulerHalf(
+            engine,
+            namespace=b"n" * 16,
+            block_tokens=block_tokens,
+            engine_block_tokens=block_tokens,
+            num_workers=1,
+            host_blocks=num_requests * 256,
+            settings=DefaultSettings(),
+            strict=True,
+        )
+        tokens = {f"r{number}": list(range(number, number + 2048)) for number in range(num_requests)}
+        blocks = {name: list(range(number * 256, number * 256 + 256)) for number, name in enumerate(tokens)}
+        for name, ids in tokens.items():
+            half.add_request(name, ids, num_prompt_tokens=2048)
+            half.match(name, 2048, 0)
+            half.allocated(name, blocks[name], 0)
+        computed = dict(zip(tokens, range(2048, 2048 + num_requests), strict=True))
+        _step(half, blocks, dict.fromkeys(tokens, 2048))
+
+        def decode() -> None:
+            for name, ids in tokens.items():
+                ids.append(7)
+                computed[name] += 1
+            _step(half, blocks, computed)
+
+        for ids, extra in zip(tokens.values(), range(num_requests), strict=True):
+            ids.extend([7] * extra)
+        yield record(
+            "scheduler half, one step", {"running": num_requests, "block_tokens": block_tokens}, time_rounds(decode, rounds=max(rounds, 64)),
+            "us", limit=200.0,
+        )  # fmt: skip
+
+
+def evictions(resident: Sequence[int], rounds: int) -> Iterator[Record]:
+    """Storing prompts into a host memory that is full: slots, index, policy, eviction; no bytes."""
+    for count in resident:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        generations = memoryview(np.zeros(count, np.uint32))
+        space = HostSpace(SlabAllocator(count * PAGE_BYTES, 64 << 20), generations)
+        planner = Planner(space, Residency("host", lambda: create_policy("lru"), None), [], Stats())
+        prompts = _prompts()
+        while planner.num_blocks()["host"] + BLOCKS_PER_PROMPT <= count:
+            _put(planner, next(prompts))
+        entry_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / count
+        fresh = [next(prompts) for _ in range(rounds + 2)]
+        times = time_rounds(lambda fresh=fresh, planner=planner: _put(planner, fresh.pop()), rounds=rounds)  # type: ignore[misc]
+        per_block = [seconds / BLOCKS_PER_PROMPT for seconds in times]
+        yield record("put + evict, memory", {"resident": count}, per_block, "us", limit=5.0)
+        if count == max(resident):
+            yield Record("memory per entry, host", {"resident": count}, entry_bytes, "bytes")
+        del planner, space
+        gc.collect()
+
+
+def disk_evictions(resident: Sequence[int], rounds: int, directory: Path | None) -> Iterator[Record]:
+    """The disk tier's own cost per block: remove one, put one, commit to the durable index; one page of payload each.
+
+    The same pages are written to a plain file in the same run; that time is subtracted, since it is the I/O.
+    """
+    for count in resident:
+        path = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=directory))
+        try:
+            yield from _disk_eviction(path, count, rounds)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _disk_eviction(path: Path, count: int, rounds: int) -> Iterator[Record]:
+    batch = 256
+    tier = DiskTier(path / "tier", count * 2 * PAGE_BYTES * 5 // 4 + (256 << 20), durable=False, max_in_flight_bytes=1 << 30)
+    payload = memoryview(bytearray(PAGE_BYTES * batch))
+    jobs = 0
+
+    def put(keys: Sequence[BlockKey]) -> None:
+        nonlocal jobs
+        jobs += 1
+        blocks = tuple(BlockIO(BlockMeta(key, None, PAGE_BYTES), payload[i * PAGE_BYTES : (i + 1) * PAGE_BYTES]) for i, key in enumerate(keys))
+        tier.submit(TransferJob(jobs, JobKind.STORE, b"n" * 16, blocks))
+        while not tier.poll(1.0):
+            pass
+
+    stored: list[list[BlockKey]] = []
+    while len(stored) * batch < count:
+        stored.append([BlockKey((len(stored) * batch + i).to_bytes(16, "big")) for i in range(batch)])
+        put(stored[-1])
+    fresh = iter(range(len(stored), len(stored) + rounds + 2))
+
+    def replace() -> None:
+        number = next(fresh)
+        tier.remove(stored[number % len(stored)])
+        put([BlockKey((number * batch + i).to_bytes(16, "big")) for i in range(batch)])
+
+    raw = path / "raw"
+    with raw.open("wb", buffering=0) as file:
+        io_times = time_rounds(lambda: [file.write(payload[: 2 * PAGE_BYTES]) for _ in range(batch)], rounds=rounds)
+    times = time_rounds(replace, rounds=rounds)
+    io_s = sorted(io_times)[len(io_times) // 2]
+    per_block = [max(0.0, seconds - io_s) / batch for seconds in times]
+    yield record("put + evict, disk, beyond the I/O", {"resident": count, "io_us": round(1e6 * io_s / batch, 1)}, per_block, "us", limit=20.0)
+    tier.close()
+
+
+def _put(planner: Planner, keys: list[BlockKey]) -> None:
+    plan = planner.begin_store(keys, 0, PAGE_BYTES, 0.0)
+    planner.commit_store(plan.job_id, (), 0.0)
+
+
+def _prompts() -> Iterator[list[BlockKey]]:
+    number = 0
+    while True:
+        yield [BlockKey((number + position).to_bytes(16, "little")) for position in range(BLOCKS_PER_PROMPT)]
+        number += BLOCKS_PER_PROMPT
+
+
+def _step(half: SchedulerHalf, blocks: dict[str, list[int]], computed: dict[str, int]) -> None:
+    message = half.build_step([ScheduledRequest(name, block_ids, computed[name]) for name, block_ids in blocks.items()])
+    half.finish_step(WorkerReport(done={job.job_id: 1 for job in message.stores}))
+
+
+def _store(engine: CacheEngine, keys: list[BlockKey]) -> None:
+    plan = engine.begin_store(keys, 0)
+    assert len(keys) == len(plan.slots)
+    engine.commit_store(plan.job_id)
+
+
+@contextmanager
+def _engine(num_blocks: int) -> Iterator[CacheEngine]:
+    """An engine of one-page blocks, its memory ready."""
+    config = Config.from_mapping({"tiers": [{"type": "host", "capacity": num_blocks * PAGE_BYTES}]})
+    namespace = Namespace(model="bench")
+    engine = CacheEngine.open(config, namespace=namespace, block_bytes=PAGE_BYTES)
+    while engine.is_growing:
+        time.sleep(0.001)
+        engine.poll()
+    try:
+        yield engine
+    finally:
+        engine.close()

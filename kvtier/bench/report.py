@@ -1,0 +1,118 @@
+"""What all benchmarks share: medians, the table, and the JSON document.
+
+The JSON is ``{"environment": {...}, "records": [{"name", "params", "value", "unit", "limit", "fraction", "peers"}]}`` and stays so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import kvtier
+from kvtier import _native
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One figure: the median ``value`` in ``unit``; ``spread`` is the distance between the quartiles."""
+
+    name: str
+    params: Mapping[str, object]
+    value: float
+    unit: str
+    spread: float = 0.0
+    limit: float | None = None
+    """the physical limit measured in the same run, or the stated target, in the same unit"""
+    fraction: float | None = None
+    """value / limit"""
+    peers: Mapping[str, float] = field(default_factory=dict)
+
+
+def time_rounds(function: Callable[[], object], *, rounds: int, warm_up: int = 2) -> list[float]:
+    """Seconds of each of ``rounds`` calls, after ``warm_up`` that are not counted."""
+    for _ in range(warm_up):
+        function()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def record(name: str, params: Mapping[str, object], times_s: Sequence[float], unit: str, **more: object) -> Record:
+    """A record of times given in seconds, as ``us`` or ``ms``. ``more``: ``limit`` and ``peers``, in ``unit``."""
+    scale = {"us": 1e6, "ms": 1e3, "s": 1.0}[unit]
+    values = sorted(scale * seconds for seconds in times_s)
+    spread = values[(3 * len(values)) // 4] - values[len(values) // 4] if len(values) > 3 else 0.0
+    value = statistics.median(values)
+    limit = more.get("limit")
+    peers = more.get("peers", {})
+    assert limit is None or isinstance(limit, float)
+    assert isinstance(peers, Mapping)
+    return Record(name, params, value, unit, spread, limit, None if limit is None else value / limit, peers)
+
+
+def environment() -> dict[str, object]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {
+        "kvtier": kvtier.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "native_core": _native.is_native,
+        "lmcache": _version("lmcache"),
+    }
+
+
+def publish(title: str, records: Sequence[Record], json_path: Path | None) -> None:
+    """Prints the table and, where a path is given, writes the JSON."""
+    table = Table(title=title)
+    for column in ("what", "parameters", "median", "spread", "unit", "target or limit", "of it", "peers"):
+        table.add_column(column, justify="left" if column in ("what", "parameters", "peers") else "right")
+    for item in records:
+        table.add_row(
+            item.name,
+            ", ".join(f"{key}={value}" for key, value in item.params.items()),
+            f"{item.value:.3g}",
+            f"{item.spread:.2g}",
+            item.unit,
+            "" if item.limit is None else f"{item.limit:.3g}",
+            "" if item.fraction is None else f"{item.fraction:.0%}",
+            ", ".join(f"{name} {value:.3g}" for name, value in item.peers.items()),
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if json_path is not None:
+        document = {"environment": environment(), "records": [asdict(item) for item in records]}
+        json_path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

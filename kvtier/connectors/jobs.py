@@ -1,0 +1,66 @@
+"""Copies that the workers have been told to make and have not all reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvtier.connectors.messages import MoveJob
+
+
+@dataclass(slots=True)
+class LoadJob:
+    """A load on its way. Ends when all workers have reported it, whatever has become of the request."""
+
+    move: MoveJob
+    is_async: bool
+    first_block: int
+    """place of the first slot's block in the request's chain"""
+    remaining: int
+    failed: set[int] = field(default_factory=set)
+    """positions in ``move.block_ids``"""
+
+    def failed_block_ids(self) -> set[int]:
+        """Engine blocks that do not hold what the engine believes."""
+        return {self.move.block_ids[position] for position in self.failed} | set(self.move.missing)
+
+    def failed_slots(self, blocks_per_slot: int) -> set[int]:
+        """Indexes of the slots whose block could not be copied."""
+        return {(self.move.first_index + position) // blocks_per_slot for position in self.failed}
+
+    def first_failed_block(self, blocks_per_slot: int) -> int:
+        """Place in the chain of the first block that is not in the engine."""
+        return self.first_block + min(self.failed_slots(blocks_per_slot), default=len(self.move.slots))
+
+
+@dataclass(slots=True)
+class StoreJob:
+    """A store on its way."""
+
+    move: MoveJob
+    first_block: int
+    """place of the first slot's block in the request's chain"""
+    read_block_ids: Sequence[int]
+    """all blocks of the request: what its forward pass read"""
+    remaining: int
+    failed: set[int] = field(default_factory=set)
+    is_void: bool = False
+    """the bytes are not what the keys say, although the copies succeed"""
+
+    def failed_slots(self, blocks_per_slot: int) -> set[int]:
+        """Indexes of the slots that were not filled by every worker."""
+        return {position // blocks_per_slot for position in self.failed}
+
+
+def void_stores(stores: Iterable[StoreJob], request_id: str, bad_block_ids: set[int]) -> list[StoreJob]:
+    """Marks the stores whose forward pass may have read ``bad_block_ids``; returns those newly marked.
+
+    The engine computes on before it learns that a load failed, so what the request (and any that shares the block through
+    the engine's own prefix cache) has computed behind it is wrong.
+    """
+    marked = []
+    for job in stores:
+        if not job.is_void and (job.move.request_id == request_id or not bad_block_ids.isdisjoint(job.read_block_ids)):
+            job.is_void = True
+            marked.append(job)
+    return marked

@@ -1,0 +1,185 @@
+"""How much of a waiting request's prompt can be brought: match, promote, pin, and wait in bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvtier.connectors.requests import ConnectorSettings, Lookup, Matched, Request
+from kvtier.engine import CacheEngine
+
+PIN_TTL_S = 30.0
+"""a pin that is not asked for again ends after this time: the engine has forgotten the request"""
+_NOTHING = Matched(0)
+_LATER = Matched(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of blocks in tokens. ``block_tokens`` is a multiple of ``engine_block_tokens``."""
+
+    block_tokens: int
+    engine_block_tokens: int
+
+    @property
+    def blocks_per_slot(self) -> int:
+        """Engine blocks in one block."""
+        return self.block_tokens // self.engine_block_tokens
+
+
+class Matcher:
+    """Answers for waiting requests and keeps their hits from eviction. One thread.
+
+    All pins together keep at most ``max_pinned_blocks``; what is beyond is looked up afresh whenever the engine asks. A
+    request waits at most ``promote_wait_s`` in all for promotions each time it wants to start.
+    """
+
+    def __init__(
+        self, engine: CacheEngine, settings: ConnectorSettings, geometry: Geometry, *, max_pinned_blocks: int, clock: Callable[[], float]
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._block_tokens = geometry.block_tokens
+        self._engine_block_tokens = geometry.engine_block_tokens
+        self._max_pinned_blocks = max_pinned_blocks
+        self._clock = clock
+        self._pinned: dict[str, Lookup] = {}
+        self._num_pinned_blocks = 0
+        self._waiting: set[str] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for promotions."""
+        return len(self._waiting)
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Blocks that waiting requests keep from eviction; shared ones count for each."""
+        return self._num_pinned_blocks
+
+    def match(self, request: Request, num_tokens: int, num_computed_tokens: int) -> Matched:
+        """See :meth:`SchedulerHalf.match`."""
+        request.num_computed_tokens = num_computed_tokens
+        block_tokens, engine_block_tokens = self._block_tokens, self._engine_block_tokens
+        num_usable = (num_tokens - 1) // engine_block_tokens * engine_block_tokens
+        if not request.can_load or num_usable <= num_computed_tokens or num_computed_tokens % engine_block_tokens:
+            return _NOTHING
+        first = num_computed_tokens // block_tokens
+        limit = min(-(-num_usable // block_tokens), num_tokens // block_tokens)
+        lookup = request.lookup
+        if lookup is None or lookup.first_block != first or lookup.limit_block != limit:
+            lookup = self._look(request, first, limit)
+        elif lookup.is_waiting:
+            self._look_at_promotions(request, lookup)
+        else:
+            self._look_again(request, lookup)
+        if lookup.is_waiting:
+            return _LATER
+        num_tokens = min((first + lookup.num_ready) * block_tokens, num_usable) - num_computed_tokens
+        return Matched(num_tokens, self._settings.async_load) if num_tokens > 0 else _NOTHING
+
+    def release(self, request: Request) -> None:
+        """Ends what ``match`` keeps for a request: it starts, or is gone."""
+        lookup = request.lookup
+        if lookup is not None:
+            self._unpin(request, lookup)
+            self._waiting.discard(request.request_id)
+            request.lookup = None
+
+    def _look(self, request: Request, first: int, limit: int) -> Lookup:
+        """The first question, or one for other blocks than before."""
+        is_new = request.lookup is None
+        self.release(request)
+        request.lookup = lookup = Lookup(first, limit)
+        found = self._engine.match(request.keys_from(first, limit, self._block_tokens))
+        if is_new:
+            self._engine.stats.add("lookup.blocks", limit - first)
+            self._engine.stats.add("lookup.hit_blocks", found.hit_blocks)
+        lookup.num_ready = lookup.num_promised = found.ready_blocks
+        if found.hit_blocks > found.ready_blocks:
+            self._promote(request, lookup, found.hit_blocks)
+        self._pin(request, lookup)
+        return lookup
+
+    def _promote(self, request: Request, lookup: Lookup, num_blocks: int) -> None:
+        """Starts promotions as far as waiting requests may hold host memory, while the request may still wait."""
+        now = self._clock()
+        if request.deadline is None:
+            request.deadline = now + self._settings.promote_wait_s
+        room = max(self._room(now), lookup.num_ready)
+        if now >= request.deadline or room <= lookup.num_ready:
+            return
+        end = lookup.first_block + min(num_blocks, room)
+        keys = request.keys(end, self._block_tokens)[lookup.first_block :]
+        lookup.num_promised = max(lookup.num_ready, self._engine.promote(keys))
+        if lookup.num_promised > lookup.num_ready:
+            lookup.is_waiting = True
+            self._waiting.add(request.request_id)
+
+    def _look_at_promotions(self, request: Request, lookup: Lookup) -> None:
+        """Are they here, will they ever be, or is it too late?"""
+        end = lookup.first_block + lookup.num_promised
+        found = self._engine.match(request.keys_from(lookup.first_block, end, self._block_tokens))
+        grew = found.ready_blocks > lookup.num_ready
+        lookup.num_ready = found.ready_blocks
+        on_their_way = found.pending and found.ready_blocks < lookup.num_promised
+        too_late = request.deadline is not None and self._clock() >= request.deadline
+        if on_their_way and too_late:
+            self._engine.stats.add("promote.timeouts")
+        if not on_their_way or too_late:
+            lookup.is_waiting = False
+            self._waiting.discard(request.request_id)
+        if grew or not lookup.is_waiting:
+            self._pin(request, lookup)
+
+    def _look_again(self, request: Request, lookup: Lookup) -> None:
+        """What is pinned is certain; what lies behind is asked anew (one miss costs one look)."""
+        now = self._clock()
+        if lookup.num_pinned and now >= lookup.pinned_until:
+            self._unpin(request, lookup)
+        known = lookup.num_pinned
+        if lookup.first_block + known < lookup.limit_block:
+            found = self._engine.match(request.keys_from(lookup.first_block + known, lookup.limit_block, self._block_tokens))
+            lost = known + found.ready_blocks < lookup.num_ready
+            lookup.num_ready = lookup.num_promised = known + found.ready_blocks
+            if lost and found.hit_blocks > found.ready_blocks:
+                self._promote(request, lookup, known + found.hit_blocks)
+        if lookup.num_ready > known or now >= lookup.pinned_until - PIN_TTL_S / 2:
+            self._pin(request, lookup)
+
+    def _room(self, now: float) -> int:
+        """Blocks that may still be pinned; forgets pins that have ended by their deadline."""
+        if self._num_pinned_blocks >= self._max_pinned_blocks:
+            for request_id, lookup in list(self._pinned.items()):
+                if now >= lookup.pinned_until:
+                    self._forget_pin(request_id, lookup)
+        return self._max_pinned_blocks - self._num_pinned_blocks
+
+    def _pin(self, request: Request, lookup: Lookup) -> None:
+        """Pins the ready blocks, or as many leading ones as may be, with a new deadline."""
+        old = lookup.pin_id if lookup.num_pinned else 0
+        if lookup.num_pinned:
+            self._forget_pin(request.request_id, lookup)
+        now = self._clock()
+        num_blocks = min(lookup.num_ready, self._room(now))
+        if num_blocks > 0:
+            end = lookup.first_block + num_blocks
+            keys = request.keys(end, self._block_tokens)[lookup.first_block :]
+            lookup.pin_id = self._engine.pin(keys, PIN_TTL_S)
+            lookup.num_pinned = num_blocks
+            lookup.pinned_until = now + PIN_TTL_S
+            self._pinned[request.request_id] = lookup
+            self._num_pinned_blocks += num_blocks
+        if old:
+            self._engine.unpin(old)
+
+    def _unpin(self, request: Request, lookup: Lookup) -> None:
+        if lookup.num_pinned:
+            pin_id = lookup.pin_id
+            self._forget_pin(request.request_id, lookup)
+            self._engine.unpin(pin_id)
+
+    def _forget_pin(self, request_id: str, lookup: Lookup) -> None:
+        del self._pinned[request_id]
+        self._num_pinned_blocks -= lookup.num_pinned
+        lookup.num_pinned = 0

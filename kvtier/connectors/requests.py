@@ -1,0 +1,195 @@
+"""What the scheduler half knows of a request, and the settings it works by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvtier.connectors.messages import RequestOptions
+from kvtier.hashing import KeyChain, TokenSpan, request_root
+from kvtier.types import BlockKey
+
+NEVER = 1 << 62
+"""more tokens than any request has"""
+_FIRST_WINDOW_BLOCKS = 16
+_WINDOW_GROWTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RequestIdentity:
+    """What besides the token ids decides whether two requests may share KV."""
+
+    extras: tuple[bytes, ...] = ()
+    """adapter, cache salt, ...: part of the root, so they separate whole requests"""
+    spans: tuple[TokenSpan, ...] = ()
+    """multimodal items: part of the keys of the blocks they lie in, and so of all blocks behind"""
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The answer to "how much of this prompt can you bring?"."""
+
+    num_tokens: int | None
+    """tokens beyond those the engine has already; ``None``: not known yet, ask again in a later step"""
+    is_async: bool = False
+    """the load runs while the request waits; never true with 0 or ``None``"""
+
+
+class ConnectorSettings(Protocol):
+    """The ``connector:`` section of the configuration, as far as the halves read it."""
+
+    @property
+    def load(self) -> bool:
+        """Take KV out of the cache at all."""
+
+    @property
+    def store(self) -> bool:
+        """Put KV into the cache at all."""
+
+    @property
+    def store_decode_blocks(self) -> bool:
+        """Also keep blocks that were filled while generating."""
+
+    @property
+    def async_load(self) -> bool:
+        """Load while the request waits, not inside the step that computes it."""
+
+    @property
+    def promote_wait_s(self) -> float:
+        """How long a request waits for blocks on slower tiers."""
+
+    @property
+    def max_pinned_fraction(self) -> float:
+        """Share of host memory that waiting requests may keep from eviction."""
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultSettings:
+    """The defaults of :class:`ConnectorSettings`, for tests and scripts."""
+
+    load: bool = True
+    store: bool = True
+    store_decode_blocks: bool = True
+    async_load: bool = False
+    promote_wait_s: float = 2.0
+    max_pinned_fraction: float = 0.5
+
+
+@dataclass(slots=True)
+class Lookup:
+    """What is known of a waiting request's hit. Blocks count from ``first_block`` on."""
+
+    first_block: int
+    """blocks before it are in the engine already"""
+    limit_block: int
+    """no block from here on is of use"""
+    num_promised: int = 0
+    """blocks that are or will be in host memory"""
+    num_ready: int = 0
+    is_waiting: bool = False
+    """for promotions"""
+    num_pinned: int = 0
+    """leading blocks that cannot leave host memory"""
+    pin_id: int = 0
+    pinned_until: float = 0.0
+
+
+class Request:
+    """A request as the scheduler half sees it."""
+
+    __slots__ = (
+        "can_load",
+        "can_store",
+        "chain",
+        "deadline",
+        "is_admitted",
+        "is_stopped",
+        "lookup",
+        "num_computed_tokens",
+        "num_keys",
+        "num_store_tokens",
+        "request_id",
+        "store_at",
+        "store_from",
+        "token_ids",
+    )
+
+    def __init__(self, request_id: str, token_ids: Sequence[int], chain: KeyChain, options: RequestOptions) -> None:
+        self.request_id = request_id
+        self.token_ids = token_ids
+        self.chain = chain
+        self.can_load = options.load
+        self.can_store = options.store
+        self.num_store_tokens = NEVER
+        """tokens behind which nothing is stored"""
+        self.lookup: Lookup | None = None
+        self.deadline: float | None = None
+        """when it stops waiting for promotions"""
+        self.num_computed_tokens = 0
+        """what the engine had when it asked last"""
+        self.is_admitted = False
+        """the engine has given it blocks"""
+        self.num_keys = 0
+        self.store_from = 0
+        """first block that was not considered for storing"""
+        self.store_at = NEVER
+        """computed tokens that make the next block full"""
+        self.is_stopped = False
+        """its blocks are not to be stored until it starts over"""
+
+    def start_over(self) -> None:
+        """The engine has taken its blocks away; it waits again."""
+        self.is_admitted = self.is_stopped = False
+        self.deadline = None
+        self.store_from = 0
+        self.store_at = NEVER
+
+    def load_failed(self, first_block: int, block_tokens: int) -> None:
+        """The engine computes from ``first_block`` on. No second try to load: a failure that lasts must not go round for ever."""
+        self.can_load = False
+        self.store_again(first_block, block_tokens)
+
+    def store_again(self, first_block: int, block_tokens: int) -> None:
+        """What was planned to be stored from ``first_block`` on came to nothing."""
+        self.store_from = min(self.store_from, first_block)
+        self.store_next(block_tokens)
+
+    def store_next(self, block_tokens: int) -> None:
+        """Waits for the block at ``store_from`` to be full."""
+        at = (self.store_from + 1) * block_tokens
+        self.store_at = at if self.can_store and not self.is_stopped and at <= self.num_store_tokens else NEVER
+
+    def stop_storing(self) -> None:
+        """What it has computed so far is out of date."""
+        if self.is_admitted:
+            self.is_stopped = True
+            self.store_at = NEVER
+
+    def keys(self, num_blocks: int, block_tokens: int) -> list[BlockKey]:
+        """The keys of the first ``num_blocks`` blocks; hashes only what is new."""
+        keys = self.chain.update(self.token_ids, max(num_blocks, self.num_keys) * block_tokens)
+        self.num_keys = len(keys)
+        return keys if len(keys) == num_blocks else keys[:num_blocks]
+
+    def keys_from(self, first_block: int, limit_block: int, block_tokens: int) -> Iterator[BlockKey]:
+        """The keys of the blocks in the range, hashed in growing windows: who stops early has hashed little."""
+        return itertools.chain.from_iterable(self._windows(first_block, limit_block, block_tokens))
+
+    def _windows(self, first_block: int, limit_block: int, block_tokens: int) -> Iterator[list[BlockKey]]:
+        done = first_block
+        size = _FIRST_WINDOW_BLOCKS
+        while done < limit_block:
+            end = min(limit_block, max(done + size, self.num_keys))
+            yield self.keys(end, block_tokens)[done:end]
+            done = end
+            size *= _WINDOW_GROWTH
+
+
+def make_request(
+    request_id: str, token_ids: Sequence[int], identity: RequestIdentity, options: RequestOptions, *, namespace: bytes, block_tokens: int
+) -> Request:
+    """A request that waits. Hashes nothing."""
+    keys = KeyChain(request_root(namespace, identity.extras), block_tokens, identity.spans)
+    return Request(request_id, token_ids, keys, options)

@@ -1,0 +1,266 @@
+"""The worker half of a connector, without any engine: copies engine blocks to and from slots, and reports.
+
+Call order around one forward pass, as vLLM has it::
+
+    before_overwrite() -> begin_step() -> start_loads() -> wait_for_loads() -> [forward] -> start_stores()
+        -> finish() -> failed_block_ids() -> report()
+
+Without sync loads in a step ``start_loads`` may come after the forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvtier.connectors.boundary import Boundary
+from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
+from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent
+from kvtier.memory.arena import PAGE_BYTES, Arena
+
+_NO_ORDERS = StepMessage()
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """Requests whose asynchronous copies are over on this worker: ``sent`` may lose its blocks, ``received`` may run."""
+
+    sent: set[str]
+    received: set[str]
+
+
+@dataclass(slots=True)
+class _Copy:
+    """A job that was started. ``positions`` of its blocks are being copied; the others have failed already."""
+
+    job: MoveJob
+    positions: list[int]
+    event: CopyEvent | None
+    failed: set[int] = field(default_factory=set)
+
+
+class WorkerHalf:
+    """One rank's data mover. One thread.
+
+    Never raises into the engine's step: what cannot be copied is reported as failed, loads through
+    ``failed_block_ids`` and ``report``, stores through ``report``.
+
+    Args:
+        arena: the shared arena, mapped by this process; not closed by ``close()``
+        copier: bound to this rank's KV memory and to the arena
+        rank: position of this rank's part in a slot, 0 <= rank < num_workers
+        num_workers: parts in a slot
+        engine_block_bytes: bytes of one engine block on this rank
+        blocks_per_slot: engine blocks in one kvtier block
+        strict: re-raise unexpected errors, except those of the copier (tests only)
+
+    Raises:
+        ValueError: the rank is not one of the workers.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        copier: BlockCopier,
+        *,
+        rank: int,
+        num_workers: int,
+        engine_block_bytes: int,
+        blocks_per_slot: int = 1,
+        strict: bool = False,
+    ) -> None:
+        if not 0 <= rank < num_workers:
+            raise ValueError(f"rank {rank} is not one of {num_workers} workers")
+        self._generations = arena.generations
+        self._copier = copier
+        self._block_bytes = engine_block_bytes
+        self._blocks_per_slot = blocks_per_slot
+        self._part_offset = rank * blocks_per_slot * engine_block_bytes
+        self._boundary = Boundary(on_error=self._count_error, strict=strict)
+        self._copying = Boundary(on_error=self._count_error)
+        """around calls to the copier, which may fail in any way"""
+        self._orders = _NO_ORDERS
+        self._loads_started = self._stores_started = True
+        self._sync_loads: list[_Copy] = []
+        self._async_loads: list[_Copy] = []
+        self._stores: list[_Copy] = []
+        self._held: set[str] = set()
+        self._received: set[str] = set()
+        self._failed_block_ids: set[int] = set()
+        self._report = WorkerReport(attached=1)
+
+    # ---- one step -----------------------------------------------------------------------------------------------
+
+    def before_overwrite(self, message: StepMessage) -> None:
+        """Waits for stores that still read blocks of ``message.preempted``. First call of a step; cheap without preemptions."""
+        if not message.preempted:
+            return
+        with self._boundary.at("before_overwrite"):
+            for copy in list(self._stores):
+                if copy.job.request_id in message.preempted:
+                    self._stores.remove(copy)
+                    self._end(copy)
+
+    def begin_step(self, message: StepMessage) -> None:
+        """Takes the step's orders. Nothing is copied yet."""
+        self._orders = message
+        self._loads_started = self._stores_started = False
+        self._held.update(message.held)
+
+    def start_loads(self) -> None:
+        """Starts all loads of the step, sync ones first. Slots with a new tenant fail without a copy. Idempotent in a step."""
+        if self._loads_started:
+            return
+        self._loads_started = True
+        for job in self._orders.loads:
+            self._sync_loads.append(self._start(job, is_load=True))
+        for job in self._orders.async_loads:
+            self._async_loads.append(self._start(job, is_load=True))
+
+    def wait_for_loads(self) -> None:
+        """Returns when the sync loads of the step are in the engine's blocks or have failed. Idempotent."""
+        copies, self._sync_loads = self._sync_loads, []
+        for copy in copies:
+            self._end_load(copy)
+
+    def start_stores(self) -> None:
+        """Starts the stores of the step; the forward pass must have been submitted. Idempotent in a step.
+
+        With a synchronous copier they are over on return.
+        """
+        if self._stores_started:
+            return
+        self._stores_started = True
+        for job in self._orders.stores:
+            copy = self._start(job, is_load=False)
+            if self._copier.is_async:
+                self._stores.append(copy)
+            else:
+                self._end(copy)
+
+    def finish(self) -> Transferred:
+        """Ends the step: which asynchronous transfers are over since the last call. Never waits for those.
+
+        Does what was left out of ``start_loads``, ``wait_for_loads`` and ``start_stores``.
+        """
+        self.start_loads()
+        self.wait_for_loads()
+        self.start_stores()
+        self._orders = _NO_ORDERS
+        loads, self._async_loads = self._async_loads, []
+        for copy in loads:
+            if self._is_over(copy):
+                self._end_load(copy)
+                self._received.add(copy.job.request_id)
+            else:
+                self._async_loads.append(copy)
+        stores, self._stores = self._stores, []
+        for copy in stores:
+            if self._is_over(copy):
+                self._end(copy)
+            else:
+                self._stores.append(copy)
+        sent = self._held - {copy.job.request_id for copy in self._stores} if self._held else set()
+        self._held -= sent
+        received, self._received = self._received, set()
+        return Transferred(sent, received)
+
+    def failed_block_ids(self) -> set[int]:
+        """Engine blocks whose load failed since the last call; the engine must compute them. Call after ``finish``."""
+        failed, self._failed_block_ids = self._failed_block_ids, set()
+        return failed
+
+    def report(self) -> WorkerReport:
+        """Jobs that ended since the last call, for the scheduler half. Call after ``finish``."""
+        report, self._report = self._report, WorkerReport()
+        return report
+
+    def close(self) -> None:
+        """Waits for running copies. Idempotent."""
+        for copy in [*self._sync_loads, *self._async_loads, *self._stores]:
+            self._end(copy)
+        self._sync_loads, self._async_loads, self._stores = [], [], []
+
+    # ---- one job ------------------------------------------------------------------------------------------------
+
+    def _start(self, job: MoveJob, *, is_load: bool) -> _Copy:
+        """Starts the copies of a job whose slots still have the tenant they were planned for."""
+        copy = _Copy(job, [], None, set(range(len(job.block_ids))))
+        with self._boundary.at("start copy"):
+            stale = self._stale_positions(job)
+            self._count_stale(job, stale)
+            positions = sorted(copy.failed - stale)
+            copies = [self._block_copy(job, position) for position in positions]
+            if copies:
+                with self._copying.at("scatter" if is_load else "gather"):
+                    copy.event = self._copier.scatter(copies) if is_load else self._copier.gather(copies)
+            if copy.event is not None:
+                copy.positions = positions
+                copy.failed = stale
+        return copy
+
+    def _is_over(self, copy: _Copy) -> bool:
+        """Whether nothing of a copy runs any more. One that cannot be asked has failed."""
+        if copy.event is None:
+            return True
+        is_over = None
+        with self._copying.at("copy"):
+            is_over = copy.event.done()
+        if is_over is None:
+            copy.event = None
+            copy.failed.update(copy.positions)
+        return is_over is not False
+
+    def _end_load(self, copy: _Copy) -> None:
+        """Ends a load; a slot that got a new tenant during the copy may have given anything."""
+        self._wait(copy)
+        if copy.event is not None:
+            stale = set(copy.positions)
+            with self._boundary.at("verify"):
+                stale = self._stale_positions(copy.job) - copy.failed
+                self._count_stale(copy.job, stale)
+            copy.failed |= stale
+        self._failed_block_ids.update(copy.job.missing)
+        self._failed_block_ids.update(copy.job.block_ids[position] for position in copy.failed)
+        self._end(copy)
+
+    def _wait(self, copy: _Copy) -> None:
+        if copy.event is None:
+            return
+        is_done = False
+        with self._copying.at("copy"):
+            copy.event.wait()
+            is_done = True
+        if not is_done:
+            copy.event = None
+            copy.failed.update(copy.positions)
+
+    def _end(self, copy: _Copy) -> None:
+        """Waits for a copy and puts its outcome into the report."""
+        self._wait(copy)
+        self._report.done[copy.job.job_id] = 1
+        if copy.failed:
+            self._report.failed[copy.job.job_id] = copy.failed
+
+    def _block_copy(self, job: MoveJob, position: int) -> BlockCopy:
+        slot, index = divmod(job.first_index + position, self._blocks_per_slot)
+        return BlockCopy(job.block_ids[position], job.slots[slot] * PAGE_BYTES + self._part_offset + index * self._block_bytes)
+
+    def _stale_positions(self, job: MoveJob) -> set[int]:
+        """Positions whose slot has another tenant than planned."""
+        if not job.slots:
+            return set()
+        slots = np.fromiter(job.slots, dtype=np.int64, count=len(job.slots))
+        planned = np.fromiter(job.generations, dtype=np.uint32, count=len(job.slots))
+        stale = set(np.flatnonzero(self._generations[slots] != planned).tolist())
+        if not stale:
+            return set()
+        per_slot = self._blocks_per_slot
+        return {position for position in range(len(job.block_ids)) if (job.first_index + position) // per_slot in stale}
+
+    def _count_stale(self, job: MoveJob, positions: set[int]) -> None:
+        self._report.num_stale += len({(job.first_index + position) // self._blocks_per_slot for position in positions})
+
+    def _count_error(self) -> None:
+        self._report.num_errors += 1

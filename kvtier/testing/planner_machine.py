@@ -1,0 +1,237 @@
+"""The planner against a model: whatever happens in whatever order, bytes are never mixed up and nothing is left behind.
+
+Host memory is a dict slot -> key of what was written there; the tier below is a set of keys. A block's "bytes" are its key, so reading
+a slot or a tier shows at once whether it holds what the planner says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from kvtier.control.commands import Command, Demote, Promote, Remove
+from kvtier.control.expiry import ExpiryQueue
+from kvtier.control.host_space import PAGE_BYTES, HostSpace
+from kvtier.control.lower import LowerTierSpec, WriteMode
+from kvtier.control.planner import Planner
+from kvtier.control.residency import Residency
+from kvtier.memory.slab import SlabAllocator
+from kvtier.policies import create_policy
+from kvtier.stats import Stats
+from kvtier.types import BlockKey, LoadPlan, Outcome, StorePlan
+
+HOST_BLOCKS = 6
+TIER_BLOCKS = 4
+PROMPTS = 4
+MAX_BLOCKS = 4
+_OUTCOMES = st.sampled_from([Outcome.OK] * 6 + [Outcome.MISS, Outcome.CORRUPT, Outcome.REJECTED, Outcome.FAILED])
+
+
+def chain(prompt: int, num_blocks: int) -> list[BlockKey]:
+    """Keys of a prompt's first blocks. Even prompts share their first two blocks."""
+    heads = [prompt if position >= 2 or prompt % 2 else 0 for position in range(num_blocks)]
+    return [BlockKey(bytes([head, position]) + bytes(14)) for position, head in enumerate(heads)]
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    """Subclass and set ``write``, ``policy``, ``ttl_s`` for a configuration."""
+
+    write = WriteMode.THROUGH
+    policy = "lru"
+    ttl_s: float | None = None
+
+    stores = Bundle("stores")
+    loads = Bundle("loads")
+    pins = Bundle("pins")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.memory: dict[int, BlockKey] = {}
+        self.tier: set[BlockKey] = set()
+        self.queue: list[Command] = []
+        self.open_stores: dict[int, tuple[StorePlan, list[BlockKey]]] = {}
+        self.open_loads: dict[int, tuple[LoadPlan, list[BlockKey]]] = {}
+        extents = SlabAllocator(HOST_BLOCKS * PAGE_BYTES, 4 * PAGE_BYTES)
+        self.generations = [0] * HOST_BLOCKS
+        spec = LowerTierSpec(self.residency("disk"), lambda num_bytes: TIER_BLOCKS, self.write, 4 * PAGE_BYTES)
+        self.planner = Planner(HostSpace(extents, self.generations), self.residency("host"), [spec], Stats())
+
+    def residency(self, name: str) -> Residency:
+        make: Callable[[], ExpiryQueue | None] = lambda: None if self.ttl_s is None else ExpiryQueue(self.ttl_s, sliding=True)  # noqa: E731
+        return Residency(name, lambda: create_policy(self.policy), make())
+
+    def carry_on(self) -> None:
+        self.queue.extend(self.planner.take_commands())
+
+    # ---- the engine's side ----
+
+    @rule(target=stores, prompt=st.integers(0, PROMPTS - 1), first=st.integers(0, MAX_BLOCKS - 1), count=st.integers(1, MAX_BLOCKS))
+    def begin_store(self, prompt: int, first: int, count: int) -> object:
+        keys = chain(prompt, min(first + count, MAX_BLOCKS))
+        plan = self.planner.begin_store(keys, first, PAGE_BYTES, self.now)
+        self.carry_on()
+        assert len(plan.positions) == len(plan.slots)
+        assert sorted(plan.positions) == list(plan.positions)
+        if not plan.slots:
+            return multiple()
+        wanted = [keys[first + position] for position in plan.positions]
+        for key, ref in zip(wanted, plan.slots, strict=True):
+            assert self.generations[ref.slot] == ref.generation
+            self.memory[ref.slot] = key
+        self.open_stores[plan.job_id] = (plan, wanted)
+        return plan.job_id
+
+    @rule(prompt=st.integers(0, PROMPTS - 1))
+    def store_at_once(self, prompt: int) -> None:
+        """A whole prompt comes, is committed and written down as far as there is room."""
+        job_id = self.begin_store(prompt, 0, MAX_BLOCKS)
+        if isinstance(job_id, int):
+            self.commit(job_id, set())
+        self.settle()
+
+    @rule(job_id=consumes(stores), failed=st.sets(st.integers(0, MAX_BLOCKS), max_size=2))
+    def commit(self, job_id: int, failed: set[int]) -> None:
+        plan, _ = self.open_stores.pop(job_id)
+        self.planner.commit_store(job_id, {position for position in failed if position < len(plan.slots)}, self.now)
+
+    @rule(job_id=consumes(stores))
+    def abort(self, job_id: int) -> None:
+        del self.open_stores[job_id]
+        self.planner.abort_store(job_id, self.now)
+
+    @rule(target=loads, prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
+    def begin_load(self, prompt: int, count: int) -> int:
+        keys = chain(prompt, count)
+        ready = self.planner.match(keys).ready_blocks
+        plan = self.planner.begin_load(keys)
+        assert ready == len(plan.slots)
+        self.open_loads[plan.job_id] = (plan, keys)
+        return plan.job_id
+
+    @rule(job_id=consumes(loads), failed=st.sets(st.integers(0, MAX_BLOCKS), max_size=2))
+    def end_load(self, job_id: int, failed: set[int]) -> None:
+        plan, keys = self.open_loads.pop(job_id)
+        gone = {position for position in failed if position < len(plan.slots)}
+        self.planner.end_load(job_id, gone)
+        again = self.planner.begin_load(keys)
+        assert not {plan.slots[position] for position in gone} & set(again.slots)
+        self.planner.end_load(again.job_id, ())
+
+    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
+    def promote(self, prompt: int, count: int) -> None:
+        keys = chain(prompt, count)
+        before = self.planner.match(keys)
+        promised = self.planner.promote(keys, self.now)
+        self.carry_on()
+        assert before.ready_blocks <= promised <= before.hit_blocks
+
+    @rule(target=pins, prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS), ttl_s=st.none() | st.floats(0.1, 20.0))
+    def pin(self, prompt: int, count: int, ttl_s: float | None) -> int:
+        return self.planner.pin(chain(prompt, count), None if ttl_s is None else self.now + ttl_s)
+
+    @rule(pin_id=pins)
+    def unpin(self, pin_id: int) -> None:
+        self.planner.unpin(pin_id, self.now)
+
+    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
+    def touch(self, prompt: int, count: int) -> None:
+        self.planner.touch(chain(prompt, count), self.now)
+
+    @rule(seconds=st.floats(0.0, 10.0))
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.planner.tick(self.now)
+        self.carry_on()
+
+    @rule(really=st.integers(0, 5))
+    def reset(self, really: int) -> None:
+        if really:
+            return
+        self.planner.reset(self.now)
+        self.carry_on()
+        assert all(self.planner.match(chain(prompt, 1)).hit_blocks == 0 for prompt in range(PROMPTS))
+
+    @rule(offline=st.integers(0, 5))
+    def health(self, offline: int) -> None:
+        self.planner.set_online(1, offline != 0)
+
+    # ---- the tier's side ----
+
+    @rule()
+    def settle(self) -> None:
+        """Everything the planner wants is done, without any failure."""
+        for _ in range(1000):
+            self.planner.tick(self.now)
+            self.carry_on()
+            if not self.queue:
+                break
+            command = self.queue.pop(0)
+            if isinstance(command, Remove):
+                self.tier -= set(command.keys)
+            elif isinstance(command, Demote):
+                self.store_down(command, [Outcome.OK] * len(command.blocks))
+            else:
+                self.load_up(command, [Outcome.OK] * len(command.blocks))
+
+    @rule(data=st.data())
+    def carry_out(self, data: st.DataObject) -> None:
+        """The tier does the oldest command; its result may be anything."""
+        if not self.queue:
+            return
+        command = self.queue.pop(0)
+        if isinstance(command, Remove):
+            self.tier -= set(command.keys)
+            return
+        outcomes = [data.draw(_OUTCOMES) for _ in command.blocks]
+        if isinstance(command, Demote):
+            self.store_down(command, outcomes)
+        else:
+            self.load_up(command, outcomes)
+        self.carry_on()
+
+    def store_down(self, command: Demote, outcomes: list[Outcome]) -> None:
+        for position, (meta, slot) in enumerate(zip(command.blocks, command.slots, strict=True)):
+            assert meta.key == self.memory[slot]
+            if outcomes[position] is Outcome.OK:
+                self.tier.add(meta.key)
+        assert len(self.tier) <= TIER_BLOCKS
+        self.planner.demoted(command.job_id, outcomes, (), self.now)
+
+    def load_up(self, command: Promote, outcomes: list[Outcome]) -> None:
+        for position, (meta, slot) in enumerate(zip(command.blocks, command.slots, strict=True)):
+            if meta.key not in self.tier:
+                outcomes[position] = Outcome.MISS
+            elif outcomes[position] is Outcome.OK:
+                self.memory[slot] = meta.key
+            elif outcomes[position] in (Outcome.MISS, Outcome.CORRUPT):
+                self.tier.discard(meta.key)
+        self.planner.promoted(command.job_id, outcomes, self.now)
+
+    # ---- what must always hold ----
+
+    @invariant()
+    def books_are_right(self) -> None:
+        assert self.planner.check() == []
+
+    @invariant()
+    def copies_under_way_are_undisturbed(self) -> None:
+        """No slot that somebody reads or fills has got a new tenant."""
+        for plan, keys in [*self.open_stores.values(), *self.open_loads.values()]:
+            for ref, key in zip(plan.slots, keys, strict=False):
+                assert self.generations[ref.slot] == ref.generation
+                assert self.memory[ref.slot] == key
+
+    def teardown(self) -> None:
+        """When everything has ended, nothing is left and everything can leave."""
+        for job_id in list(self.open_stores):
+            self.planner.abort_store(job_id, self.now)
+        for job_id in list(self.open_loads):
+            self.planner.end_load(job_id, ())
+        self.now += 1000.0
+        self.settle()
+        left = self.planner.leftovers()
+        assert {"stores": 0, "loads": 0, "transfers": 0, "leases": 0} == {name: left[name] for name in left if name != "pins"}
+        assert self.planner.check() == []

@@ -1,0 +1,153 @@
+"""The planner: stores, loads, promotion, demotion, eviction, pins, time to live."""
+
+from __future__ import annotations
+
+from kvtier.control.commands import Promote
+from kvtier.control.expiry import ExpiryQueue
+from kvtier.control.host_space import PAGE_BYTES, HostSpace
+from kvtier.control.lower import LowerTierSpec, WriteMode
+from kvtier.control.planner import Planner
+from kvtier.control.residency import Residency
+from kvtier.memory.slab import SlabAllocator
+from kvtier.policies import create_policy
+from kvtier.stats import Stats
+from kvtier.testing.planner_machine import PlannerMachine
+from kvtier.types import BlockKey, BlockMeta, Outcome
+
+
+class ThroughMachine(PlannerMachine):
+    write = WriteMode.THROUGH
+
+
+class BackMachine(PlannerMachine):
+    write = WriteMode.BACK
+    ttl_s = 15.0
+
+
+class OnEvictMachine(PlannerMachine):
+    write = WriteMode.ON_EVICT
+
+
+class FIFOMachine(PlannerMachine):
+    policy = "fifo"
+    ttl_s = 7.0
+
+
+TestWriteThrough = ThroughMachine.TestCase
+TestWriteBack = BackMachine.TestCase
+TestWriteOnEvict = OnEvictMachine.TestCase
+TestFIFOWithTTL = FIFOMachine.TestCase
+
+
+def make_planner(host_blocks: int, *, ttl_s: float | None = None, extent_blocks: int = 4) -> Planner:
+    slab = SlabAllocator(host_blocks * PAGE_BYTES, extent_blocks * PAGE_BYTES)
+    expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=True)
+    host = Residency("host", lambda: create_policy("lru"), expiry)
+    disk = LowerTierSpec(Residency("disk", lambda: create_policy("lru"), None), lambda num_bytes: 100, WriteMode.THROUGH, 1 << 30)
+    return Planner(HostSpace(slab, [0] * host_blocks), host, [disk], Stats())
+
+
+def keys_of(prompt: int, num_blocks: int) -> list[BlockKey]:
+    return [BlockKey(bytes([prompt, position]) + bytes(14)) for position in range(num_blocks)]
+
+
+def store(planner: Planner, keys: list[BlockKey], first: int = 0, num_bytes: int = PAGE_BYTES, now: float = 0.0) -> int:
+    """Stores what finds room; returns how many blocks did."""
+    plan = planner.begin_store(keys, first, num_bytes, now)
+    if plan.slots:
+        planner.commit_store(plan.job_id, (), now)
+    return len(plan.slots)
+
+
+def test_a_store_that_only_partly_fits_keeps_its_leading_part() -> None:
+    """What found no slot is refused, counted, and it is the tail."""
+    planner = make_planner(4)
+    assert 4 == store(planner, keys_of(1, 6))
+    assert 4 == planner.match(keys_of(1, 6)).ready_blocks
+
+
+def test_a_store_never_evicts_the_prefix_it_continues() -> None:
+    """With host memory full of one prompt, its continuation finds no room rather than stranding itself."""
+    planner = make_planner(4)
+    store(planner, keys_of(1, 4))
+    assert 0 == store(planner, keys_of(1, 6), first=4)
+    assert 4 == planner.match(keys_of(1, 6)).ready_blocks
+
+
+def test_a_store_behind_a_hole_is_broken() -> None:
+    """Blocks whose predecessor is nowhere could never be found; the caller is told to start earlier."""
+    planner = make_planner(4)
+    assert planner.begin_store(keys_of(1, 3), 2, PAGE_BYTES, 0.0).broken
+
+
+def test_eviction_takes_exactly_what_is_missing() -> None:
+    """Three blocks into four slots that are full evict three, the oldest prompt's tail first."""
+    planner = make_planner(4)
+    store(planner, keys_of(1, 2), now=0.0)
+    store(planner, keys_of(2, 2), now=1.0)
+    assert 1 == store(planner, keys_of(3, 1), now=2.0)
+    assert [1, 2, 1] == [planner.match(keys_of(prompt, 2)).ready_blocks for prompt in (1, 2, 3)]
+
+
+def test_the_newest_prompts_hit_when_many_are_stored_back_to_back() -> None:
+    """24 prompts of an eighth of host memory each: the newest eight are there whole."""
+    planner = make_planner(64, extent_blocks=16)
+    for prompt in range(24):
+        assert 8 == store(planner, keys_of(prompt, 8), now=float(prompt))
+    assert [0] * 16 + [8] * 8 == [planner.match(keys_of(prompt, 8)).ready_blocks for prompt in range(24)]
+
+
+def test_pinned_prefixes_outlive_pressure_until_their_deadline() -> None:
+    """A pin with a deadline keeps a prefix; afterwards it is as good as any other block."""
+    planner = make_planner(4)
+    store(planner, keys_of(1, 2))
+    planner.pin(keys_of(1, 2), deadline=10.0)
+    store(planner, keys_of(2, 4), now=1.0)
+    assert [2, 2] == [planner.match(keys_of(prompt, 4)).ready_blocks for prompt in (1, 2)]
+    planner.tick(10.0)
+    store(planner, keys_of(3, 4), now=11.0)
+    assert 0 == planner.match(keys_of(1, 2)).ready_blocks
+
+
+def test_a_sliding_time_to_live_counts_from_the_last_use() -> None:
+    """Used blocks stay, unused ones are gone once their time is over."""
+    planner = make_planner(4, ttl_s=10.0)
+    store(planner, keys_of(1, 1), now=0.0)
+    store(planner, keys_of(2, 1), now=0.0)
+    planner.touch(keys_of(1, 1), 8.0)
+    planner.tick(12.0)
+    assert [1, 0] == [planner.match(keys_of(prompt, 1)).ready_blocks for prompt in (1, 2)]
+
+
+def test_another_block_size_gets_an_extent_when_all_are_taken() -> None:
+    """A size that has no slot at all takes the emptiest extent of another size."""
+    planner = make_planner(8)
+    for prompt in range(8):
+        store(planner, keys_of(prompt, 1), now=float(prompt))
+    assert 2 == store(planner, keys_of(9, 3), num_bytes=2 * PAGE_BYTES, now=9.0)
+    assert 4 == planner.num_blocks()["host"] - 2
+
+
+def test_a_promotion_overtaken_by_a_reset_comes_to_nothing() -> None:
+    """What arrives after everything was forgotten is not found again."""
+    planner = make_planner(4)
+    planner.recover(1, [BlockMeta(keys_of(1, 1)[0], None, PAGE_BYTES)], 0.0)
+    assert 1 == planner.promote(keys_of(1, 1), 0.0)
+    (promotion,) = planner.take_commands()
+    assert isinstance(promotion, Promote)
+    planner.reset(1.0)
+    planner.promoted(promotion.job_id, [Outcome.OK], 1.0)
+    assert 0 == planner.match(keys_of(1, 1)).hit_blocks
+    assert [] == planner.check()
+
+
+def test_a_block_that_fails_verification_stops_being_a_hit() -> None:
+    """A corrupt block is forgotten in its tier, and what was behind it is not found any more."""
+    planner = make_planner(4)
+    metas = [BlockMeta(key, parent, PAGE_BYTES) for key, parent in zip(keys_of(1, 2), [None, keys_of(1, 1)[0]], strict=True)]
+    planner.recover(1, metas, 0.0)
+    assert 2 == planner.promote(keys_of(1, 2), 0.0)
+    (promotion,) = planner.take_commands()
+    assert isinstance(promotion, Promote)
+    planner.promoted(promotion.job_id, [Outcome.CORRUPT, Outcome.OK], 0.0)
+    assert 0 == planner.match(keys_of(1, 2)).hit_blocks

@@ -1,0 +1,95 @@
+"""Eviction policies keep their contract, and LRU and FIFO their order."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.policies import POLICIES, FIFOPolicy, LRUPolicy, create_policy
+from kvtier.testing.policies import PolicyMachine, key_of, parent_of
+from kvtier.types import BlockMeta
+
+
+class LRUMachine(PolicyMachine):
+    make = LRUPolicy
+
+
+class FIFOMachine(PolicyMachine):
+    make = FIFOPolicy
+
+
+TestLRU = LRUMachine.TestCase
+TestFIFO = FIFOMachine.TestCase
+
+
+def meta(position: int) -> BlockMeta:
+    parent = parent_of(position)
+    return BlockMeta(key_of(position), None if parent is None else key_of(parent), 1)
+
+
+def naive_victim(order: list[int]) -> int | None:
+    """The oldest block without a child, by looking at all of them."""
+    parents = {parent_of(position) for position in order}
+    return next((position for position in order if position not in parents), None)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["use", "use", "evict"]), st.integers(0, 31)), max_size=80))
+def test_lru_evicts_the_oldest_leaf(steps: list[tuple[str, int]]) -> None:
+    """Each victim is the least recently used of the blocks that have no child."""
+    policy = LRUPolicy()
+    order: list[int] = []
+    for step, position in steps:
+        if step == "evict":
+            expected = naive_victim(order)
+            assert ([] if expected is None else [key_of(expected)]) == policy.victims(1, 0.0)
+            if expected is not None:
+                order.remove(expected)
+        elif position in order:
+            policy.touch([key_of(position)], 0.0)
+            order.remove(position)
+            order.append(position)
+        else:
+            policy.insert(meta(position), 0.0)
+            order.append(position)
+
+
+def test_the_tail_of_a_prompt_leaves_first() -> None:
+    """Of one request, inserted tail first, the last block is the first victim; the older request leaves before it."""
+    policy = LRUPolicy()
+    old, new = [1, 2, 4, 8], [3, 6, 12]
+    for position in reversed(old):
+        policy.insert(meta(position), 0.0)
+    for position in reversed(new):
+        policy.insert(meta(position), 1.0)
+
+    assert [key_of(p) for p in (8, 4, 2, 12, 6, 3, 1)] == policy.victims(9, 2.0)
+
+
+def test_fifo_is_not_moved_by_use() -> None:
+    """The first to come is the first to leave, however often it is used."""
+    policy = FIFOPolicy()
+    for position in (16, 17, 18):
+        policy.insert(meta(position), 0.0)
+    policy.touch([key_of(16)], 1.0)
+
+    assert [key_of(16)] == policy.victims(1, 2.0)
+
+
+def test_pinning_the_tip_keeps_the_prefix() -> None:
+    """A pinned block keeps everything before it; once unpinned it can leave."""
+    policy = LRUPolicy()
+    for position in (2, 4, 8, 9):
+        policy.insert(meta(position), 0.0)
+    policy.pin(key_of(8))
+
+    assert [key_of(9)] == policy.victims(4, 1.0)
+    policy.unpin(key_of(8), 2.0)
+    assert [key_of(8), key_of(4), key_of(2)] == policy.victims(4, 3.0)
+
+
+def test_an_unknown_policy_is_named() -> None:
+    """The message names the value and what is allowed."""
+    with pytest.raises(ValueError, match="'mru' is not one of fifo, lru"):
+        create_policy("mru")
+    assert ["fifo", "lru"] == sorted(POLICIES)
