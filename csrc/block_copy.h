@@ -19,8 +19,9 @@ struct BlockCopy {
   uint8_t* in_arena;
 };
 
-// Copies each block's segments to (or from) `in_arena`, where they lie one after the other.
+// Copies each block's segments to (or from) `in_arena`, where they lie one after the other. All in
+// all that is `total_bytes`.
 void CopyBlocks(const std::vector<Segment>& segments, const std::vector<BlockCopy>& copies,
-                bool to_arena) noexcept;
+                size_t total_bytes, bool to_arena) noexcept;
 
 }  // namespace kvtier

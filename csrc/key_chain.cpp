@@ -5,7 +5,8 @@
 
 namespace kvtier {
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "token ids are hashed as little-endian words");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "token ids are hashed as little-endian words");
 
 namespace {
 
@@ -76,7 +77,8 @@ void ChainKeys(const Sha256& sha, const uint8_t* parent, const uint32_t* tokens,
     Tail tail(sha, state, whole_bytes);
     tail.Append(data + whole_bytes, token_bytes - whole_bytes);
     if (extras.offsets != nullptr) {
-      tail.Append(extras.data + extras.offsets[block], extras.offsets[block + 1] - extras.offsets[block]);
+      tail.Append(extras.data + extras.offsets[block],
+                  extras.offsets[block + 1] - extras.offsets[block]);
     }
     tail.Append(parent, kKeyBytes);
     tail.Finish(keys + block * kKeyBytes);

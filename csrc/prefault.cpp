@@ -1,8 +1,9 @@
 #include "prefault.h"
 
-#include <cerrno>
 #include <sys/mman.h>
 #include <unistd.h>
+
+#include <cerrno>
 
 namespace kvtier {
 

@@ -54,8 +54,8 @@ class BufferView {
   bool held_ = false;
 };
 
-// Runs `work` with the GIL given up. For work of a millisecond and more: whoever gives the GIL up beside a busy Python thread
-// waits for it, up to the interpreter's switch interval (5 ms).
+// Runs `work` with the GIL given up. For work of a millisecond and more: whoever gives the GIL up
+// beside a busy Python thread waits for it, up to the interpreter's switch interval (5 ms).
 template <typename Work>
 void WithoutGIL(Work&& work) noexcept {
   PyThreadState* thread = PyEval_SaveThread();

@@ -97,7 +97,8 @@ KVTIER_SHA_TARGET inline __attribute__((always_inline)) void ShaNi(uint32_t* con
         __m128i& next = m[i % 4];
         if (i < 4) {
           const uint8_t* source = messages[lane] + block * kShaBlockBytes + 16 * i;
-          next = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)), byte_swap);
+          next = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)),
+                                  byte_swap);
         } else {
           const __m128i last = m[(i + 3) % 4];
           const __m128i partial = _mm_add_epi32(_mm_sha256msg1_epu32(next, m[(i + 1) % 4]),

@@ -16,8 +16,8 @@ struct Sha256 {
   const char* name;
   // Feeds `num_blocks` blocks of 64 bytes into one state.
   void (*compress)(uint32_t* state, const uint8_t* data, size_t num_blocks) noexcept;
-  // The same for two independent messages at once, each of `num_blocks` blocks. The rounds of one message wait for each
-  // other; those of two fill the gaps.
+  // The same for two independent messages at once, each of `num_blocks` blocks. The rounds of one
+  // message wait for each other; those of two fill the gaps.
   void (*compress_two)(uint32_t* state_a, const uint8_t* data_a, uint32_t* state_b,
                        const uint8_t* data_b, size_t num_blocks) noexcept;
 };

@@ -12,9 +12,10 @@ constexpr Py_ssize_t kPrefetchDistance = 32;
 
 // --- How CPython 3.11 to 3.14 lay out lists and ints ---
 //
-// The limited API reads an item by two calls, 5 ns; a long prompt has 131,072 items. Reading memory takes 1 ns. The layout is not
-// promised, so it is used only where the version is one of those that were read, the sizes of the types are as they should be,
-// and a trial gave the right answers. A build without the GIL never uses it.
+// The limited API reads an item by two calls, 5 ns; a long prompt has 131,072 items. Reading memory
+// takes 1 ns. The layout is not promised, so it is used only where the version is one of those that
+// were read, the sizes of the types are as they should be, and a trial gave the right answers. A
+// build without the GIL never uses it.
 
 struct ListLayout {
   PyVarObject base;
@@ -23,7 +24,8 @@ struct ListLayout {
 
 struct IntLayout {
   PyObject base;
-  uintptr_t tag;  // up to 3.11: signed number of digits; from 3.12 on: number of digits << 3 | (0 positive, 1 zero, 2 negative)
+  uintptr_t tag;  // up to 3.11: signed number of digits; from 3.12 on: number of digits << 3 | (0
+                  // positive, 1 zero, 2 negative)
   uint32_t digits[1];
 };
 
@@ -56,13 +58,17 @@ bool LayoutIsKnown() noexcept {
   tags = minor == 11 ? IntTags{1, 0} : IntTags{1 << 3, 1};
   PyObject* int_info = PySys_GetObject("int_info");  // borrowed
   return int_info != nullptr && HasAttribute(int_info, "bits_per_digit", 30) &&
-         HasAttribute(reinterpret_cast<PyObject*>(&PyList_Type), "__basicsize__", sizeof(ListLayout) + sizeof(Py_ssize_t)) &&
-         HasAttribute(reinterpret_cast<PyObject*>(&PyLong_Type), "__basicsize__", offsetof(IntLayout, digits)) &&
+         HasAttribute(reinterpret_cast<PyObject*>(&PyList_Type), "__basicsize__",
+                      sizeof(ListLayout) + sizeof(Py_ssize_t)) &&
+         HasAttribute(reinterpret_cast<PyObject*>(&PyLong_Type), "__basicsize__",
+                      offsetof(IntLayout, digits)) &&
          HasAttribute(reinterpret_cast<PyObject*>(&PyLong_Type), "__itemsize__", sizeof(uint32_t));
 #endif
 }
 
-inline PyObject** ItemsOf(PyObject* list) noexcept { return reinterpret_cast<ListLayout*>(list)->items; }
+inline PyObject** ItemsOf(PyObject* list) noexcept {
+  return reinterpret_cast<ListLayout*>(list)->items;
+}
 
 // Whether `item` is an int of at most one digit, not negative; then its value.
 inline bool ReadSmallInt(PyObject* item, uint32_t* value) noexcept {
@@ -77,7 +83,8 @@ inline bool ReadSmallInt(PyObject* item, uint32_t* value) noexcept {
 }
 
 bool TrialSucceeds() noexcept {
-  constexpr long long kTrials[] = {0, 1, 255, 256, 257, 50000, (1LL << 30) - 1, 1LL << 30, 1LL << 32, -1, -256, -(1LL << 31)};
+  constexpr long long kTrials[] = {
+      0, 1, 255, 256, 257, 50000, (1LL << 30) - 1, 1LL << 30, 1LL << 32, -1, -256, -(1LL << 31)};
   Ref list(PyList_New(0));
   if (!list) return false;
   for (const long long trial : kTrials) {
@@ -99,7 +106,8 @@ bool TrialSucceeds() noexcept {
 // --- What holds for every interpreter ---
 
 bool FailOutside(long long value, Py_ssize_t position) noexcept {
-  PyErr_Format(PyExc_ValueError, "token id %lld at position %zd is outside [0, 2**32)", value, position);
+  PyErr_Format(PyExc_ValueError, "token id %lld at position %zd is outside [0, 2**32)", value,
+               position);
   return false;
 }
 
@@ -118,7 +126,8 @@ bool ReadOneId(PyObject* item, Py_ssize_t position, uint32_t* id) noexcept {
   return true;
 }
 
-// One item through the interpreter. `__index__` of an odd item may run any code, so the item is held and the list asked again.
+// One item through the interpreter. `__index__` of an odd item may run any code, so the item is
+// held and the list asked again.
 bool ReadListItem(PyObject* list, Py_ssize_t position, uint32_t* id) noexcept {
   PyObject* borrowed = PyList_GetItem(list, position);
   if (borrowed == nullptr) return false;
@@ -140,7 +149,8 @@ Py_ssize_t ReadRun(PyObject* list, Py_ssize_t position, Py_ssize_t end, uint32_t
 
 bool CheckRange(Py_ssize_t size, Py_ssize_t first, Py_ssize_t count) noexcept {
   if (first <= size && count <= size - first) return true;
-  PyErr_Format(PyExc_ValueError, "tokens %zd to %zd of a sequence of %zd", first, first + count, size);
+  PyErr_Format(PyExc_ValueError, "tokens %zd to %zd of a sequence of %zd", first, first + count,
+               size);
   return false;
 }
 
@@ -149,8 +159,10 @@ bool ReadList(PyObject* list, Py_ssize_t first, Py_ssize_t count, uint32_t* ids)
   const Py_ssize_t end = first + count;
   for (Py_ssize_t position = first; position < end; ++position) {
     if (reads_directly) {
-      // Nothing runs between here and the end of the run, so the list cannot change; its size may have since the last item.
-      position = ReadRun(list, position, PyList_Size(list) < end ? position : end, ids + (position - first));
+      // Nothing runs between here and the end of the run, so the list cannot change; its size may
+      // have since the last item.
+      position = ReadRun(list, position, PyList_Size(list) < end ? position : end,
+                         ids + (position - first));
       if (position == end) break;
     }
     if (!ReadListItem(list, position, ids + (position - first))) return false;
@@ -159,12 +171,14 @@ bool ReadList(PyObject* list, Py_ssize_t first, Py_ssize_t count, uint32_t* ids)
 }
 
 template <typename Integer>
-bool ReadIntegers(const Py_buffer& view, Py_ssize_t first, Py_ssize_t count, uint32_t* ids) noexcept {
+bool ReadIntegers(const Py_buffer& view, Py_ssize_t first, Py_ssize_t count,
+                  uint32_t* ids) noexcept {
   const Integer* values = static_cast<const Integer*>(view.buf) + first;
   bool is_outside = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     ids[i] = static_cast<uint32_t>(values[i]);
-    is_outside |= static_cast<Integer>(ids[i]) != values[i] || (std::is_signed_v<Integer> && values[i] < Integer{0});
+    is_outside |= static_cast<Integer>(ids[i]) != values[i] ||
+                  (std::is_signed_v<Integer> && values[i] < Integer{0});
   }
   if (!is_outside) return true;
   PyErr_Format(PyExc_ValueError, "a token id is outside [0, 2**32)");
@@ -199,9 +213,11 @@ bool TokenIds::OpenBuffer(PyObject* object, Py_ssize_t end) noexcept {
   const char* format = view_->format == nullptr ? "B" : view_->format;
   if (*format == '@' || *format == '=' || *format == '<') ++format;
   is_signed_ = std::strchr("ilq", *format) != nullptr;
-  const bool is_integer = *format != '\0' && format[1] == '\0' && std::strchr("ilqILQ", *format) != nullptr;
+  const bool is_integer =
+      *format != '\0' && format[1] == '\0' && std::strchr("ilqILQ", *format) != nullptr;
   if (!is_integer || view_->ndim != 1 || (view_->itemsize != 4 && view_->itemsize != 8)) {
-    PyErr_Format(PyExc_TypeError, "token ids are 32- or 64-bit integers in one dimension, not '%s' in %d",
+    PyErr_Format(PyExc_TypeError,
+                 "token ids are 32- or 64-bit integers in one dimension, not '%s' in %d",
                  view_->format == nullptr ? "B" : view_->format, view_->ndim);
     return false;
   }
@@ -211,9 +227,11 @@ bool TokenIds::OpenBuffer(PyObject* object, Py_ssize_t end) noexcept {
 bool TokenIds::Read(Py_ssize_t first, Py_ssize_t count, uint32_t* ids) noexcept {
   if (list_) return ReadList(list_.get(), first - list_start_, count, ids);
   if (view_->itemsize == 4) {
-    return is_signed_ ? ReadIntegers<int32_t>(*view_, first, count, ids) : ReadIntegers<uint32_t>(*view_, first, count, ids);
+    return is_signed_ ? ReadIntegers<int32_t>(*view_, first, count, ids)
+                      : ReadIntegers<uint32_t>(*view_, first, count, ids);
   }
-  return is_signed_ ? ReadIntegers<int64_t>(*view_, first, count, ids) : ReadIntegers<uint64_t>(*view_, first, count, ids);
+  return is_signed_ ? ReadIntegers<int64_t>(*view_, first, count, ids)
+                    : ReadIntegers<uint64_t>(*view_, first, count, ids);
 }
 
 }  // namespace kvtier

@@ -1,21 +1,23 @@
 // Token ids from Python objects.
 #pragma once
 
-#include "python.h"
-
 #include <cstdint>
+
+#include "python.h"
 
 namespace kvtier {
 
-// Once at import: finds out whether the fast way of reading lists can be used with this interpreter.
+// Once at import: finds out whether the fast way of reading lists can be used with this
+// interpreter.
 void InitTokenIds() noexcept;
 // Whether it can. Else every item costs two calls into the interpreter.
 bool ReadsListsDirectly() noexcept;
 
-// Token ids out of a list, another sequence, or a one-dimensional contiguous buffer of 32- or 64-bit integers.
+// Token ids out of a list, another sequence, or a one-dimensional contiguous buffer of 32- or
+// 64-bit integers.
 //
-// Both methods return false with a Python exception set: ValueError for an id outside [0, 2^32) or too few of them, TypeError for
-// what is no integer.
+// Both methods return false with a Python exception set: ValueError for an id outside [0, 2^32) or
+// too few of them, TypeError for what is no integer.
 class TokenIds {
  public:
   // Gets ready to read positions [first, end).

@@ -1,4 +1,4 @@
-"""The compiled core. ``kvtier/_fallback.py`` is its specification; use both through ``kvtier/_native.py``."""
+# The compiled core. kvtier/_fallback.py is its specification; use both through kvtier/_native.py.
 
 from collections.abc import Sequence
 

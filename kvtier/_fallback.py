@@ -157,6 +157,5 @@ def _int64s(name: str, values: Buffer) -> list[int]:
 
 
 def _paged_is_valid(words: list[int]) -> bool:
-    return words[0] > 0 and all(
-        base > 0 and num_bytes > 0 and stride >= num_bytes for base, stride, num_bytes in zip(words[1::3], words[2::3], words[3::3], strict=True)
-    )
+    segments = zip(words[1::3], words[2::3], words[3::3], strict=True)
+    return words[0] > 0 and all(base > 0 and num_bytes > 0 and stride >= num_bytes for base, stride, num_bytes in segments)

@@ -46,6 +46,8 @@ class StoreJob:
     failed: set[int] = field(default_factory=set)
     is_void: bool = False
     """the bytes are not what the keys say, although the copies succeed"""
+    is_detached: bool = False
+    """the request has lost the blocks that are read; the worker half waited before they were overwritten"""
 
     def failed_slots(self, blocks_per_slot: int) -> set[int]:
         """Indexes of the slots that were not filled by every worker."""

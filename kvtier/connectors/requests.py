@@ -132,6 +132,7 @@ class Request:
         self.is_admitted = False
         """the engine has given it blocks"""
         self.num_keys = 0
+        """blocks that have been hashed"""
         self.store_from = 0
         """first block that was not considered for storing"""
         self.store_at = NEVER
@@ -169,9 +170,9 @@ class Request:
 
     def keys(self, num_blocks: int, block_tokens: int) -> list[BlockKey]:
         """The keys of the first ``num_blocks`` blocks; hashes only what is new."""
-        keys = self.chain.update(self.token_ids, max(num_blocks, self.num_keys) * block_tokens)
-        self.num_keys = len(keys)
-        return keys if len(keys) == num_blocks else keys[:num_blocks]
+        keys = self.chain.update(self.token_ids, num_blocks * block_tokens)
+        self.num_keys = max(self.num_keys, len(keys))
+        return keys
 
     def keys_from(self, first_block: int, limit_block: int, block_tokens: int) -> Iterator[BlockKey]:
         """The keys of the blocks in the range, hashed in growing windows: who stops early has hashed little."""

@@ -131,7 +131,7 @@ class SchedulerHalf:
             request = self._requests.get(request_id)
             if request is not None:
                 if request.is_admitted:
-                    request.start_over()
+                    self._start_over(request)
                 answer = self._matcher.match(request, num_tokens, num_computed_tokens)
         return answer
 
@@ -215,7 +215,8 @@ class SchedulerHalf:
         if request is not None:
             with self._boundary.at("request_finished"):
                 self._matcher.release(request)
-        if not self._stores_are_async or all(job.move.request_id != request_id for job in self._stores.values()):
+        stores = self._stores.values()
+        if not self._stores_are_async or not any(job.move.request_id == request_id and not job.is_detached for job in stores):
             return False
         self._held.append(request_id)
         return True
@@ -245,6 +246,11 @@ class SchedulerHalf:
     def num_attached_workers(self) -> int:
         """Workers that have reported that they mapped the arena."""
         return self._num_attached_workers
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Blocks that waiting requests keep from eviction; shared ones count for each request."""
+        return self._matcher.num_pinned_blocks
 
     def take_stats(self) -> dict[str, int]:
         """Growth of the counters (``kvtier.stats.COUNTERS``) since the last call; empty where nothing happened."""
@@ -280,6 +286,12 @@ class SchedulerHalf:
         self._num_attached_workers += report.attached
         self._engine.stats.add("load.stale_slots", report.num_stale)
         self._engine.stats.add("connector.errors", report.num_errors)
+
+    def _start_over(self, request: Request) -> None:
+        request.start_over()
+        for job in self._stores.values():
+            if job.move.request_id == request.request_id:
+                job.is_detached = True
 
     def _touch(self, request: Request) -> None:
         """What the request uses is worth keeping, also what the engine had itself."""

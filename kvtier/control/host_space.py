@@ -28,7 +28,7 @@ class SlotAllocator(Protocol):
 
 
 class HostSpace:
-    """Slots, their tenants, leases and generations. Pure; ``generations`` is the table readers compare with."""
+    """Slots, their tenants, leases and generations. Pure; ``generations`` is the table readers compare with (plain ints in and out)."""
 
     def __init__(self, allocator: SlotAllocator, generations: MutableSequence[int]) -> None:
         self._allocator = allocator
@@ -55,7 +55,7 @@ class HostSpace:
         if offset is None:
             return False
         slot = offset // PAGE_BYTES
-        self._generations[slot] = (int(self._generations[slot]) + 1) & _GENERATION_MASK
+        self._generations[slot] = (self._generations[slot] + 1) & _GENERATION_MASK
         self._tenants[slot] = entry
         entry.slot = slot
         return True
@@ -86,7 +86,7 @@ class HostSpace:
 
     def ref(self, slot: int) -> SlotRef:
         """The slot together with its present generation."""
-        return SlotRef(slot, int(self._generations[slot]))
+        return SlotRef(slot, self._generations[slot])
 
     def crowd(self, num_bytes: int) -> list[Entry]:
         """The tenants that must leave for blocks of another size to get an extent; empty where that cannot help."""

@@ -156,8 +156,9 @@ class Planner:
         self._stats.add("host.stored_blocks", good)
         for entry in reversed(plan.entries[:good]):
             self._now_in_host(entry, now)
-        for entry in plan.entries[:good]:
-            self._demoter.committed(entry, now)
+        if self._lower:
+            for entry in plan.entries[:good]:
+                self._demoter.committed(entry, now)
         self._release_pin(plan.anchor, now)
 
     def abort_store(self, job_id: int, now: float) -> None:
@@ -361,7 +362,8 @@ class Planner:
         entry.busy &= ~HOST
         entry.readable |= HOST
         self._host.insert(entry.meta, now)
-        self._emit(True, self._host.name, entry)
+        if self._events is not None:
+            self._emit(True, self._host.name, entry)
 
     def _leave_host(self, entry: Entry) -> None:
         """A block that is not evicted but given up leaves host memory."""
@@ -371,8 +373,10 @@ class Planner:
     def _after_host(self, entry: Entry) -> None:
         entry.readable &= ~HOST
         self._space.vacate(entry)
-        self._demoter.forget_waiting(entry.key)
-        self._emit(False, self._host.name, entry)
+        if self._lower:
+            self._demoter.forget_waiting(entry.key)
+        if self._events is not None:
+            self._emit(False, self._host.name, entry)
         self._index.drop_if_gone(entry)
 
     def _forget_lower(self, tier: LowerTier, key: BlockKey) -> None:

@@ -34,7 +34,7 @@ class Residency:
         self.num_bytes += block.num_bytes
         if self._expiry is not None:
             self._expiry.insert(block.key, now)
-        if block.key in self._pins:
+        if self._pins and block.key in self._pins:
             policy.pin(block.key)
 
     def touch(self, keys: Sequence[BlockKey], num_bytes: int, now: float) -> None:

@@ -16,7 +16,9 @@ PAGE_BYTES = 4096
 
 
 def slot_bytes_for(num_bytes: int) -> int:
-    """Size of the slot that holds ``num_bytes``: rounded up to whole pages."""
+    """Size of the slot that holds ``num_bytes``: rounded up to whole pages. Raises ValueError below 1 byte."""
+    if num_bytes <= 0:
+        raise ValueError(f"num_bytes must be positive, not {num_bytes}")
     return (num_bytes + 4095) & -4096
 
 
@@ -37,7 +39,7 @@ _NOBODY = _SizeClass(0)
 
 
 class _Extent:
-    """One extent. Every slot below ``next_slot`` that is not taken is in ``free``; none above is."""
+    """One extent. Every slot below ``next_slot`` that is not taken is in ``free``; from there on those adopted and freed."""
 
     __slots__ = ("base", "free", "index", "next_slot", "num_free", "num_slots", "owner", "position", "slot_bytes", "taken")
 
@@ -224,7 +226,7 @@ class SlabAllocator:
         """
         slot_bytes = slot_bytes_for(num_bytes)
         index, distance = divmod(offset, self.extent_bytes)
-        slot, rest = divmod(distance, slot_bytes) if slot_bytes > 0 else (0, 1)
+        slot, rest = divmod(distance, slot_bytes)
         if rest or offset < 0 or distance + slot_bytes > self._usable_bytes(index):
             raise ValueError(f"no slot of {num_bytes} bytes can start at {offset}")
         while len(self._extents) <= index:
@@ -241,8 +243,8 @@ class SlabAllocator:
         owner = extent.owner
         if extent.taken[slot]:
             raise ValueError(f"the slot at {offset} is taken")
-        if slot < extent.next_slot:
-            extent.free.remove(slot)  # O(slots of an extent): only where slots were freed before
+        if slot in extent.free:  # O(slots of an extent), but only where some were freed before
+            extent.free.remove(slot)
         extent.taken[slot] = 1
         extent.num_free -= 1
         owner.num_free -= 1
@@ -271,8 +273,9 @@ class SlabAllocator:
             if num_live or is_pooled != (extent.index < self._num_whole):
                 problems.append(f"extent {extent.index}: unowned, but live or not where unowned extents are")
             return problems
-        expected_free = {slot for slot in range(extent.next_slot) if not extent.taken[slot]}
-        if len(extent.free) != len(expected_free) or set(extent.free) != expected_free:
+        free = set(extent.free)
+        is_complete = all(extent.taken[slot] or slot in free for slot in range(extent.next_slot))
+        if not is_complete or len(extent.free) != len(free) or any(extent.taken[slot] for slot in free):
             problems.append(f"extent {extent.index}: the free list is not the slots that are free")
         if not 0 < num_live <= extent.num_slots or extent.num_slots * extent.slot_bytes > self._usable_bytes(extent.index):
             problems.append(f"extent {extent.index}: {num_live} live of {extent.num_slots} slots")
@@ -299,8 +302,6 @@ class SlabAllocator:
 
     def _widen(self, num_bytes: int) -> _SizeClass | None:
         """Gives another extent to the size of ``num_bytes``; None where there is none that fits."""
-        if num_bytes <= 0:
-            raise ValueError(f"num_bytes must be positive, not {num_bytes}")
         slot_bytes = slot_bytes_for(num_bytes)
         if slot_bytes > self.extent_bytes:
             return None

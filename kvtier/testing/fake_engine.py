@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import pickle
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.connectors.messages import RequestOptions, ScheduledRequest, StepMessage, WorkerReport
@@ -52,6 +52,8 @@ class FakeRequest:
     max_new_tokens: int
     adapter: bytes
     options: RequestOptions
+    weights: int | None
+    """of the model that generated its tokens; None where they changed meanwhile"""
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -117,6 +119,8 @@ class FakeEngine:
         self.num_preemptions = 0
         self.num_asked_again = 0
         self.weights = 1
+        self.tamper: Callable[[StepMessage], None] = lambda message: None
+        """called between the decisions and the copies of a step, for tests that pull away slots"""
         self._token_budget = token_budget
         self._max_running = max_running
         self._prefix_caching = prefix_caching
@@ -142,18 +146,19 @@ class FakeEngine:
         """Queues a request. Raises ValueError where it could never run."""
         if self._num_blocks(len(prompt) + max_new_tokens) > self.pool.num_free + self._num_used() or not prompt:
             raise ValueError(f"{len(prompt)} + {max_new_tokens} tokens do not fit the engine")
-        request = FakeRequest(request_id, list(prompt), len(prompt), max_new_tokens, adapter, options or RequestOptions())
+        request = FakeRequest(request_id, list(prompt), len(prompt), max_new_tokens, adapter, options or RequestOptions(), self.weights)
         self.requests[request_id] = request
         self._waiting.append(request)
         return request
 
     def expected_output(self, request: FakeRequest) -> list[int]:
         """What a request must generate, from nothing but its prompt."""
-        states = token_states(request.tokens[: request.num_prompt_tokens], self._seed(request))
+        seed = _seed(request.weights or 0, request.adapter)
         tokens = request.tokens[: request.num_prompt_tokens]
+        states = token_states(tokens, seed)
         while len(tokens) < request.num_prompt_tokens + request.max_new_tokens:
             tokens.append(next_token(states[-1], VOCABULARY))
-            states = token_states(tokens, self._seed(request), states)
+            states = token_states(tokens, seed, states)
         return tokens[request.num_prompt_tokens :]
 
     def abort(self, request_id: str) -> None:
@@ -174,6 +179,8 @@ class FakeEngine:
                 self._preempt(self._running.pop())
             self.weights += 1
             self._states.clear()
+            for request in self.requests.values():
+                request.weights = None
         self.pool.forget_names()
         return self.half.reset()
 
@@ -194,6 +201,7 @@ class FakeEngine:
             for request_id, num_new in step.scheduled.items()
         ]
         message = self.half.build_step(scheduled, step.preempted)
+        self.tamper(message)
         output = self._execute(step, message)
         self._update(step, output)
 
@@ -201,8 +209,9 @@ class FakeEngine:
 
     def _schedule(self) -> _Step:
         step = _Step()
+        num_preempted = len(self._preempted)
         budget = self._schedule_running(step)
-        if not self._preempted:
+        if len(self._preempted) == num_preempted:
             self._schedule_waiting(step, budget)
         step.preempted, self._preempted = self._preempted, []
         return step
@@ -430,11 +439,8 @@ class FakeEngine:
         """Blocks that requests with asynchronous loads still need to get anywhere."""
         return sum(self._num_blocks(len(r.tokens) + 1) - len(r.block_ids) for r in self._waiting if r.block_ids)
 
-    def _seed(self, request: FakeRequest) -> int:
-        return self.weights * 1009 + int.from_bytes(request.adapter, "little")
-
     def _states_of(self, request: FakeRequest) -> list[int]:
-        states = token_states(request.tokens, self._seed(request), self._states.get(request.request_id, ()))
+        states = token_states(request.tokens, _seed(self.weights, request.adapter), self._states.get(request.request_id, ()))
         self._states[request.request_id] = states
         return states
 
@@ -447,3 +453,7 @@ class FakeEngine:
             num_blocks = min(num_tokens, len(request.tokens)) // self._block_tokens
             for block_id, name in zip(request.block_ids, self._names(request, num_blocks), strict=False):
                 self.pool.name(block_id, name)
+
+
+def _seed(weights: int, adapter: bytes) -> int:
+    return weights * 1009 + int.from_bytes(adapter, "little")

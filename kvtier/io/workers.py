@@ -1,0 +1,74 @@
+"""A few threads that do I/O, reads before writes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """One piece of work. ``run`` happens on a worker thread; if it raises, ``fail`` is told, and must not raise."""
+
+    def run(self) -> None:
+        """Does the work."""
+
+    def fail(self, error: BaseException) -> None:
+        """Reports ``error`` to whoever waits for the work."""
+
+
+class WorkerPool:
+    """Runs tasks in the order they came, urgent ones first. No error is lost: each reaches its task's ``fail``.
+
+    The threads are daemons: a process that ends without ``close()`` does not hang (what they write is crash-safe).
+    """
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        if num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {num_threads}")
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._urgent: deque[Task] = deque()
+        self._normal: deque[Task] = deque()
+        self._closing = False
+        self._threads = [threading.Thread(target=self._loop, name=f"{name}-{index}", daemon=True) for index in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, task: Task, *, urgent: bool = False) -> None:
+        """Queues a task. After ``close`` it fails at once, on the caller's thread."""
+        with self._lock:
+            if not self._closing:
+                (self._urgent if urgent else self._normal).append(task)
+                self._work.notify()
+                return
+        task.fail(RuntimeError("the worker pool is closed"))
+
+    def close(self, *, discard: bool = False) -> None:
+        """Waits for the queued tasks, or only for the running ones and drops the rest unreported (``discard``). Idempotent."""
+        with self._lock:
+            self._closing = True
+            if discard:
+                self._urgent.clear()
+                self._normal.clear()
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._urgent or self._normal):
+                    if self._closing:
+                        return
+                    self._work.wait()
+                task = self._urgent.popleft() if self._urgent else self._normal.popleft()
+            try:
+                task.run()
+            except Exception as error:  # thread boundary: whatever went wrong must reach the waiting job
+                logger.debug("a task failed", exc_info=True)
+                task.fail(error)
+            del task  # else its buffers stay exported while the thread waits

@@ -1,0 +1,129 @@
+"""A whole kvtier below a fake engine: arena, cache engine, both halves, one copier a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvtier.config import Config
+from kvtier.connectors.requests import DefaultSettings
+from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.connectors.worker import WorkerHalf
+from kvtier.copy.cpu import NativeCopier
+from kvtier.engine import CacheEngine
+from kvtier.hashing import Namespace
+from kvtier.memory.arena import PAGE_BYTES, Arena
+from kvtier.testing.copiers import FaultyCopier
+from kvtier.testing.fake_engine import FakeEngine
+from kvtier.testing.fake_kv import FakeKVMemory
+from kvtier.tiers.base import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSystemOptions:
+    """What varies between runs. The defaults are small, so that everything is scarce."""
+
+    num_ranks: int = 1
+    num_polls: int = 0
+    """0: synchronous copiers; else how long an asynchronous copy takes"""
+    engine_block_tokens: int = 4
+    blocks_per_slot: int = 1
+    num_engine_blocks: int = 40
+    host_blocks: int = 16
+    token_budget: int = 24
+    prefix_caching: bool = False
+    recompute: bool = True
+    settings: DefaultSettings = field(default_factory=DefaultSettings)
+
+
+class FakeSystem:
+    """Owns everything. ``close`` when done."""
+
+    def __init__(
+        self,
+        directory: Path,
+        namespace: Namespace,
+        options: FakeSystemOptions,
+        *,
+        tiers: Sequence[Tier] = (),
+        clock: Callable[[], float] | None = None,
+        strict: bool = True,
+    ) -> None:
+        memory = FakeKVMemory(
+            num_ranks=options.num_ranks,
+            num_layers=2,
+            num_blocks=options.num_engine_blocks,
+            block_tokens=options.engine_block_tokens,
+        )
+        block_bytes = memory.engine_block_bytes * options.blocks_per_slot * options.num_ranks
+        slot_bytes = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
+        capacity_bytes = options.host_blocks * slot_bytes
+        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": capacity_bytes}]})
+        self.arena = Arena.open(str(directory / "arena"), capacity_bytes, huge_pages=False)
+        self.arena.unlink()
+        timing = {} if clock is None else {"clock": clock}
+        self.cache = CacheEngine.open(config, namespace=namespace, block_bytes=block_bytes, arena=self.arena, tiers=tiers, **timing)
+        self.copiers = [
+            FaultyCopier(
+                NativeCopier(memory.layout(rank), arena_address=self.arena.address, arena_bytes=self.arena.capacity_bytes),
+                num_polls=options.num_polls,
+            )
+            for rank in range(options.num_ranks)
+        ]
+        self.half = SchedulerHalf(
+            self.cache,
+            namespace=namespace.digest,
+            block_tokens=options.engine_block_tokens * options.blocks_per_slot,
+            engine_block_tokens=options.engine_block_tokens,
+            num_workers=options.num_ranks,
+            host_blocks=options.host_blocks,
+            settings=options.settings,
+            stores_are_async=options.num_polls > 0,
+            strict=strict,
+            **timing,
+        )
+        self.workers = [
+            WorkerHalf(
+                self.arena,
+                copier,
+                rank=rank,
+                num_workers=options.num_ranks,
+                engine_block_bytes=memory.engine_block_bytes,
+                blocks_per_slot=options.blocks_per_slot,
+                strict=strict,
+            )
+            for rank, copier in enumerate(self.copiers)
+        ]
+        self.engine = FakeEngine(
+            self.half,
+            self.workers,
+            memory,
+            token_budget=options.token_budget,
+            prefix_caching=options.prefix_caching,
+            recompute=options.recompute,
+        )
+
+    def settle(self, max_steps: int = 2000) -> None:
+        """Runs until no request, copy or transfer is left. Raises HangError."""
+        self.engine.run(max_steps)
+        steps = 0
+        while (self.half.has_pending_work or self.cache.busy) and steps < max_steps:
+            self.engine.step()
+            self.cache.poll(0.01)
+            steps += 1
+
+    def problems(self) -> list[str]:
+        """What is wrong in a settled system: leaks and broken books. Empty = healthy."""
+        problems = [f"{count} {what} left" for what, count in self.cache.leftovers().items() if count]
+        problems += [damage.what for damage in self.cache.check()]
+        problems += [f"{self.half.num_pinned_blocks} blocks pinned by no request"] if self.half.num_pinned_blocks else []
+        used = self.engine.pool.num_blocks - 1 - self.engine.pool.num_free
+        return problems + ([f"{used} engine blocks left"] if used else [])
+
+    def close(self) -> None:
+        """Closes everything. Idempotent."""
+        for worker in self.workers:
+            worker.close()
+        self.half.close()
+        self.arena.close()

@@ -1,0 +1,169 @@
+"""The thread that changes the index file: it makes written blocks readable and removed places reusable, in groups."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from kvtier.tiers.disk.format import pack_entry
+from kvtier.tiers.disk.health import Health
+from kvtier.tiers.disk.index_file import INDEX_ERRORS, IndexFile
+from kvtier.tiers.disk.ledger import Ledger, PendingStore
+from kvtier.tiers.disk.recovery import SEQUENCE_SLACK
+from kvtier.types import Outcome
+
+logger = logging.getLogger(__name__)
+
+_MAX_CHANGES = 256
+"""of each kind in one transaction; the index file's size reckons with it"""
+_LINGER_S = 0.05
+"""how long removals that nobody waits for are collected"""
+
+
+class Committer:
+    """Owns the index file while it is open. One thread; every store handed to it gets an outcome in the ledger.
+
+    Everything written or removed since the last round goes into one transaction: the more there is to do, the fewer
+    synchronous writes each block costs.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        lock: threading.Lock,
+        index: IndexFile,
+        *,
+        rebuild: Callable[[], IndexFile],
+        sync_segments: Callable[[Sequence[PendingStore]], dict[PendingStore, str]],
+        health: Health,
+        progressed: Callable[[], None],
+    ) -> None:
+        """``rebuild`` makes a new index file from the ledger's index; ``sync_segments`` returns the stores it failed for."""
+        self._ledger = ledger
+        self._lock = lock
+        self._index: IndexFile | None = index
+        self._rebuild = rebuild
+        self._sync_segments = sync_segments
+        self._health = health
+        self._progressed = progressed
+        self._work = threading.Condition(lock)
+        self._written: deque[PendingStore] = deque()
+        self._stopping = False
+        self._discarding = False
+        self._linger_until: float | None = None
+        self._thread = threading.Thread(target=self._loop, name="kvtier-disk-index", daemon=True)
+        self._thread.start()
+
+    def written(self, stores: Sequence[PendingStore]) -> None:
+        """Hands over stores whose bytes are in their segment. With the lock held."""
+        self._written += [store for store in stores if not self._ledger.needs_no_entry(store)]
+        self._work.notify()
+
+    def nudge(self) -> None:
+        """Says that places were removed or that stores wait for them. With the lock held."""
+        ledger = self._ledger
+        if ledger.undeleted and (ledger.num_parked or self._linger_until is None or len(ledger.undeleted) >= _MAX_CHANGES):
+            self._work.notify()
+
+    def stop(self, *, leave_proof: bool) -> None:
+        """Commits what is left, if asked, and closes the index file. No store may be on its way then. Idempotent."""
+        with self._lock:
+            self._stopping = True
+            self._discarding = not leave_proof
+            self._work.notify()
+        self._thread.join()
+        index, self._index = self._index, None
+        if index is None:
+            return
+        try:
+            index.close(leave_proof=leave_proof and not self._ledger.undeleted)
+        except (OSError, *INDEX_ERRORS) as error:
+            logger.warning("the index was not closed cleanly, the next opening will salvage it: %s", error)
+
+    def _loop(self) -> None:
+        while True:
+            with self._lock:
+                while not self._is_due():
+                    if self._stopping:
+                        return
+                    self._work.wait(self._patience_s())
+                if self._discarding:
+                    return
+                self._linger_until = None
+                stores = [self._written.popleft() for _ in range(min(len(self._written), _MAX_CHANGES))]
+                places = list(islice(self._ledger.undeleted, _MAX_CHANGES))
+                next_sequence = self._ledger.next_sequence + SEQUENCE_SLACK
+            try:
+                self._round(stores, places, next_sequence)
+            except Exception as error:  # thread boundary: without this thread every job would hang
+                logger.exception("unexpected error in the disk index")
+                self._failed(stores, Outcome.FAILED, error)
+                if self._stopping:
+                    return
+            self._progressed()
+
+    def _is_due(self) -> bool:
+        undeleted = self._ledger.undeleted
+        if self._written or self._discarding:
+            return True
+        if not undeleted:
+            return False
+        if self._stopping:
+            return True
+        if self._ledger.num_parked or (len(undeleted) >= _MAX_CHANGES and self._health.is_online):
+            return True
+        if self._linger_until is None:
+            self._linger_until = time.monotonic() + _LINGER_S
+        return time.monotonic() >= self._linger_until
+
+    def _patience_s(self) -> float | None:
+        return None if self._linger_until is None else max(0.0, self._linger_until - time.monotonic())
+
+    def _round(self, stores: list[PendingStore], places: list[int], next_sequence: int) -> None:
+        unsynced = self._sync_segments(stores)
+        if unsynced:
+            with self._lock:
+                for store, problem in unsynced.items():
+                    self._ledger.store_failed(store, Outcome.FAILED, problem)
+            stores = [store for store in stores if store not in unsynced]
+        entries = [(store.entry.place, pack_entry(store.entry.fields(store.key))) for store in stores]
+        try:
+            if self._index is None:
+                self._renew()
+                places = []
+            assert self._index is not None
+            self._index.commit(places, entries, next_sequence)
+        except (OSError, *INDEX_ERRORS) as error:
+            self._abandon_index()
+            self._failed(stores, Outcome.FAILED, error)
+            return
+        if not unsynced:
+            self._health.succeeded()
+        with self._lock:
+            self._ledger.committed(stores, places)
+
+    def _renew(self) -> None:
+        """A new index file in place of one that failed. What was removed is not in it."""
+        with self._lock:
+            places = list(self._ledger.undeleted)
+        self._index = self._rebuild()
+        with self._lock:
+            self._ledger.committed([], places)
+
+    def _abandon_index(self) -> None:
+        # LMDB may refuse all work after an error; the index in RAM knows everything that was in the file.
+        index, self._index = self._index, None
+        if index is not None:
+            index.close(leave_proof=False)
+
+    def _failed(self, stores: list[PendingStore], outcome: Outcome, error: Exception) -> None:
+        self._health.failed(error)
+        with self._lock:
+            for store in stores:
+                self._ledger.store_failed(store, outcome, f"the index could not be written: {error}")
+            self._ledger.undelete_failed(f"the index could not be written: {error}")
+            self._linger_until = time.monotonic() + _LINGER_S

@@ -1,0 +1,320 @@
+"""What the disk tier has promised to whom: jobs, stores on their way, places that must not be written yet.
+
+The rules kept here (the tier's threads only carry them out):
+
+- a block is readable once its index entry is committed, not before;
+- the new tenant of a place is written only after the old tenant's entry was deleted from the index file and nobody
+  reads or writes there any more (``parked`` until then);
+- a load of a block that is being stored waits for the store; a second store of it shares the first one's outcome;
+- a block removed while it is being stored is *doomed*: the store ends as if it had happened before the removal.
+
+Not thread-safe: the tier calls it with its lock held.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+
+from kvtier.tiers.disk.geometry import Geometry
+from kvtier.tiers.disk.places import Entry, Places
+from kvtier.types import BlockIO, BlockKey, JobKind, JobResult, Outcome, TransferJob
+
+
+class RunningJob:
+    """A job with the outcomes known so far."""
+
+    __slots__ = ("dropped", "error", "job", "num_bytes", "num_open", "outcomes", "started")
+
+    def __init__(self, job: TransferJob, started: float) -> None:
+        self.job = job
+        self.started = started
+        self.outcomes: list[Outcome | None] = [None] * len(job.blocks)
+        self.num_open = len(job.blocks)
+        self.num_bytes = 0
+        self.dropped: list[BlockKey] = []
+        self.error: str | None = None
+
+
+class Ticket:
+    """One block of a running job."""
+
+    __slots__ = ("index", "running")
+
+    def __init__(self, running: RunningJob, index: int) -> None:
+        self.running = running
+        self.index = index
+
+    @property
+    def block(self) -> BlockIO:
+        """The block in question."""
+        return self.running.job.blocks[self.index]
+
+
+class PendingStore:
+    """A block on its way to its place."""
+
+    __slots__ = ("doomed", "entry", "followers", "key", "readers", "ticket")
+
+    def __init__(self, ticket: Ticket, entry: Entry) -> None:
+        self.key = ticket.block.meta.key
+        self.ticket = ticket
+        self.entry = entry
+        self.doomed: Outcome | None = None
+        """outcome to report for a block that was removed (OK) or crowded out (REJECTED) meanwhile"""
+        self.followers: list[Ticket] = []
+        """stores of the same block that came later"""
+        self.readers: list[Ticket] = []
+        """loads of it that came later"""
+
+
+class PendingRead:
+    """A load that holds its place."""
+
+    __slots__ = ("entry", "key", "ticket")
+
+    def __init__(self, ticket: Ticket, entry: Entry) -> None:
+        self.key = ticket.block.meta.key
+        self.ticket = ticket
+        self.entry = entry
+
+
+class Ledger:
+    """The state of a disk tier. What has become runnable collects in ``writes`` and ``reads``, results in ``results``."""
+
+    def __init__(self, geometry: Geometry, *, max_in_flight_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._geometry = geometry
+        self._max_in_flight_bytes = max_in_flight_bytes
+        self._clock = clock
+        self.index: dict[BlockKey, Entry] = {}
+        """readable blocks, oldest store first"""
+        self.places = Places(geometry)
+        self.next_sequence = 1
+        self.undeleted: dict[int, None] = {}
+        """places whose entry in the index file must go before they can be written"""
+        self.num_parked = 0
+        self.num_jobs = 0
+        self.writes: list[PendingStore] = []
+        self.reads: list[PendingRead] = []
+        self.results: deque[JobResult] = deque()
+        self._pending: dict[BlockKey, PendingStore] = {}
+        self._busy: dict[int, int] = {}
+        self._parked: dict[int, deque[PendingStore]] = {}
+        self._in_flight_bytes = 0
+        self._namespaces: dict[bytes, bytes] = {}
+
+    # jobs in
+
+    def begin(self, job: TransferJob, *, is_online: bool) -> None:
+        """Starts a job: settles what can be settled at once and makes the rest runnable, or waits for what must come first."""
+        running = RunningJob(job, self._clock())
+        self.num_jobs += 1
+        if not job.blocks:
+            self._finish(running)
+        for index in range(len(job.blocks)):
+            ticket = Ticket(running, index)
+            outcome = self._begin_store(ticket, is_online) if job.kind is JobKind.STORE else self._begin_load(ticket, is_online)
+            if outcome is not None:
+                self.settle(ticket, outcome)
+
+    def _begin_store(self, ticket: Ticket, is_online: bool) -> Outcome | None:
+        block, running = ticket.block, ticket.running
+        if block.meta.key in self.index:
+            return Outcome.OK
+        pending = self._pending.get(block.meta.key)
+        if pending is not None:
+            pending.followers.append(ticket)
+            return None
+        if not is_online:
+            return self._fail(running, "the disk tier is offline")
+        num_bytes = block.meta.num_bytes
+        if block.buffer.nbytes != num_bytes or not block.buffer.c_contiguous:
+            return self._fail(running, f"a buffer of {block.buffer.nbytes} bytes for a block of {num_bytes}")
+        if self._in_flight_bytes and self._in_flight_bytes + num_bytes > self._max_in_flight_bytes:
+            return Outcome.REJECTED
+        place = self._take_place(running, block.meta.key, num_bytes)
+        if place is None:
+            return Outcome.REJECTED
+        self._in_flight_bytes += num_bytes
+        namespace = self.shared_namespace(running.job.namespace)
+        store = PendingStore(ticket, Entry(place, num_bytes, self.next_sequence, block.meta.parent, namespace))
+        self.next_sequence += 1
+        self._pending[store.key] = store
+        self._parked.setdefault(place, deque()).append(store)
+        self.num_parked += 1
+        self._start_next(place)
+        return None
+
+    def _take_place(self, running: RunningJob, key: BlockKey, num_bytes: int) -> int | None:
+        if num_bytes <= 0:
+            return None
+        place = self.places.take(key, num_bytes)
+        if place is not None:
+            return place
+        for victim in self.places.crowded_out(num_bytes):
+            if self._forget(victim, doomed=Outcome.REJECTED):
+                running.dropped.append(victim)
+        return self.places.take(key, num_bytes)
+
+    def _begin_load(self, ticket: Ticket, is_online: bool) -> Outcome | None:
+        block, running = ticket.block, ticket.running
+        pending = self._pending.get(block.meta.key)
+        entry = self.index.get(block.meta.key) if pending is None else pending.entry
+        if entry is None:
+            return Outcome.MISS
+        if not is_online:
+            return self._fail(running, "the disk tier is offline")
+        if entry.num_bytes != block.meta.num_bytes or entry.namespace != running.job.namespace:
+            return self._miss(running, f"the block is there with {entry.num_bytes} bytes, or in another namespace")
+        if block.buffer.nbytes != entry.num_bytes or block.buffer.readonly or not block.buffer.c_contiguous:
+            return self._fail(running, f"a buffer of {block.buffer.nbytes} bytes for a block of {entry.num_bytes}")
+        if pending is not None:
+            pending.readers.append(ticket)
+        else:
+            self._start_read(ticket, entry)
+        return None
+
+    def _fail(self, running: RunningJob, error: str) -> Outcome:
+        running.error = running.error or error
+        return Outcome.FAILED
+
+    def _miss(self, running: RunningJob, error: str) -> Outcome:
+        running.error = running.error or error
+        return Outcome.MISS
+
+    def shared_namespace(self, namespace: bytes) -> bytes:
+        """One object for equal namespaces: every entry names one."""
+        return self._namespaces.setdefault(namespace, namespace)
+
+    # removals
+
+    def remove(self, keys: Iterable[BlockKey]) -> None:
+        """Forgets keys; their room is free at once for stores that come later."""
+        for key in keys:
+            self._forget(key, doomed=Outcome.OK)
+
+    def _forget(self, key: BlockKey, *, doomed: Outcome) -> bool:
+        """Forgets a key; whether it was readable."""
+        entry = self.index.pop(key, None)
+        if entry is not None:
+            self.undeleted[entry.place] = None
+            self.places.give_back(entry.place)
+            return True
+        pending = self._pending.pop(key, None)
+        if pending is not None:
+            pending.doomed = doomed
+            self.places.give_back(pending.entry.place)
+        return False
+
+    def forget_corrupt(self, read: PendingRead) -> None:
+        """Forgets a block whose record proved bad, unless it was replaced meanwhile."""
+        if self.index.get(read.key) is read.entry:
+            self._forget(read.key, doomed=Outcome.OK)
+
+    # progress, reported by the tier's threads
+
+    def read_done(self, read: PendingRead, outcome: Outcome, error: str | None) -> None:
+        """A read ended; its place is one reader poorer."""
+        self._release(read.entry.place)
+        self.settle(read.ticket, outcome, error)
+
+    def needs_no_entry(self, store: PendingStore) -> bool:
+        """Whether a written store was doomed before its entry was made; if so it is settled here."""
+        if store.doomed is None:
+            return False
+        self._settle_store(store, store.doomed, None)
+        return True
+
+    def committed(self, stores: Collection[PendingStore], deleted_places: Collection[int]) -> None:
+        """The index file holds the entries of these stores and those of these places no more."""
+        for place in deleted_places:
+            del self.undeleted[place]
+        for store in stores:
+            if store.doomed is None:
+                del self._pending[store.key]
+                self.index[store.key] = store.entry
+            else:
+                self.undeleted[store.entry.place] = None
+            self._settle_store(store, store.doomed or Outcome.OK, None)
+        for place in deleted_places:
+            self._start_next(place)
+
+    def store_failed(self, store: PendingStore, outcome: Outcome, error: str) -> None:
+        """A store came to nothing: its place is free again."""
+        if store.doomed is None:
+            del self._pending[store.key]
+            self.places.give_back(store.entry.place)
+        self._settle_store(store, outcome, error)
+
+    def undelete_failed(self, error: str) -> None:
+        """The index file could not be changed: whoever waits for a deletion fails. The deletions are tried again later."""
+        for place in [place for place in self._parked if place in self.undeleted]:
+            for store in self._parked.pop(place):
+                self.num_parked -= 1
+                self._busy[place] = self._busy.get(place, 0) + 1
+                self.store_failed(store, Outcome.FAILED, error)
+
+    def check(self) -> list[str]:
+        """Broken promises in words; no job may be running."""
+        problems = self.places.check()
+        if len(self.places) != len(self.index) + len(self._pending):
+            problems.append(f"{len(self.places)} places are taken for {len(self.index)} blocks and {len(self._pending)} stores")
+        if not self.num_jobs and (self._busy or self._parked or self._pending or self._in_flight_bytes or self.num_parked):
+            problems.append("no job is running, yet places are busy or awaited")
+        return problems
+
+    def settle(self, ticket: Ticket, outcome: Outcome, error: str | None = None) -> None:
+        """Notes the outcome of one block and, with the last one, the job's result."""
+        running = ticket.running
+        assert running.outcomes[ticket.index] is None, "a block was settled twice"
+        running.outcomes[ticket.index] = outcome
+        running.num_open -= 1
+        running.error = running.error or error
+        if outcome is Outcome.OK:
+            running.num_bytes += ticket.block.meta.num_bytes
+        if not running.num_open:
+            self._finish(running)
+
+    def _finish(self, running: RunningJob) -> None:
+        job = running.job
+        outcomes = tuple(outcome for outcome in running.outcomes if outcome is not None)
+        seconds = self._clock() - running.started
+        self.num_jobs -= 1
+        self.results.append(JobResult(job.job_id, job.kind, outcomes, seconds, running.num_bytes, tuple(running.dropped), running.error))
+
+    def _settle_store(self, store: PendingStore, outcome: Outcome, error: str | None) -> None:
+        was_written = outcome is Outcome.OK or (store.doomed is not None and error is None)
+        self._in_flight_bytes -= store.entry.num_bytes
+        for ticket in store.readers:
+            if was_written:
+                self._start_read(ticket, store.entry)
+            else:
+                self.settle(ticket, Outcome.MISS)
+        self._release(store.entry.place)
+        for ticket in (store.ticket, *store.followers):
+            self.settle(ticket, outcome, error)
+
+    def _start_read(self, ticket: Ticket, entry: Entry) -> None:
+        self._busy[entry.place] = self._busy.get(entry.place, 0) + 1
+        self.reads.append(PendingRead(ticket, entry))
+
+    def _release(self, place: int) -> None:
+        left = self._busy[place] - 1
+        if left:
+            self._busy[place] = left
+        else:
+            del self._busy[place]
+            self._start_next(place)
+
+    def _start_next(self, place: int) -> None:
+        """Makes the next store that waits for a place runnable, if nothing else keeps the place."""
+        waiting = self._parked.get(place)
+        if waiting is None or place in self._busy or place in self.undeleted:
+            return
+        store = waiting.popleft()
+        if not waiting:
+            del self._parked[place]
+        self.num_parked -= 1
+        self._busy[place] = 1
+        self.writes.append(store)

@@ -1,0 +1,76 @@
+"""One process per directory: a lock file that names its holder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import weakref
+from pathlib import Path
+
+from kvtier.errors import TierBusyError, TierError
+
+LOCK_NAME = "lock"
+_MAX_TEXT_BYTES = 1024
+
+_held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+
+class DirectoryLock:
+    """Holds a directory until ``release``, or until the process dies.
+
+    The lock is the kernel's (flock), so nothing is left behind by a crash; the text in the file is for people.
+    """
+
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+        """Raises TierBusyError naming the holder, TierError where the lock file cannot be made.
+
+        ``read_only``: leaves the file as it is, and does without it where there is none.
+        """
+        self._fd = -1
+        path = directory / LOCK_NAME
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC if read_only else os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise TierError(f"{path} cannot be opened ({error.strerror}): make the directory writable for this user") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, _MAX_TEXT_BYTES, 0).decode("utf-8", "replace").strip() or "unknown"
+            self.release()
+            raise TierBusyError(
+                f"{directory} is in use by another process ({holder}): end it, or give each process a directory of its own"
+            ) from None
+        except OSError as error:
+            self.release()
+            raise TierError(f"{path} cannot be locked ({error.strerror}): use a file system with flock") from error
+        _held.add(self)
+        if not read_only:
+            self._write_holder(path)
+
+    def _write_holder(self, path: Path) -> None:
+        text = f"pid {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}"
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, text.encode("utf-8", "replace")[:_MAX_TEXT_BYTES], 0)
+        except OSError as error:
+            self.release()
+            raise TierError(f"{path} cannot be written ({error.strerror}): free some space or make the directory writable") from error
+
+    def release(self) -> None:
+        """Lets the directory go. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _release_in_child() -> None:
+    # A forked child shares the open file and would keep the directory locked after its parent's death.
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)

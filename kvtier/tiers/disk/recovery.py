@@ -1,0 +1,249 @@
+"""Opens a directory: whose it is, of which format, what is in it, and which of its index can be trusted.
+
+Damage is not an error here.  A damaged directory opens with what can be proven to be whole; only another format version,
+another holder, or a place that cannot be used at all stop the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kvtier.errors import TierError
+from kvtier.io import PAGE_BYTES, AlignedFile, DirectMode, Scratch, preallocate
+from kvtier.tiers.disk import index_file
+from kvtier.tiers.disk.format import FORMAT_VERSION, PLACE_BYTES, SEQUENCE_KEY, RecordFields, pack_entry, pack_place, pack_text, parse_row, parse_text
+from kvtier.tiers.disk.geometry import Geometry, divide
+from kvtier.tiers.disk.index_file import CLEAN_NAME, INDEX_NAME, IndexFile, read_proof, replace_file, salvage, withdraw_proof
+from kvtier.tiers.disk.ledger import Ledger
+from kvtier.tiers.disk.lock import LOCK_NAME
+from kvtier.tiers.disk.places import Entry
+from kvtier.tiers.disk.scan import scan_segments
+from kvtier.tiers.disk.segments import segment_number
+from kvtier.types import BlockKey
+
+logger = logging.getLogger(__name__)
+
+FORMAT_NAME = "format"
+_FORMAT_TITLE = "kvtier disk tier"
+_PROBE_NAME = "probe.new"
+_TEMPORARY_NAMES = frozenset([_PROBE_NAME, *(f"{name}.new" for name in (FORMAT_NAME, CLEAN_NAME, INDEX_NAME))])
+SEQUENCE_SLACK = 1 << 20
+"""the index names a sequence number this far ahead, so that it stays above those of stores it never heard of"""
+
+Source = Literal["new", "clean", "salvaged", "scanned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """How a directory was opened. ``source`` says where the index came from.
+
+    ``new``: there was nothing; ``clean``: the index proved to be the one the last close left; ``salvaged``: the last
+    process did not close, a child process read the index; ``scanned``: the index was damaged, the records were read.
+    """
+
+    source: Source
+    num_blocks: int
+    num_lost: int
+    """entries whose record cannot be there any more (a segment is gone or too short)"""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What an index said: records by ascending sequence, and the next sequence number."""
+
+    source: Source
+    records: list[RecordFields] = field(default_factory=list)
+    next_sequence: int = 1
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a file of this name in the directory belongs to the tier."""
+    return name in (LOCK_NAME, FORMAT_NAME, CLEAN_NAME, INDEX_NAME) or name in _TEMPORARY_NAMES or segment_number(name) is not None
+
+
+def read_format(directory: Path) -> int | None:
+    """The segment size of a directory, None where its format file is damaged or missing. Raises TierFormatError."""
+    try:
+        with open(directory / FORMAT_NAME, "rb") as file:
+            values = parse_text(_FORMAT_TITLE, file.read(1 << 16))
+        return None if values is None else int(values["segment_bytes"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def prepare_directory(directory: Path) -> None:
+    """Makes the directory. Raises TierError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise TierError(f"{directory} cannot be made ({error.strerror}): choose a path this user may write") from error
+
+
+def settle_geometry(directory: Path, capacity_bytes: int, segment_bytes: int, *, durable: bool) -> Geometry:
+    """The division of the capacity, with the segment size the directory already has. Raises TierError."""
+    found = read_format(directory)
+    if found is not None and found != segment_bytes:
+        logger.warning("%s has segments of %d bytes and keeps them (%d configured); empty it to change that", directory, found, segment_bytes)
+    geometry = divide(capacity_bytes, found or segment_bytes)
+    try:
+        if found is None:
+            content = pack_text(_FORMAT_TITLE, {"format": str(FORMAT_VERSION), "segment_bytes": str(segment_bytes)})
+            replace_file(directory / FORMAT_NAME, content, durable=durable)
+        _trim(directory, geometry)
+        _require_space(directory, capacity_bytes)
+    except TierError:
+        raise
+    except OSError as error:
+        raise _unusable(directory, error) from error
+    return geometry
+
+
+def probe(directory: Path, direct: DirectMode) -> None:
+    """Tries to write a page the way segments are written. Raises TierError."""
+    path = directory / _PROBE_NAME
+    try:
+        preallocate(path, PAGE_BYTES)
+        try:
+            file = AlignedFile(path, direct=direct)
+            try:
+                scratch = Scratch()
+                scratch.reset(PAGE_BYTES)
+                file.writev([scratch.take(PAGE_BYTES)], 0)
+            finally:
+                file.close()
+        finally:
+            path.unlink()
+    except OSError as error:
+        if direct == "on" and error.errno == errno.EINVAL:
+            raise TierError(
+                f"{directory} cannot be written with direct I/O ({error.strerror}): set direct_io to auto, or choose another file system"
+            ) from error
+        raise _unusable(directory, error) from error
+
+
+def recover(directory: Path, geometry: Geometry, ledger: Ledger, *, durable: bool) -> tuple[Recovery, IndexFile]:
+    """Fills an empty ledger with the blocks of the directory and opens an index file to go on with. Raises TierError."""
+    try:
+        rows, index = _read_index(directory, geometry, durable=durable)
+        num_lost = _fill(ledger, rows, directory, geometry)
+        if index is None:
+            index = rebuild_index(directory, geometry, ledger.index, ledger.next_sequence, durable=durable)
+            ledger.undeleted.clear()
+    except (OSError, *index_file.INDEX_ERRORS) as error:
+        raise _unusable(directory, error) from error
+    recovery = Recovery(rows.source, len(ledger.index), num_lost)
+    level = logging.INFO if rows.source in ("new", "clean") and not num_lost else logging.WARNING
+    logger.log(level, "%s: %d blocks (%s), %d lost", directory, recovery.num_blocks, recovery.source, num_lost)
+    return recovery, index
+
+
+def rebuild_index(directory: Path, geometry: Geometry, index: dict[BlockKey, Entry], next_sequence: int, *, durable: bool) -> IndexFile:
+    """Writes a new index file that says what the index in RAM says. Raises OSError or one of ``INDEX_ERRORS``."""
+    records = sorted((entry.fields(key) for key, entry in list(index.items())), key=lambda fields: fields.place)
+    rows = (pack_place(fields.place) + pack_entry(fields) for fields in records)
+    return IndexFile.create(directory, geometry.index_bytes, rows, next_sequence + SEQUENCE_SLACK, durable=durable)
+
+
+def _read_index(directory: Path, geometry: Geometry, *, durable: bool) -> tuple[_Rows, IndexFile | None]:
+    """What the index says, and the index file itself where it can be trusted."""
+    index_path = directory / INDEX_NAME
+    has_segments = any(segment_number(entry.name) is not None for entry in os.scandir(directory))
+    if not index_path.exists() and not has_segments:
+        withdraw_proof(directory, durable=durable)
+        return _Rows("new"), None
+    is_proven = read_proof(directory)
+    withdraw_proof(directory, durable=durable)
+    if is_proven and index_path.stat().st_size == geometry.index_bytes:
+        index = IndexFile.open_proven(directory, geometry.index_bytes, durable=durable)
+        return _parse(index.rows(), "clean"), index
+    rows = None if is_proven is False else salvage(directory)
+    if rows is not None:
+        return _parse(rows, "clean" if is_proven else "salvaged"), None
+    logger.warning("%s: the index is damaged, reading all records instead", directory)
+    found = scan_segments(directory, geometry.num_segments, geometry.segment_bytes)
+    found.sort(key=lambda fields: fields.sequence)
+    return _Rows("scanned", found, found[-1].sequence + 1 if found else 1), None
+
+
+def _parse(rows: list[bytes], source: Source) -> _Rows:
+    result = _Rows(source)
+    if rows and rows[-1].startswith(SEQUENCE_KEY):
+        last = rows.pop()
+        result.next_sequence = int.from_bytes(last[PLACE_BYTES : PLACE_BYTES + 8], "little")
+    for row in rows:
+        record = parse_row(row)
+        if isinstance(record, RecordFields):
+            result.records.append(record)
+    result.records.sort(key=lambda record: record.sequence)
+    return result
+
+
+def _fill(ledger: Ledger, rows: _Rows, directory: Path, geometry: Geometry) -> int:
+    """Adopts every record that can be there; returns how many cannot. Oldest first, so that ``entries()`` is in order."""
+    sizes = segment_sizes(directory)
+    known: dict[BlockKey, BlockKey] = {}
+    num_lost = 0
+    for record in _newest_first_wins(rows.records):
+        segment, page = divmod(record.place, geometry.pages_per_segment)
+        end = page * PAGE_BYTES + record.record_bytes
+        if end > sizes.get(segment, 0) or not ledger.places.adopt(record.key, record.place, record.num_bytes):
+            ledger.undeleted[record.place] = None
+            num_lost += 1
+            continue
+        key = known.setdefault(record.key, record.key)
+        parent = None if record.parent is None else known.setdefault(record.parent, record.parent)
+        ledger.index[key] = Entry(record.place, record.num_bytes, record.sequence, parent, ledger.shared_namespace(record.namespace))
+    last = rows.records[-1].sequence + 1 if rows.records else 1
+    ledger.next_sequence = max(rows.next_sequence, last)
+    return num_lost
+
+
+def _newest_first_wins(records: list[RecordFields]) -> Iterable[RecordFields]:
+    """The records without older ones of the same key. An index that kvtier wrote has none; a forged one might."""
+    newest = {record.key: record for record in records}
+    return records if len(newest) == len(records) else sorted(newest.values(), key=lambda record: record.sequence)
+
+
+def segment_sizes(directory: Path) -> dict[int, int]:
+    """Lengths of the segment files that are there."""
+    sizes = {}
+    for entry in os.scandir(directory):
+        segment = segment_number(entry.name)
+        if segment is not None:
+            sizes[segment] = entry.stat().st_size
+    return sizes
+
+
+def _trim(directory: Path, geometry: Geometry) -> None:
+    """Removes what the capacity has no room for: leftovers, segments above the last one, bytes after a segment's end."""
+    for entry in os.scandir(directory):
+        segment = segment_number(entry.name)
+        if entry.name in _TEMPORARY_NAMES or (segment is not None and segment >= geometry.num_segments):
+            os.unlink(entry.path)
+        elif segment is not None and entry.stat().st_size > geometry.segment_bytes:
+            os.truncate(entry.path, geometry.segment_bytes)
+
+
+def _require_space(directory: Path, capacity_bytes: int) -> None:
+    present = sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory) if is_own_name(entry.name))
+    disk = os.statvfs(directory)
+    free = disk.f_bavail * disk.f_frsize
+    if present + free < capacity_bytes:
+        raise TierError(
+            f"{directory}: the capacity of {capacity_bytes} bytes does not fit, only {present + free} bytes are there "
+            f"({present} of them kvtier's already): lower the capacity or free some space"
+        )
+
+
+def _unusable(directory: Path, error: Exception) -> TierError:
+    with contextlib.suppress(OSError):
+        if not os.access(directory, os.W_OK):
+            return TierError(f"{directory} cannot be written by this user ({error}): change its owner or mode, or choose another path")
+    return TierError(f"{directory} cannot be used ({error}): check the disk and the directory's permissions")

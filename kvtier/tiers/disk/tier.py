@@ -1,0 +1,244 @@
+"""The disk tier: blocks in slots of preallocated segment files, LMDB as the durable index, a dict as the one that is asked."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+from kvtier.errors import ClosedError
+from kvtier.io import DirectMode, WorkerPool
+from kvtier.tiers.disk.check import check_names, check_records
+from kvtier.tiers.disk.committer import Committer
+from kvtier.tiers.disk.health import Health
+from kvtier.tiers.disk.index_file import IndexFile
+from kvtier.tiers.disk.ledger import Ledger, PendingRead, PendingStore
+from kvtier.tiers.disk.lock import DirectoryLock
+from kvtier.tiers.disk.places import metas
+from kvtier.tiers.disk.record_io import RecordIO
+from kvtier.tiers.disk.recovery import prepare_directory, probe, rebuild_index, recover, settle_geometry
+from kvtier.tiers.disk.runs import ReadTask, WriteTask, into_runs
+from kvtier.tiers.disk.segments import SegmentFiles
+from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, TransferJob
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEGMENT_BYTES = 64 << 20
+DEFAULT_MAX_IN_FLIGHT_BYTES = 256 << 20
+
+
+class DiskTier:
+    """Keeps blocks in a directory, across processes. Implements :class:`~kvtier.tiers.base.Tier`.
+
+    The sum of the sizes of the directory's files never exceeds ``capacity_bytes``.  A STORE is OK once the block would be
+    found again after ``kill -9``; with ``durable`` also after a power cut.  Every block is verified when it is loaded.
+
+    ``offline_count`` counts how often reads or writes were given up for a while after repeated failures; ``recovery`` says
+    how the directory was found.
+    """
+
+    def __init__(  # noqa: PLR0913 - every setting of the tier, by keyword
+        self,
+        path: str | Path,
+        capacity_bytes: int,
+        *,
+        name: str = "disk",
+        segment_bytes: int = DEFAULT_SEGMENT_BYTES,
+        direct_io: DirectMode = "auto",
+        io_threads: int = 2,
+        max_in_flight_bytes: int = DEFAULT_MAX_IN_FLIGHT_BYTES,
+        durable: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Opens or makes the directory.
+
+        Raises TierBusyError where another process holds it, TierFormatError where another version wrote it, TierError
+        where it cannot be used (not writable, too little space, a capacity below one segment and the index).
+        """
+        self.name = name
+        self.capacity_bytes: int | None = capacity_bytes
+        self.path = Path(path)
+        self._durable = durable
+        prepare_directory(self.path)
+        self._directory_lock = DirectoryLock(self.path)
+        try:
+            self._geometry = settle_geometry(self.path, capacity_bytes, segment_bytes, durable=durable)
+            probe(self.path, direct_io)
+            self._ledger = Ledger(self._geometry, max_in_flight_bytes=max_in_flight_bytes, clock=clock)
+            self.recovery, index = recover(self.path, self._geometry, self._ledger, durable=durable)
+        except BaseException:
+            self._directory_lock.release()
+            raise
+        self._lock = threading.Lock()
+        self._progress = threading.Condition(self._lock)
+        self._is_closed = False
+        self._read_health = Health(f"reading from {self.path}", clock)
+        self._write_health = Health(f"writing to {self.path}", clock)
+        self._files = SegmentFiles(self.path, self._geometry.segment_bytes, direct=direct_io, durable=durable)
+        self._records = RecordIO(self._files, self._geometry.pages_per_segment)
+        self._pool = WorkerPool(io_threads, "kvtier-disk-io")
+        self._committer = Committer(
+            self._ledger,
+            self._lock,
+            index,
+            rebuild=self._rebuild_index,
+            sync_segments=self._sync_segments,
+            health=self._write_health,
+            progressed=self._progressed,
+        )
+
+    @property
+    def offline_count(self) -> int:
+        """How often reads or writes were taken offline."""
+        return self._read_health.offline_count + self._write_health.offline_count
+
+    def max_blocks(self, num_bytes: int) -> int:
+        return self._geometry.max_blocks(num_bytes)
+
+    def lookup(self, keys: Sequence[BlockKey]) -> int:
+        if not self._read_health.is_online:
+            return 0
+        index = self._ledger.index
+        for position, key in enumerate(keys):
+            if key not in index:
+                return position
+        return len(keys)
+
+    def submit(self, job: TransferJob) -> None:
+        health = self._write_health if job.kind is JobKind.STORE else self._read_health
+        is_online = health.is_online
+        with self._lock:
+            if self._is_closed:
+                raise ClosedError(f"the disk tier at {self.path} is closed")
+            self._ledger.begin(job, is_online=is_online)
+            self._committer.nudge()
+            writes, reads = self._take_runnable()
+        self._launch(writes, reads)
+
+    def poll(self, timeout_s: float = 0.0) -> list[JobResult]:
+        ledger = self._ledger
+        if not ledger.results and timeout_s <= 0:
+            return []
+        with self._lock:
+            if not ledger.results and timeout_s > 0:
+                self._progress.wait_for(lambda: ledger.results or not ledger.num_jobs, timeout_s)
+            results = list(ledger.results)
+            ledger.results.clear()
+        return results
+
+    def remove(self, keys: Collection[BlockKey]) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._ledger.remove(keys)
+            self._committer.nudge()
+
+    def entries(self) -> Iterator[BlockMeta]:
+        with self._lock:
+            found = list(metas(self._ledger.index))
+        return iter(found)
+
+    def check(self) -> list[Damage]:
+        with self._lock:
+            problems = self._ledger.check()
+            index = dict(self._ledger.index)
+        found = [Damage("index in memory", problem) for problem in problems]
+        found += check_names(self.path, self._geometry.capacity_bytes)
+        found += check_records(self._records, (entry.fields(key) for key, entry in index.items()))
+        return found
+
+    def close(self) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._progress.wait_for(lambda: not self._ledger.num_jobs)
+        self._shut_down(leave_proof=True)
+
+    def abandon(self) -> None:
+        """Lets everything go as a crash would: nothing is finished or flushed, running jobs get no result. For tests."""
+        with self._lock:
+            self._is_closed = True
+        self._shut_down(leave_proof=False)
+
+    def _shut_down(self, *, leave_proof: bool) -> None:
+        self._pool.close(discard=not leave_proof)
+        self._committer.stop(leave_proof=leave_proof)
+        self._files.close()
+        self._directory_lock.release()
+
+    # what the threads call
+
+    def _take_runnable(self) -> tuple[list[PendingStore], list[PendingRead]]:
+        """With the lock held; what it returns is to be launched without it."""
+        ledger = self._ledger
+        writes, reads = ledger.writes, ledger.reads
+        if writes:
+            ledger.writes = []
+        if reads:
+            ledger.reads = []
+        return writes, reads
+
+    def _launch(self, writes: list[PendingStore], reads: list[PendingRead]) -> None:
+        pages = self._geometry.pages_per_segment
+        for read_run in into_runs(reads, pages):
+            self._pool.submit(ReadTask(read_run, self._records.read, self._reads_done), urgent=True)
+        for write_run in into_runs(writes, pages):
+            self._pool.submit(WriteTask(write_run, self._records.write, self._writes_done))
+
+    def _progressed(self) -> None:
+        """After every change a thread made: starts what became runnable, wakes who waits for results."""
+        with self._lock:
+            writes, reads = self._take_runnable()
+            self._committer.nudge()
+            if self._ledger.results or not self._ledger.num_jobs:
+                self._progress.notify_all()
+        self._launch(writes, reads)
+
+    def _writes_done(self, run: Sequence[PendingStore], error: BaseException | None) -> None:
+        if error is not None:
+            self._write_health.failed(error)
+        with self._lock:
+            if error is None:
+                self._committer.written(run)
+            else:
+                for store in run:
+                    self._ledger.store_failed(store, Outcome.FAILED, str(error))
+        self._progressed()
+
+    def _reads_done(self, outcomes: Sequence[tuple[PendingRead, Outcome, str | None]]) -> None:
+        for _, outcome, error in outcomes:
+            if outcome is Outcome.FAILED:
+                self._read_health.failed(OSError(error))
+            else:
+                self._read_health.succeeded()
+        with self._lock:
+            for read, outcome, error in outcomes:
+                if outcome in (Outcome.CORRUPT, Outcome.MISS):
+                    self._ledger.forget_corrupt(read)
+                self._ledger.read_done(read, outcome, error)
+        self._progressed()
+
+    def _sync_segments(self, stores: Sequence[PendingStore]) -> dict[PendingStore, str]:
+        if not self._durable:
+            return {}
+        problems: dict[int, str] = {}
+        segments = {self._records.segment_of(store.entry.place) for store in stores}
+        for segment in segments:
+            try:
+                self._files.sync(segment)
+            except OSError as error:
+                self._write_health.failed(error)
+                problems[segment] = f"segment {segment} could not be synced: {error}"
+        if not problems:
+            return {}
+        return {store: problems[segment] for store in stores if (segment := self._records.segment_of(store.entry.place)) in problems}
+
+    def _rebuild_index(self) -> IndexFile:
+        with self._lock:
+            index = dict(self._ledger.index)
+            next_sequence = self._ledger.next_sequence
+        return rebuild_index(self.path, self._geometry, index, next_sequence, durable=self._durable)
+
