@@ -75,8 +75,9 @@ bool SetKeys(PyObject* list, Py_ssize_t first, const uint8_t* keys, Py_ssize_t n
   return true;
 }
 
-PyObject* ChainInPieces(const uint8_t* parent, TokenIds* token_ids, Py_ssize_t first_token,
-                        Py_ssize_t num_blocks, Py_ssize_t block_tokens, const Extras& extras) {
+PyObject* ChainInPieces(const Sha256& sha, const uint8_t* parent, TokenIds* token_ids,
+                        Py_ssize_t first_token, Py_ssize_t num_blocks, Py_ssize_t block_tokens,
+                        const Extras& extras) {
   const Py_ssize_t piece_blocks =
       std::min(num_blocks, std::max<Py_ssize_t>(2, kTokensAtATime / block_tokens / 2 * 2));
   std::vector<uint32_t> ids(static_cast<size_t>(piece_blocks * block_tokens));
@@ -91,13 +92,15 @@ PyObject* ChainInPieces(const uint8_t* parent, TokenIds* token_ids, Py_ssize_t f
         extras.data.data(), extras.offsets.empty() ? nullptr : extras.offsets.data() + block};
     uint8_t previous[kKeyBytes];
     std::memcpy(previous, parent, kKeyBytes);
-    ChainKeys(BestSha256(), previous, ids.data(), num_here, block_tokens, extra_bytes, keys.data());
+    ChainKeys(sha, previous, ids.data(), num_here, block_tokens, extra_bytes, keys.data());
     if (!SetKeys(result.get(), block, keys.data(), num_here)) return nullptr;
     parent = keys.data() + (num_here - 1) * kKeyBytes;
   }
   return result.release();
 }
 
+// `is_portable`: as it goes on every CPU and interpreter.
+template <bool is_portable>
 PyObject* ChainKeysOf(PyObject* const* args, Py_ssize_t num_args) {
   Py_ssize_t first_token, num_blocks, block_tokens;
   if (!ExpectArguments("chain_keys", num_args, 6) ||
@@ -118,10 +121,11 @@ PyObject* ChainKeysOf(PyObject* const* args, Py_ssize_t num_args) {
                         block_tokens);
   }
   Extras extras;
-  TokenIds token_ids;
+  TokenIds token_ids(!is_portable);
   if (!ReadExtras(args[5], num_blocks, &extras) || !token_ids.Open(args[1], first_token, end))
     return nullptr;
-  return ChainInPieces(static_cast<const uint8_t*>(parent->buf), &token_ids, first_token,
+  return ChainInPieces(is_portable ? PortableSha256() : BestSha256(),
+                       static_cast<const uint8_t*>(parent->buf), &token_ids, first_token,
                        num_blocks, block_tokens, extras);
 }
 
@@ -274,16 +278,20 @@ int Execute(PyObject* module) noexcept {
 }  // namespace kvtier
 
 PyMODINIT_FUNC PyInit__core() {
+  using namespace kvtier;
   static PyMethodDef methods[] = {
-      kvtier::Method<kvtier::ChainKeysOf>("chain_keys",
-                                          "chain_keys(parent, token_ids, first_token, num_blocks, "
-                                          "block_tokens, extras) -> list[bytes]"),
-      kvtier::Method<kvtier::CopyBlocksOf>("copy_blocks",
-                                           "copy_blocks(paged, arena_address, arena_bytes, "
-                                           "block_ids, arena_offsets, to_arena) -> int"),
-      kvtier::Method<kvtier::PrefaultOf>("prefault", "prefault(address, num_bytes) -> None"),
+      Method<ChainKeysOf<false>>("chain_keys",
+                                 "chain_keys(parent, token_ids, first_token, num_blocks, "
+                                 "block_tokens, extras) -> list[bytes]"),
+      Method<ChainKeysOf<true>>("chain_keys_portably",
+                                "chain_keys, as it goes without special instructions or knowledge "
+                                "of the interpreter; for tests"),
+      Method<CopyBlocksOf>("copy_blocks",
+                           "copy_blocks(paged, arena_address, arena_bytes, block_ids, "
+                           "arena_offsets, to_arena) -> int"),
+      Method<PrefaultOf>("prefault", "prefault(address, num_bytes) -> None"),
       {nullptr, nullptr, 0, nullptr}};
-  static PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(&kvtier::Execute)},
+  static PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(&Execute)},
                                      {0, nullptr}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                    "kvtier._core",

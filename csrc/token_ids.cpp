@@ -154,11 +154,12 @@ bool CheckRange(Py_ssize_t size, Py_ssize_t first, Py_ssize_t count) noexcept {
   return false;
 }
 
-bool ReadList(PyObject* list, Py_ssize_t first, Py_ssize_t count, uint32_t* ids) noexcept {
+bool ReadList(PyObject* list, Py_ssize_t first, Py_ssize_t count, bool directly,
+              uint32_t* ids) noexcept {
   if (!CheckRange(PyList_Size(list), first, count)) return false;
   const Py_ssize_t end = first + count;
   for (Py_ssize_t position = first; position < end; ++position) {
-    if (reads_directly) {
+    if (directly) {
       // Nothing runs between here and the end of the run, so the list cannot change; its size may
       // have since the last item.
       position = ReadRun(list, position, PyList_Size(list) < end ? position : end,
@@ -225,7 +226,7 @@ bool TokenIds::OpenBuffer(PyObject* object, Py_ssize_t end) noexcept {
 }
 
 bool TokenIds::Read(Py_ssize_t first, Py_ssize_t count, uint32_t* ids) noexcept {
-  if (list_) return ReadList(list_.get(), first - list_start_, count, ids);
+  if (list_) return ReadList(list_.get(), first - list_start_, count, directly_, ids);
   if (view_->itemsize == 4) {
     return is_signed_ ? ReadIntegers<int32_t>(*view_, first, count, ids)
                       : ReadIntegers<uint32_t>(*view_, first, count, ids);

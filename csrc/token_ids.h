@@ -20,6 +20,9 @@ bool ReadsListsDirectly() noexcept;
 // too few of them, TypeError for what is no integer.
 class TokenIds {
  public:
+  // `directly`: read lists the fast way where that is possible.
+  explicit TokenIds(bool directly) noexcept : directly_(directly && ReadsListsDirectly()) {}
+
   // Gets ready to read positions [first, end).
   bool Open(PyObject* token_ids, Py_ssize_t first, Py_ssize_t end) noexcept;
   // Reads positions [first, first + count) of those.
@@ -28,6 +31,7 @@ class TokenIds {
  private:
   bool OpenBuffer(PyObject* object, Py_ssize_t end) noexcept;
 
+  bool directly_;
   Ref list_;                   // either the list,
   Py_ssize_t list_start_ = 0;  // whose first item stands at this position,
   BufferView view_;            // or the buffer

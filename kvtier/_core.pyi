@@ -18,6 +18,15 @@ def chain_keys(
     extras: Sequence[Buffer] | None,
     /,
 ) -> list[bytes]: ...
+def chain_keys_portably(
+    parent: Buffer,
+    token_ids: Sequence[int] | Buffer,
+    first_token: int,
+    num_blocks: int,
+    block_tokens: int,
+    extras: Sequence[Buffer] | None,
+    /,
+) -> list[bytes]: ...
 def copy_blocks(
     paged: Buffer, arena_address: int, arena_bytes: int, block_ids: Buffer, arena_offsets: Buffer, to_arena: bool, /
 ) -> int: ...

@@ -107,7 +107,7 @@ def prefault(address: int, num_bytes: int, /) -> None:
     leaves a byte as it is.
 
     Raises:
-        OSError: there is no memory for it.
+        OSError: there is no memory for it, or no writable mapping.
         ValueError: a negative size, or no address.
     """
     if address < 1 or num_bytes < 0:
@@ -116,13 +116,17 @@ def prefault(address: int, num_bytes: int, /) -> None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     first = address // mmap.PAGESIZE * mmap.PAGESIZE
-    arguments = (ctypes.c_void_p(first), ctypes.c_size_t(address + num_bytes - first), ctypes.c_int(MADV_POPULATE_WRITE))
-    while libc.madvise(*arguments) != 0:
-        error = ctypes.get_errno()
-        if error == EINVAL:
-            return
-        if error not in (EINTR, EAGAIN):
-            raise OSError(error, os.strerror(error))
+
+    def populate(length: int) -> int:
+        if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(MADV_POPULATE_WRITE)) == 0:
+            return 0
+        return ctypes.get_errno()
+
+    while (error := populate(address + num_bytes - first)) in (EINTR, EAGAIN):
+        pass
+    is_old_kernel = error == EINVAL and populate(0) != 0
+    if error != 0 and not is_old_kernel:
+        raise OSError(error, os.strerror(error))
 
 
 def _tokens_between(token_ids: Sequence[int] | Buffer, first: int, end: int) -> Sequence[int]:

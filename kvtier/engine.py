@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from kvtier.config import Config
 from kvtier.control.commands import BlockEvent
@@ -29,6 +30,19 @@ __all__ = ["EXTENT_BYTES", "BlockEvent", "CacheEngine"]
 EXTENT_BYTES = 64 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What a :class:`CacheEngine` is put together from; it owns all of it."""
+
+    planner: Planner
+    runner: TransferRunner
+    arena: Arena
+    slab: SlabAllocator
+    space: HostSpace
+    tiers: Sequence[Tier]
+    stats: Stats
+
+
 class CacheEngine:
     """KV blocks under keys, in host memory and the tiers below it.
 
@@ -36,24 +50,32 @@ class CacheEngine:
     After ``open`` nothing that goes wrong with storage raises: it becomes a miss and a counter in ``stats``.
     """
 
-    def __init__(self, planner: Planner, runner: TransferRunner, arena: Arena, slab: SlabAllocator, *, space: HostSpace,
-                 tiers: Sequence[Tier], stats: Stats, block_bytes: int, clock: Callable[[], float]) -> None:  # fmt: skip
+    def __init__(self, parts: EngineParts, *, block_bytes: int, clock: Callable[[], float]) -> None:
         """Use :meth:`open`."""
-        self.stats = stats
+        self.stats = parts.stats
         self.block_bytes = block_bytes
-        self._planner = planner
-        self._runner = runner
-        self._arena = arena
-        self._slab = slab
-        self._space = space
-        self._tiers = tiers
+        self._planner = parts.planner
+        self._runner = parts.runner
+        self._arena = parts.arena
+        self._slab = parts.slab
+        self._space = parts.space
+        self._tiers = parts.tiers
         self._clock = clock
         self._closed = False
         self._grow()
 
     @classmethod
-    def open(cls, config: Config, *, namespace: Namespace, block_bytes: int, arena: Arena | None = None, events: bool = False,
-             clock: Callable[[], float] = time.monotonic, tiers: Sequence[Tier] | None = None) -> CacheEngine:  # fmt: skip
+    def open(
+        cls,
+        config: Config,
+        *,
+        namespace: Namespace,
+        block_bytes: int,
+        arena: Arena | None = None,
+        events: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        tiers: Sequence[Tier] | None = None,
+    ) -> CacheEngine:
         """Opens the tiers a configuration names and recovers what they hold.
 
         Args:
@@ -88,14 +110,14 @@ class CacheEngine:
             arena.unlink()
         lower = list(tiers) if tiers is not None else _open_tiers(config)
         stats = Stats()
-        space = HostSpace(slab, memoryview(arena.generations))  # a third of the cost of indexing numpy
+        space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
         host = _residency("host", config.host.policy, config.host.ttl_s, config.host.ttl_mode)
         planner = Planner(space, host, [_spec(tier, config) for tier in lower], stats, events=events)
         now = clock()
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
         runner = TransferRunner(planner, lower, arena, namespace.digest, stats)
-        return cls(planner, runner, arena, slab, space=space, tiers=lower, stats=stats, block_bytes=block_bytes, clock=clock)
+        return cls(EngineParts(planner, runner, arena, slab, space, lower, stats), block_bytes=block_bytes, clock=clock)
 
     def match(self, keys: Iterable[BlockKey]) -> PrefixMatch:
         """The longest leading run of ``keys`` that some tier holds. Cheap; changes nothing; stops at the first miss."""

@@ -110,17 +110,15 @@ def steps(rounds: int, num_requests: int = 64) -> Iterator[Record]:
 
         for ids, extra in zip(tokens.values(), range(num_requests), strict=True):
             ids.extend([7] * extra)
-        yield record(
-            "scheduler half, one step", {"running": num_requests, "block_tokens": block_tokens}, time_rounds(decode, rounds=max(rounds, 64)),
-            "us", limit=200.0,
-        )  # fmt: skip
+        params = {"running": num_requests, "block_tokens": block_tokens}
+        yield record("scheduler half, one step", params, time_rounds(decode, rounds=max(rounds, 64)), "us", limit=200.0)
 
 
 def evictions(resident: Sequence[int], rounds: int) -> Iterator[Record]:
     """Storing prompts into a host memory that is full: slots, index, policy, eviction; no bytes."""
     for count in resident:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        generations = memoryview(np.zeros(count, np.uint32))
+        generations = np.zeros(count, np.uint32).data
         space = HostSpace(SlabAllocator(count * PAGE_BYTES, 64 << 20), generations)
         planner = Planner(space, Residency("host", lambda: create_policy("lru"), None), [], Stats())
         prompts = _prompts()
@@ -159,7 +157,8 @@ def _disk_eviction(path: Path, count: int, rounds: int) -> Iterator[Record]:
     def put(keys: Sequence[BlockKey]) -> None:
         nonlocal jobs
         jobs += 1
-        blocks = tuple(BlockIO(BlockMeta(key, None, PAGE_BYTES), payload[i * PAGE_BYTES : (i + 1) * PAGE_BYTES]) for i, key in enumerate(keys))
+        pages = [payload[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] for i in range(len(keys))]
+        blocks = tuple(BlockIO(BlockMeta(key, None, PAGE_BYTES), page) for key, page in zip(keys, pages, strict=True))
         tier.submit(TransferJob(jobs, JobKind.STORE, b"n" * 16, blocks))
         while not tier.poll(1.0):
             pass
@@ -181,7 +180,8 @@ def _disk_eviction(path: Path, count: int, rounds: int) -> Iterator[Record]:
     times = time_rounds(replace, rounds=rounds)
     io_s = sorted(io_times)[len(io_times) // 2]
     per_block = [max(0.0, seconds - io_s) / batch for seconds in times]
-    yield record("put + evict, disk, beyond the I/O", {"resident": count, "io_us": round(1e6 * io_s / batch, 1)}, per_block, "us", limit=20.0)
+    params = {"resident": count, "io_us": round(1e6 * io_s / batch, 1)}
+    yield record("put + evict, disk, beyond the I/O", params, per_block, "us", limit=20.0)
     tier.close()
 
 

@@ -16,7 +16,8 @@ from kvtier.types import BlockKey, Outcome
 Forget = Callable[[LowerTier, BlockKey], None]
 """how the planner forgets a block in a lower tier"""
 
-_OUTCOME_COUNTERS = {Outcome.MISS: "missing", Outcome.CORRUPT: "corrupt", Outcome.REJECTED: "rejected", Outcome.FAILED: "failed"}
+OUTCOME_COUNTERS = {Outcome.MISS: "missing", Outcome.CORRUPT: "corrupt", Outcome.REJECTED: "rejected", Outcome.FAILED: "failed"}
+"""what did not come out OK -> the last part of its counter's name"""
 
 
 class Demoter:
@@ -51,12 +52,15 @@ class Demoter:
             if tier.forget_waiting(key):
                 self._stats.add(f"{tier.residency.name}.skipped_blocks")
 
-    def pump(self, index: Index, now: float, forget: Forget) -> None:
-        """Starts the writes that are due, as far as the bound on bytes in flight allows."""
+    def pump(self, index: Index, now: float, max_dirty: float, forget: Forget) -> None:
+        """Starts the writes that are due, as far as the bound on bytes in flight allows.
+
+        ``max_dirty``: no more blocks than this may wait, due or not, so that eviction finds blocks it need not write first.
+        """
         for tier in self._lower:
-            while tier.has_budget() and tier.has_due(now):
+            while tier.has_budget() and tier.has_due(now, max_dirty):
                 batch: list[Entry] = []
-                for key in tier.due(now):
+                for key in tier.due(now, max_dirty):
                     entry = index.get(key)
                     if entry is None or not entry.readable & HOST or (entry.readable | entry.busy) & tier.bit:
                         continue
@@ -90,7 +94,7 @@ class Demoter:
             if outcome is Outcome.OK and not plan.cancelled:
                 stored.append(entry)
             elif outcome is not Outcome.OK:
-                self._stats.add(f"{tier.residency.name}.{_OUTCOME_COUNTERS[outcome]}_blocks")
+                self._stats.add(f"{tier.residency.name}.{OUTCOME_COUNTERS[outcome]}_blocks")
         for entry in reversed(stored):
             entry.readable |= tier.bit
             tier.residency.insert(entry.meta, now)

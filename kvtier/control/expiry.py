@@ -46,10 +46,5 @@ class ExpiryQueue:
             out.append(key)
         return out
 
-    def is_expired(self, key: BlockKey, now: float) -> bool:
-        """Whether the block's time is over although nobody has taken it out yet."""
-        deadline = self._deadlines.get(key)
-        return deadline is not None and deadline <= now
-
     def __len__(self) -> int:
         return len(self._deadlines)

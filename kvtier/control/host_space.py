@@ -6,7 +6,7 @@ it has ended; leases end when a copy's completion was reported, never by a timer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Iterable
 from typing import Protocol
 
 from kvtier.control.index import Entry
@@ -27,10 +27,17 @@ class SlotAllocator(Protocol):
     def check(self) -> list[str]: ...
 
 
+class Generations(Protocol):
+    """One number per page; readers of a slot compare it."""
+
+    def __getitem__(self, slot: int, /) -> int: ...
+    def __setitem__(self, slot: int, generation: int, /) -> None: ...
+
+
 class HostSpace:
     """Slots, their tenants, leases and generations. Pure; ``generations`` is the table readers compare with (plain ints in and out)."""
 
-    def __init__(self, allocator: SlotAllocator, generations: MutableSequence[int]) -> None:
+    def __init__(self, allocator: SlotAllocator, generations: Generations) -> None:
         self._allocator = allocator
         self._generations = generations
         self._leases = LeaseTable()
@@ -112,6 +119,8 @@ class HostSpace:
     def check(self) -> list[str]:
         """Broken promises in words; empty = healthy."""
         problems = list(self._allocator.check())
-        problems += [f"slot {slot}: its tenant believes to live in slot {entry.slot}" for slot, entry in self._tenants.items() if entry.slot != slot]
+        for slot, entry in self._tenants.items():
+            if entry.slot != slot:
+                problems.append(f"slot {slot}: its tenant believes to live in slot {entry.slot}")
         problems += [f"slot {slot} drains although it has a tenant" for slot in self._draining if slot in self._tenants]
         return problems

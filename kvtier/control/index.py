@@ -85,6 +85,20 @@ class Index:
             out.append(entry)
         return out
 
+    def prefixes_of(self, tips: Iterable[BlockKey]) -> set[BlockKey]:
+        """The blocks and everything before them."""
+        found: set[BlockKey] = set()
+        for tip in tips:
+            key: BlockKey | None = tip
+            while key is not None and key not in found:
+                found.add(key)
+                entry = self._entries.get(key)
+                key = None if entry is None else entry.parent
+        return found
+
+    def __getitem__(self, key: BlockKey) -> Entry:
+        return self._entries[key]
+
     def __len__(self) -> int:
         return len(self._entries)
 

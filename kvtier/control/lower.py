@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ class WriteMode(enum.Enum):
     BACK = "back"
     """``WRITE_BACK_DELAY_S`` after it came to host memory, or when it is evicted from there before"""
     ON_EVICT = "on_evict"
-    """only when it is evicted from host memory"""
+    """only when it is, or is soon to be, evicted from host memory"""
 
 
 WRITE_BACK_DELAY_S = 5.0
+_DELAY_S = {WriteMode.THROUGH: 0.0, WriteMode.BACK: WRITE_BACK_DELAY_S, WriteMode.ON_EVICT: math.inf}
 MAX_JOB_BYTES = 32 << 20
 """upper bound of one demotion, so that loads never wait long behind a store"""
 
@@ -56,9 +58,8 @@ class LowerTier:
 
     def committed(self, entry: Entry, now: float) -> None:
         """A block came to host memory and is not here: queue it as the write mode says."""
-        if entry.readable & self.bit or entry.busy & self.bit or self.spec.write is WriteMode.ON_EVICT:
-            return
-        self._waiting[entry.key] = now + (WRITE_BACK_DELAY_S if self.spec.write is WriteMode.BACK else 0.0)
+        if not (entry.readable | entry.busy) & self.bit:
+            self._waiting[entry.key] = now + _DELAY_S[self.spec.write]
 
     def wants_on_evict(self, entry: Entry) -> bool:
         """Whether a block that leaves host memory must be written here first.
@@ -66,27 +67,24 @@ class LowerTier:
         Not with write-through: there a block still waits only because the tier cannot keep up, and holding its slot would
         turn new blocks away for the sake of old ones.
         """
-        if entry.readable & self.bit or entry.busy & self.bit or not self.online:
-            return False
-        return self.spec.write is WriteMode.ON_EVICT or (self.spec.write is WriteMode.BACK and entry.key in self._waiting)
+        return self.online and self.spec.write is not WriteMode.THROUGH and entry.key in self._waiting
 
     def forget_waiting(self, key: BlockKey) -> bool:
         """Takes a block out of the queue; whether it was there."""
         return self._waiting.pop(key, None) is not None
 
-    def due(self, now: float) -> Iterator[BlockKey]:
-        """Takes out of the queue what is to be written now, oldest first, while it is consumed."""
-        waiting = self._waiting
-        while waiting:
-            key, due = next(iter(waiting.items()))
-            if due > now:
-                return
-            del waiting[key]
-            yield key
+    def due(self, now: float, num_dirty: float) -> Iterator[BlockKey]:
+        """Takes out of the queue what is to be written now, oldest first, while it is consumed.
 
-    def has_due(self, now: float) -> bool:
+        Beside what is due, that is everything above ``num_dirty`` blocks.
+        """
+        while self.has_due(now, num_dirty):
+            yield self._waiting.popitem(last=False)[0]
+
+    def has_due(self, now: float, num_dirty: float) -> bool:
         """Whether something waits to be written now."""
-        return bool(self._waiting) and next(iter(self._waiting.values())) <= now
+        waiting = self._waiting
+        return bool(waiting) and (len(waiting) > num_dirty or next(iter(waiting.values())) <= now)
 
     def has_budget(self) -> bool:
         """Whether another demotion may start."""

@@ -7,11 +7,12 @@ engine and the simulator drive the same code.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 
+from kvtier.control.audit import audit
 from kvtier.control.commands import BlockEvent, Command, Promote, Remove
-from kvtier.control.demotion import Demoter
+from kvtier.control.demotion import OUTCOME_COUNTERS, Demoter
+from kvtier.control.host import HostMemory
 from kvtier.control.host_space import HostSpace
 from kvtier.control.index import HOST, Entry, Index
 from kvtier.control.lower import LowerTier, LowerTierSpec
@@ -20,9 +21,6 @@ from kvtier.control.plans import PromotionPlan, StoreInFlight
 from kvtier.control.residency import Residency
 from kvtier.stats import Stats
 from kvtier.types import BlockKey, BlockMeta, LoadPlan, Outcome, PrefixMatch, StorePlan
-
-MAX_EVENTS = 100_000
-_OUTCOME_COUNTERS = {Outcome.MISS: "missing", Outcome.CORRUPT: "corrupt", Outcome.REJECTED: "rejected", Outcome.FAILED: "failed"}
 
 
 class Planner:
@@ -33,7 +31,6 @@ class Planner:
 
     def __init__(self, space: HostSpace, host: Residency, lower: Sequence[LowerTierSpec], stats: Stats, *, events: bool = False) -> None:
         self._space = space
-        self._host = host
         self._lower = [LowerTier(index, spec) for index, spec in enumerate(lower, start=1)]
         self._visible = HOST | sum(tier.bit for tier in self._lower)
         self._index = Index()
@@ -46,8 +43,8 @@ class Planner:
         self._load_slots: dict[int, tuple[int, ...]] = {}
         self._promotions: dict[int, PromotionPlan] = {}
         self._commands: list[Command] = []
-        self._events: deque[BlockEvent] | None = deque(maxlen=MAX_EVENTS) if events else None
         self._demoter = Demoter(space, self._lower, self._ids, stats)
+        self._host = HostMemory(self._index, space, host, self._demoter, stats, events=events)
 
     # ---- asking -------------------------------------------------------------------------------------------------
 
@@ -63,10 +60,10 @@ class Planner:
 
     def take_events(self) -> list[BlockEvent]:
         """What became readable or stopped being so since the last call (if events are on)."""
-        if not self._events:
+        if not self._host.events:
             return []
-        events = list(self._events)
-        self._events.clear()
+        events = list(self._host.events)
+        self._host.events.clear()
         return events
 
     @property
@@ -82,7 +79,7 @@ class Planner:
         if first is None:
             return
         tail_first = keys[::-1]
-        self._host.touch(tail_first, first.num_bytes, now)
+        self._host.residency.touch(tail_first, first.num_bytes, now)
         for tier in self._lower:
             tier.residency.touch(tail_first, first.num_bytes, now)
 
@@ -90,11 +87,7 @@ class Planner:
         """Keeps the leading run of ``keys`` where it is, until ``unpin`` or the deadline. Returns the pin's id."""
         places: list[tuple[int, BlockKey, int]] = []
         run = self._index.run(keys, 0, self._visible)
-        last_tip: Entry | None = None
-        for entry in run:
-            if not entry.readable & HOST:
-                break
-            last_tip = entry
+        last_tip = self._last_in_host(run)
         if last_tip is not None:
             places.append((0, last_tip.key, last_tip.num_bytes))
         if run:
@@ -116,7 +109,8 @@ class Planner:
             self._stats.add("pin.expired")
             self._release_pin(pin, now)
         self._expire(now)
-        self._demoter.pump(self._index, now, self._forget_lower)
+        if self._lower:
+            self._demoter.pump(self._index, now, self._host.max_dirty(), self._host.forget_lower)
 
     # ---- storing ------------------------------------------------------------------------------------------------
 
@@ -136,8 +130,8 @@ class Planner:
         if not wanted:
             return StorePlan(job_id)
         anchored = self._anchor(anchor)
-        room = self._make_room(len(wanted), num_bytes, now)
-        entries = self._open_slots([(keys[p], keys[p - 1] if p else None) for p in wanted[:room]], num_bytes)
+        room = self._host.make_room(len(wanted), num_bytes, now)
+        entries = self._host.open_slots([(keys[p], keys[p - 1] if p else None) for p in wanted[:room]], num_bytes)
         self._stats.add("store.refused_blocks", len(wanted) - len(entries))
         if not entries:
             self._release_pin(anchored, now)
@@ -151,11 +145,11 @@ class Planner:
         plan = self._stores.pop(job_id)
         good = 0 if plan.epoch != self._epoch else min(failed, default=len(plan.entries))
         for entry in plan.entries[good:]:
-            self._close_slot(entry)
+            self._host.close_slot(entry)
         self._stats.add("store.aborted_blocks", len(plan.entries) - good)
         self._stats.add("host.stored_blocks", good)
         for entry in reversed(plan.entries[:good]):
-            self._now_in_host(entry, now)
+            self._host.filled(entry, now)
         if self._lower:
             for entry in plan.entries[:good]:
                 self._demoter.committed(entry, now)
@@ -183,7 +177,7 @@ class Planner:
         for position in failed:
             entry = entries[position]
             if entry.slot == slots[position]:
-                self._leave_host(entry)
+                self._host.give_up(entry)
         self._space.release(slots, job_id)
         self._stats.add("load.failed_blocks", len(failed))
         self._stats.add("host.loaded_blocks", len(entries) - len(failed))
@@ -195,7 +189,7 @@ class Planner:
         if not missing:
             return len(run)
         anchored = self._anchor(self._last_in_host(run))
-        room = self._make_room(len(missing), missing[0].num_bytes, now)
+        room = self._host.make_room(len(missing), missing[0].num_bytes, now)
         taken = missing[:room]
         for position, entry in enumerate(taken):
             if not self._space.take(entry):
@@ -217,20 +211,20 @@ class Planner:
         good: list[Entry] = []
         for entry, outcome in zip(plan.entries, outcomes, strict=True):
             if plan.epoch != self._epoch:
-                self._close_slot(entry)
+                self._host.close_slot(entry)
             elif outcome is Outcome.OK:
                 good.append(entry)
             else:
-                self._stats.add(f"{tier.residency.name}.{_OUTCOME_COUNTERS[outcome]}_blocks")
+                self._stats.add(f"{tier.residency.name}.{OUTCOME_COUNTERS[outcome]}_blocks")
                 if entry.readable & tier.bit:
                     tier.residency.remove(entry.key, entry.num_bytes)
                     entry.readable &= ~tier.bit
-                    self._emit(False, tier.residency.name, entry)
+                    self._host.tell(False, tier.residency.name, entry)
                     self._commands.append(Remove(tier.index, (entry.key,)))
-                self._close_slot(entry)
+                self._host.close_slot(entry)
         self._stats.add(f"{tier.residency.name}.loaded_blocks", len(good))
         for entry in reversed(good):
-            self._now_in_host(entry, now)
+            self._host.filled(entry, now)
 
     # ---- the tiers below ----------------------------------------------------------------------------------------
 
@@ -247,10 +241,10 @@ class Planner:
         """A demotion is done; ``dropped`` are blocks the tier gave up on its own."""
         tier, stored = self._demoter.finished(job_id, outcomes, self._index, now)
         for entry in stored:
-            self._emit(True, tier.residency.name, entry)
+            self._host.tell(True, tier.residency.name, entry)
         for key in dropped:
             self._stats.add(f"{tier.residency.name}.dropped_blocks")
-            self._forget_lower(tier, key)
+            self._host.forget_lower(tier, key)
 
     def set_online(self, tier_index: int, online: bool) -> None:
         """A tier went offline (its blocks are misses until it is back) or came back."""
@@ -266,28 +260,18 @@ class Planner:
             tier.clear_waiting()
             keys = tuple(entry.key for entry in self._index if entry.readable & tier.bit)
             for key in keys:
-                self._forget_lower(tier, key)
+                self._host.forget_lower(tier, key)
             self._commands.append(Remove(tier.index, keys))
         for entry in [entry for entry in self._index if entry.readable & HOST]:
-            self._leave_host(entry)
+            self._host.give_up(entry)
         self._demoter.cancel()
 
     # ---- health -------------------------------------------------------------------------------------------------
 
     def check(self) -> list[str]:
         """Broken promises in words; empty = healthy. Reads every entry."""
-        problems = self._space.check()
-        residencies = [(HOST, self._host)] + [(tier.bit, tier.residency) for tier in self._lower]
-        for bit, residency in residencies:
-            readable = sum(1 for entry in self._index if entry.readable & bit)
-            if readable != len(residency):
-                problems.append(f"{residency.name}: the index knows {readable} blocks, the policy {len(residency)}")
-        for entry in self._index:
-            if not entry.readable and not entry.busy:
-                problems.append(f"{entry.key.hex()} is nowhere")
-            if bool((entry.readable | entry.busy) & HOST) != (entry.slot >= 0):
-                problems.append(f"{entry.key.hex()}: slot {entry.slot} with readable {entry.readable:b}, busy {entry.busy:b}")
-        return problems
+        residencies = {HOST: self._host.residency} | {tier.bit: tier.residency for tier in self._lower}
+        return audit(self._index, self._space, residencies)
 
     def leftovers(self) -> dict[str, int]:
         """What is still open: plans, leases and pins. All zero when nothing is under way."""
@@ -301,16 +285,12 @@ class Planner:
 
     def num_blocks(self) -> dict[str, int]:
         """Readable blocks by tier."""
-        return {self._host.name: len(self._host)} | {tier.residency.name: len(tier.residency) for tier in self._lower}
+        return {self._host.residency.name: len(self._host.residency)} | {tier.residency.name: len(tier.residency) for tier in self._lower}
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _residency(self, tier_index: int) -> Residency:
-        return self._host if tier_index == 0 else self._lower[tier_index - 1].residency
-
-    def _emit(self, stored: bool, tier: str, entry: Entry) -> None:
-        if self._events is not None:
-            self._events.append(BlockEvent(stored, tier, entry.meta))
+        return self._host.residency if tier_index == 0 else self._lower[tier_index - 1].residency
 
     def _last_in_host(self, run: Sequence[Entry]) -> Entry | None:
         last = None
@@ -324,7 +304,7 @@ class Planner:
         """Pins a block in host memory for as long as something behind it is on its way."""
         if entry is None or not entry.readable & HOST:
             return Pin((), None)
-        self._host.pin(entry.key, entry.num_bytes)
+        self._host.residency.pin(entry.key, entry.num_bytes)
         return Pin(((0, entry.key, entry.num_bytes),), None)
 
     def _release_pin(self, pin: Pin, now: float) -> None:
@@ -341,107 +321,14 @@ class Planner:
         self._promotions[job_id] = PromotionPlan(tier.index, tuple(entries), self._epoch)
         self._commands.append(Promote(job_id, tier.index, tuple(e.meta for e in entries), tuple(e.slot for e in entries)))
 
-    def _open_slots(self, blocks: Sequence[tuple[BlockKey, BlockKey | None]], num_bytes: int) -> list[Entry]:
-        entries: list[Entry] = []
-        for key, parent in blocks:
-            entry = self._index.ensure(key, parent, num_bytes)
-            if not self._space.take(entry):
-                self._index.drop_if_gone(entry)
-                break
-            entry.busy |= HOST
-            entries.append(entry)
-        return entries
-
-    def _close_slot(self, entry: Entry) -> None:
-        """A copy into a slot came to nothing."""
-        entry.busy &= ~HOST
-        self._space.vacate(entry)
-        self._index.drop_if_gone(entry)
-
-    def _now_in_host(self, entry: Entry, now: float) -> None:
-        entry.busy &= ~HOST
-        entry.readable |= HOST
-        self._host.insert(entry.meta, now)
-        if self._events is not None:
-            self._emit(True, self._host.name, entry)
-
-    def _leave_host(self, entry: Entry) -> None:
-        """A block that is not evicted but given up leaves host memory."""
-        self._host.remove(entry.key, entry.num_bytes)
-        self._after_host(entry)
-
-    def _after_host(self, entry: Entry) -> None:
-        entry.readable &= ~HOST
-        self._space.vacate(entry)
-        if self._lower:
-            self._demoter.forget_waiting(entry.key)
-        if self._events is not None:
-            self._emit(False, self._host.name, entry)
-        self._index.drop_if_gone(entry)
-
-    def _forget_lower(self, tier: LowerTier, key: BlockKey) -> None:
-        entry = self._index.get(key)
-        if entry is None or not entry.readable & tier.bit:
-            return
-        tier.residency.remove(key, entry.num_bytes)
-        entry.readable &= ~tier.bit
-        self._emit(False, tier.residency.name, entry)
-        self._index.drop_if_gone(entry)
-
-    def _make_room(self, count: int, num_bytes: int, now: float) -> int:
-        """Evicts exactly as many blocks as are missing. Returns how many of ``count`` find a slot now."""
-        space = self._space
-        short = count - space.available(num_bytes) - space.draining(num_bytes)
-        if short > 0 and not space.growing:
-            self._evict(self._host.victims(short, num_bytes, now), now)
-            if not space.available(num_bytes) and not space.draining(num_bytes):
-                self._crowd_out(num_bytes, now)
-        return min(count, space.available(num_bytes))
-
-    def _evict(self, keys: Sequence[BlockKey], now: float) -> None:
-        entries = [entry for key in keys if (entry := self._index.get(key)) is not None]
-        self._demoter.on_evict(entries, self._index, now, self._forget_lower)
-        for entry in entries:
-            self._after_host(entry)
-        self._stats.add("host.evicted_blocks", len(entries))
-
-    def _crowd_out(self, num_bytes: int, now: float) -> None:
-        """Blocks of another size hold every extent: the emptiest extent's tenants leave."""
-        tenants = self._space.crowd(num_bytes)
-        if not tenants or any(entry.busy & HOST for entry in tenants):
-            return
-        for entry in tenants:
-            self._host.remove(entry.key, entry.num_bytes)
-        self._evict([entry.key for entry in tenants], now)
-
     def _expire(self, now: float) -> None:
-        for tier_index, residency in enumerate([self._host, *(tier.residency for tier in self._lower)]):
-            over = residency.expired(now)
-            if not over:
-                continue
-            kept = self._prefixes_of(residency.pinned)
-            gone: list[BlockKey] = []
-            for key in over:
-                entry = self._index.get(key)
-                if key in kept:
-                    residency.restart_ttl(key, now)
-                elif entry is not None and tier_index == 0:
-                    self._leave_host(entry)
-                    gone.append(key)
-                elif entry is not None:
-                    self._forget_lower(self._lower[tier_index - 1], key)
-                    gone.append(key)
-            self._stats.add(f"{residency.name}.expired_blocks", len(gone))
-            if tier_index and gone:
-                self._commands.append(Remove(tier_index, tuple(gone)))
-
-    def _prefixes_of(self, tips: Iterable[BlockKey]) -> set[BlockKey]:
-        """The blocks and everything before them."""
-        kept: set[BlockKey] = set()
-        for tip in tips:
-            key: BlockKey | None = tip
-            while key is not None and key not in kept:
-                kept.add(key)
-                entry = self._index.get(key)
-                key = None if entry is None else entry.parent
-        return kept
+        for key in self._host.residency.expire(self._index.prefixes_of, now):
+            self._host.give_up(self._index[key])
+            self._stats.add(f"{self._host.residency.name}.expired_blocks")
+        for tier in self._lower:
+            gone = tier.residency.expire(self._index.prefixes_of, now)
+            for key in gone:
+                self._host.forget_lower(tier, key)
+            if gone:
+                self._stats.add(f"{tier.residency.name}.expired_blocks", len(gone))
+                self._commands.append(Remove(tier.index, tuple(gone)))

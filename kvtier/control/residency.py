@@ -88,19 +88,16 @@ class Residency:
         if policy is not None:
             policy.unpin(key, now)
 
-    def expired(self, now: float) -> list[BlockKey]:
-        """Takes out of the clock and returns the blocks whose time is over. They stay known until ``remove``."""
-        return [] if self._expiry is None else self._expiry.expired(now)
-
-    def restart_ttl(self, key: BlockKey, now: float) -> None:
-        """Gives a block that may not leave yet a new time to live."""
-        if self._expiry is not None:
-            self._expiry.insert(key, now)
-
-    @property
-    def pinned(self) -> Iterable[BlockKey]:
-        """The blocks that hold a pin (each keeps its whole prefix)."""
-        return self._pins.keys()
+    def expire(self, prefixes_of: Callable[[Iterable[BlockKey]], set[BlockKey]], now: float) -> list[BlockKey]:
+        """The blocks whose time is over; they stay known until ``remove``. Pinned prefixes get a new time to live instead."""
+        over = [] if self._expiry is None else self._expiry.expired(now)
+        if not over or self._expiry is None or not self._pins:
+            return over
+        kept = prefixes_of(self._pins)
+        for key in over:
+            if key in kept:
+                self._expiry.insert(key, now)
+        return [key for key in over if key not in kept]
 
     def count(self, num_bytes: int) -> int:
         """How many blocks of this size there are."""

@@ -4,7 +4,7 @@ The range is divided into *extents*. An extent is cut into slots of one size at 
 goes back to the common pool, where any size may take it.  Nothing is rounded to powers of two and nothing is moved.
 
 Memory: one byte per slot of an extent in use, 8 to 36 bytes more while a slot that was used is free again, and about
-300 bytes per extent.
+400 bytes per extent.
 """
 
 from __future__ import annotations

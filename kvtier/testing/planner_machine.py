@@ -56,7 +56,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.open_loads: dict[int, tuple[LoadPlan, list[BlockKey]]] = {}
         extents = SlabAllocator(HOST_BLOCKS * PAGE_BYTES, 4 * PAGE_BYTES)
         self.generations = [0] * HOST_BLOCKS
-        spec = LowerTierSpec(self.residency("disk"), lambda num_bytes: TIER_BLOCKS, self.write, 4 * PAGE_BYTES)
+        spec = LowerTierSpec(self.residency("disk"), lambda _: TIER_BLOCKS, self.write, 4 * PAGE_BYTES)
         self.planner = Planner(HostSpace(extents, self.generations), self.residency("host"), [spec], Stats())
 
     def residency(self, name: str) -> Residency:

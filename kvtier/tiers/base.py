@@ -21,8 +21,10 @@ class Tier(Protocol):
     name: str
     capacity_bytes: int | None
     """``None``: the place has no bound that kvtier must keep"""
-    online: bool
-    """False while the tier has taken itself offline after failures; it comes back by itself"""
+
+    @property
+    def online(self) -> bool:
+        """False while the tier has taken itself offline after failures (its blocks are misses); it comes back by itself."""
 
     def max_blocks(self, num_bytes: int) -> int | None:
         """How many blocks of ``num_bytes`` payload the tier can hold when it holds nothing else."""

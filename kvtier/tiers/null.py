@@ -15,6 +15,7 @@ class NullTier:
     def __init__(self, name: str = "null") -> None:
         self.name = name
         self.capacity_bytes: int | None = 0
+        self.online = True
         self._results: list[JobResult] = []
         self._is_closed = False
 

@@ -57,8 +57,9 @@ class Cache:
 
     def load(self, keys: Sequence[BlockKey]) -> int:
         """Promotes, waits, reads and verifies; returns how many blocks came."""
-        self.engine.promote(keys)
-        assert self.engine.drain(10.0)
+        for _ in range(8):  # where room must be written down first, a promotion comes in parts
+            self.engine.promote(keys)
+            assert self.engine.drain(10.0)
         plan = self.engine.begin_load(keys)
         for key, ref in zip(keys, plan.slots, strict=False):
             assert payload_of(key) == bytes(self.arena.view(ref.slot * 4096, BLOCK_BYTES))
@@ -71,6 +72,7 @@ def cache(directory: Path, host_blocks: int, **disk: object) -> Iterator[Cache]:
     held = Cache(directory, host_blocks, **disk)
     try:
         yield held
+        assert held.engine.drain(10.0)
         assert [] == held.engine.check()
         assert {0} == set(held.engine.leftovers().values())
     finally:
@@ -90,8 +92,9 @@ def test_blocks_that_left_host_memory_come_back_from_disk(tmp_path: Path, write:
     """Ten prompts through a host memory of two: whatever the write mode, the last ones are all still there."""
     with cache(tmp_path, 16, write=write) as held:
         for prompt in range(10):
-            assert 8 == held.store(keys_of(prompt, 8))
-            assert held.engine.drain(10.0)
+            while held.engine.match(keys_of(prompt, 8)).ready_blocks < 8:
+                held.store(keys_of(prompt, 8))  # its last blocks may have to wait for a write
+                assert held.engine.drain(10.0)
         assert 16 == held.engine.num_blocks()["host"]
         for prompt in (9, 8, 7, 0, 3):
             assert 8 == held.load(keys_of(prompt, 8))

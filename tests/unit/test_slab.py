@@ -70,16 +70,18 @@ def test_an_empty_extent_serves_another_size() -> None:
     assert 0 == slab.allocate(EXTENT_BYTES)
 
 
-def test_crowding_out_names_the_emptiest_extent() -> None:
+@pytest.mark.parametrize("emptier", [0, 1, 2])
+def test_crowding_out_names_the_emptiest_extent(emptier: int) -> None:
     """Freeing what ``crowded_out`` names makes room, at the smallest loss."""
-    slab = SlabAllocator(2 * EXTENT_BYTES, EXTENT_BYTES)
+    slab = SlabAllocator(3 * EXTENT_BYTES, EXTENT_BYTES)
     small = fill(slab, PAGE_BYTES)
-    slab.free(small[20])
-    assert small[16:20] + small[21:] == slab.crowded_out(EXTENT_BYTES)
+    slab.free(small[16 * emptier + 4])
+    expected = small[16 * emptier : 16 * emptier + 4] + small[16 * emptier + 5 : 16 * emptier + 16]
+    assert expected == slab.crowded_out(EXTENT_BYTES)
     assert [] == slab.crowded_out(PAGE_BYTES)
-    for offset in slab.crowded_out(EXTENT_BYTES):
+    for offset in expected:
         slab.free(offset)
-    assert EXTENT_BYTES == slab.allocate(EXTENT_BYTES)
+    assert emptier * EXTENT_BYTES == slab.allocate(EXTENT_BYTES)
 
 
 def test_the_limit_only_grows() -> None:
@@ -106,6 +108,17 @@ def test_freeing_what_is_not_live_is_a_bug(offset: int) -> None:
         slab.free(offset)
     with pytest.raises(InvariantError, match="was freed"):
         slab.free(offset)
+    assert [] == slab.check()
+
+
+@pytest.mark.parametrize("num_extents", [1, 2, 4])
+def test_a_negative_offset_is_never_live(num_extents: int) -> None:
+    """Offsets are not counted from the end, even where every slot is live."""
+    slab = SlabAllocator(num_extents * EXTENT_BYTES, EXTENT_BYTES)
+    fill(slab, PAGE_BYTES)
+    for page in range(-80, 0):
+        with pytest.raises(InvariantError, match="was freed"):
+            slab.free(page * PAGE_BYTES)
     assert [] == slab.check()
 
 

@@ -11,7 +11,7 @@ from itertools import islice
 
 from kvtier.tiers.disk.format import pack_entry
 from kvtier.tiers.disk.health import Health
-from kvtier.tiers.disk.index_file import INDEX_ERRORS, IndexFile
+from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger, PendingStore
 from kvtier.tiers.disk.recovery import SEQUENCE_SLACK
 from kvtier.types import Outcome
@@ -81,7 +81,7 @@ class Committer:
             return
         try:
             index.close(leave_proof=leave_proof and not self._ledger.undeleted)
-        except (OSError, *INDEX_ERRORS) as error:
+        except OSError as error:
             logger.warning("the index was not closed cleanly, the next opening will salvage it: %s", error)
 
     def _loop(self) -> None:
@@ -137,7 +137,7 @@ class Committer:
                 places = []
             assert self._index is not None
             self._index.commit(places, entries, next_sequence)
-        except (OSError, *INDEX_ERRORS) as error:
+        except OSError as error:
             self._abandon_index()
             self._failed(stores, Outcome.FAILED, error)
             return

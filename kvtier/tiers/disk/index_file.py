@@ -9,11 +9,12 @@ digest is that of the ``clean`` file that the last close left.  Any other file i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import lmdb
@@ -44,12 +45,21 @@ _CLEAN_TITLE = "kvtier disk tier closed cleanly"
 _SALVAGE_TIMEOUT_S = 120.0
 _CHUNK_BYTES = 1 << 20
 
-INDEX_ERRORS: tuple[type[Exception], ...] = (lmdb.Error,)
-"""what the methods of an ``IndexFile`` raise besides OSError"""
+
+class IndexFileError(OSError):
+    """LMDB refused something. After it the file is to be given up and made anew."""
+
+
+@contextlib.contextmanager
+def _lmdb_errors_as_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except lmdb.Error as error:
+        raise IndexFileError(f"LMDB: {error}") from error
 
 
 class IndexFile:
-    """An LMDB file that this process vouches for. Used by one thread at a time. Methods raise one of ``INDEX_ERRORS`` or OSError."""
+    """An LMDB file that this process vouches for. Used by one thread at a time. Methods raise OSError."""
 
     def __init__(self, environment: lmdb.Environment, path: Path, *, durable: bool) -> None:
         self._environment = environment
@@ -57,6 +67,7 @@ class IndexFile:
         self._durable = durable
 
     @classmethod
+    @_lmdb_errors_as_os_errors()
     def create(cls, directory: Path, map_bytes: int, rows: Iterable[bytes], next_sequence: int, *, durable: bool) -> IndexFile:
         """A new file with these rows (ascending places), complete before it takes the place of an older one."""
         path = directory / INDEX_NAME
@@ -80,16 +91,19 @@ class IndexFile:
         return cls(environment, path, durable=durable)
 
     @classmethod
+    @_lmdb_errors_as_os_errors()
     def open_proven(cls, directory: Path, map_bytes: int, *, durable: bool) -> IndexFile:
         """Opens the file that ``read_proof`` found to be right. The proof must have been withdrawn before."""
         path = directory / INDEX_NAME
         return cls(_open(path, map_bytes, durable=durable), path, durable=durable)
 
+    @_lmdb_errors_as_os_errors()
     def rows(self) -> list[bytes]:
         """All rows, places ascending, the row of the sequence number last."""
         with self._environment.begin() as transaction:
             return [key + value for key, value in transaction.cursor()]
 
+    @_lmdb_errors_as_os_errors()
     def commit(self, deleted_places: Sequence[int], entries: Sequence[tuple[int, bytes]], next_sequence: int) -> None:
         """Forgets places and adds entries, all or nothing; on return it survives the process, if durable also a power cut."""
         with self._environment.begin(write=True) as transaction:
@@ -99,6 +113,7 @@ class IndexFile:
             items.append((SEQUENCE_KEY, pack_sequence(next_sequence)))
             transaction.cursor().putmulti(items)
 
+    @_lmdb_errors_as_os_errors()
     def close(self, *, leave_proof: bool) -> None:
         """Closes the file and, if asked, leaves the ``clean`` file that lets the next opening trust it."""
         used_bytes = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
@@ -133,10 +148,14 @@ def _write_proof(path: Path, used_bytes: int, *, durable: bool) -> None:
     replace_file(path.with_name(CLEAN_NAME), pack_text(_CLEAN_TITLE, values), durable=durable)
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
 def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
     """Puts a small file in place as a whole. Raises OSError."""
     new_path = path.with_name(path.name + _NEW_SUFFIX)
-    with open(new_path, "wb", buffering=0) as file:
+    with open(new_path, "wb", buffering=0, opener=_private) as file:
         file.write(content)
         if durable:
             os.fsync(file.fileno())

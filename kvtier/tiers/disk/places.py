@@ -90,7 +90,9 @@ class Places:
     def crowded_out(self, num_bytes: int) -> list[BlockKey]:
         """The blocks to drop so that a size without any segment gets one; empty where it has one or nothing would help."""
         record_bytes = record_bytes_for(num_bytes)
-        if record_bytes > self._geometry.segment_bytes or self._num_by_size.get(record_bytes) or self._num_live >= self._geometry.max_entries:
+        if record_bytes > self._geometry.segment_bytes or self._num_by_size.get(record_bytes):
+            return []
+        if self._num_live >= self._geometry.max_entries:
             return []
         return [self._key_at(offset // PAGE_BYTES) for offset in self._allocator.crowded_out(record_bytes)]
 

@@ -17,8 +17,17 @@ from typing import Literal
 
 from kvtier.errors import TierError
 from kvtier.io import PAGE_BYTES, AlignedFile, DirectMode, Scratch, preallocate
-from kvtier.tiers.disk import index_file
-from kvtier.tiers.disk.format import FORMAT_VERSION, PLACE_BYTES, SEQUENCE_KEY, RecordFields, pack_entry, pack_place, pack_text, parse_row, parse_text
+from kvtier.tiers.disk.format import (
+    FORMAT_VERSION,
+    PLACE_BYTES,
+    SEQUENCE_KEY,
+    RecordFields,
+    pack_entry,
+    pack_place,
+    pack_text,
+    parse_row,
+    parse_text,
+)
 from kvtier.tiers.disk.geometry import Geometry, divide
 from kvtier.tiers.disk.index_file import CLEAN_NAME, INDEX_NAME, IndexFile, read_proof, replace_file, salvage, withdraw_proof
 from kvtier.tiers.disk.ledger import Ledger
@@ -90,7 +99,7 @@ def settle_geometry(directory: Path, capacity_bytes: int, segment_bytes: int, *,
     """The division of the capacity, with the segment size the directory already has. Raises TierError."""
     found = read_format(directory)
     if found is not None and found != segment_bytes:
-        logger.warning("%s has segments of %d bytes and keeps them (%d configured); empty it to change that", directory, found, segment_bytes)
+        logger.warning("%s keeps its segments of %d bytes (configured: %d); empty it to change that", directory, found, segment_bytes)
     geometry = divide(capacity_bytes, found or segment_bytes)
     try:
         if found is None:
@@ -136,7 +145,7 @@ def recover(directory: Path, geometry: Geometry, ledger: Ledger, *, durable: boo
         if index is None:
             index = rebuild_index(directory, geometry, ledger.index, ledger.next_sequence, durable=durable)
             ledger.undeleted.clear()
-    except (OSError, *index_file.INDEX_ERRORS) as error:
+    except OSError as error:
         raise _unusable(directory, error) from error
     recovery = Recovery(rows.source, len(ledger.index), num_lost)
     level = logging.INFO if rows.source in ("new", "clean") and not num_lost else logging.WARNING
@@ -145,7 +154,7 @@ def recover(directory: Path, geometry: Geometry, ledger: Ledger, *, durable: boo
 
 
 def rebuild_index(directory: Path, geometry: Geometry, index: dict[BlockKey, Entry], next_sequence: int, *, durable: bool) -> IndexFile:
-    """Writes a new index file that says what the index in RAM says. Raises OSError or one of ``INDEX_ERRORS``."""
+    """Writes a new index file that says what the index in RAM says. Raises OSError."""
     records = sorted((entry.fields(key) for key, entry in list(index.items())), key=lambda fields: fields.place)
     rows = (pack_place(fields.place) + pack_entry(fields) for fields in records)
     return IndexFile.create(directory, geometry.index_bytes, rows, next_sequence + SEQUENCE_SLACK, durable=durable)
@@ -154,7 +163,7 @@ def rebuild_index(directory: Path, geometry: Geometry, index: dict[BlockKey, Ent
 def _read_index(directory: Path, geometry: Geometry, *, durable: bool) -> tuple[_Rows, IndexFile | None]:
     """What the index says, and the index file itself where it can be trusted."""
     index_path = directory / INDEX_NAME
-    has_segments = any(segment_number(entry.name) is not None for entry in os.scandir(directory))
+    has_segments = bool(segment_sizes(directory))
     if not index_path.exists() and not has_segments:
         withdraw_proof(directory, durable=durable)
         return _Rows("new"), None

@@ -18,9 +18,9 @@ def main(package_directory: str, path: str, place_bytes: int, entry_bytes: int) 
     """Writes the rows to standard output; returns the exit status."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its death is expected, nobody wants the corpse
     sys.path.insert(0, package_directory)
-    import lmdb  # not before its place is known: this process runs without site-packages
+    import lmdb  # noqa: PLC0415 - not before its place is known: this process runs without site-packages
 
-    environment = lmdb.open(path, subdir=False, readonly=True, lock=False, create=False, map_size=os.path.getsize(path), readahead=True)
+    environment = lmdb.open(path, subdir=False, readonly=True, lock=False, create=False, map_size=os.path.getsize(path))
     num_rows = 0
     with environment.begin() as transaction, os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as output:
         for key, value in transaction.cursor():

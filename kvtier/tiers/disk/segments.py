@@ -38,7 +38,9 @@ def sync_directory(path: Path) -> None:
 class SegmentFiles:
     """All segment files of one directory. Thread-safe. Methods raise OSError."""
 
-    def __init__(self, directory: Path, segment_bytes: int, *, direct: DirectMode = "auto", durable: bool = True, writable: bool = True) -> None:
+    def __init__(
+        self, directory: Path, segment_bytes: int, *, direct: DirectMode = "auto", durable: bool = True, writable: bool = True
+    ) -> None:
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._direct = direct

@@ -90,6 +90,14 @@ class DiskTier:
         )
 
     @property
+    def online(self) -> bool:
+        """False while reads or writes are given up after repeated failures.
+
+        One answer for both: an owner that went on storing would evict good blocks to make room for stores that fail.
+        """
+        return self._read_health.is_online and self._write_health.is_online
+
+    @property
     def offline_count(self) -> int:
         """How often reads or writes were taken offline."""
         return self._read_health.offline_count + self._write_health.offline_count

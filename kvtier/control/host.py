@@ -1,0 +1,119 @@
+"""Moving blocks in and out of host memory: the steps that the planner's plans are made of."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from kvtier.control.commands import BlockEvent
+from kvtier.control.demotion import Demoter
+from kvtier.control.host_space import HostSpace
+from kvtier.control.index import HOST, Entry, Index
+from kvtier.control.lower import LowerTier
+from kvtier.control.residency import Residency
+from kvtier.stats import Stats
+from kvtier.types import BlockKey
+
+MAX_EVENTS = 100_000
+CLEAN_FRACTION = 8
+"""one in so many blocks of host memory is free or written down already, so that a new block need not wait for a write"""
+
+
+class HostMemory:
+    """Slots, residency and index of host memory, kept in step with each other; tells what becomes readable or stops being so."""
+
+    def __init__(self, index: Index, space: HostSpace, residency: Residency, demoter: Demoter, stats: Stats, *, events: bool) -> None:
+        self.events: deque[BlockEvent] | None = deque(maxlen=MAX_EVENTS) if events else None
+        self.residency = residency
+        self._index = index
+        self._space = space
+        self._demoter = demoter
+        self._stats = stats
+        self._num_bytes = 0
+        """size of the block that was stored last"""
+
+    def make_room(self, count: int, num_bytes: int, now: float) -> int:
+        """Evicts exactly as many blocks as are missing. Returns how many of ``count`` find a slot now."""
+        space = self._space
+        self._num_bytes = num_bytes
+        short = count - space.available(num_bytes) - space.draining(num_bytes)
+        if short > 0 and not space.growing:
+            self._evict(self.residency.victims(short, num_bytes, now), now)
+            if not space.available(num_bytes) and not space.draining(num_bytes):
+                self._crowd_out(num_bytes, now)
+        return min(count, space.available(num_bytes))
+
+    def open_slots(self, blocks: Sequence[tuple[BlockKey, BlockKey | None]], num_bytes: int) -> list[Entry]:
+        """Slots for blocks (key, parent) that are about to be filled; the leading part where there are too few."""
+        entries: list[Entry] = []
+        for key, parent in blocks:
+            entry = self._index.ensure(key, parent, num_bytes)
+            if not self._space.take(entry):
+                self._index.drop_if_gone(entry)
+                break
+            entry.busy |= HOST
+            entries.append(entry)
+        return entries
+
+    def close_slot(self, entry: Entry) -> None:
+        """A copy into a slot came to nothing."""
+        entry.busy &= ~HOST
+        self._space.vacate(entry)
+        self._index.drop_if_gone(entry)
+
+    def filled(self, entry: Entry, now: float) -> None:
+        """A copy into a slot is complete: the block is readable."""
+        entry.busy &= ~HOST
+        entry.readable |= HOST
+        self.residency.insert(entry.meta, now)
+        if self.events is not None:
+            self.tell(True, self.residency.name, entry)
+
+    def give_up(self, entry: Entry) -> None:
+        """A block that is not evicted but worthless, expired or unwanted leaves."""
+        self.residency.remove(entry.key, entry.num_bytes)
+        self._left(entry)
+
+    def forget_lower(self, tier: LowerTier, key: BlockKey) -> None:
+        """A block is no longer in a lower tier."""
+        entry = self._index.get(key)
+        if entry is None or not entry.readable & tier.bit:
+            return
+        tier.residency.remove(key, entry.num_bytes)
+        entry.readable &= ~tier.bit
+        self.tell(False, tier.residency.name, entry)
+        self._index.drop_if_gone(entry)
+
+    def tell(self, stored: bool, tier: str, entry: Entry) -> None:
+        """Notes an event if somebody asks for them."""
+        if self.events is not None:
+            self.events.append(BlockEvent(stored, tier, entry.meta))
+
+    def max_dirty(self) -> float:
+        """How many blocks may wait to be written: such that an eighth of host memory is free or can be had at once."""
+        free = self._space.available(self._num_bytes) if self._num_bytes else 0
+        return (len(self.residency) + free) * (1 - 1 / CLEAN_FRACTION) - free
+
+    def _evict(self, keys: Sequence[BlockKey], now: float) -> None:
+        entries = [entry for key in keys if (entry := self._index.get(key)) is not None]
+        self._demoter.on_evict(entries, self._index, now, self.forget_lower)
+        for entry in entries:
+            self._left(entry)
+        self._stats.add("host.evicted_blocks", len(entries))
+
+    def _left(self, entry: Entry) -> None:
+        entry.readable &= ~HOST
+        self._space.vacate(entry)
+        self._demoter.forget_waiting(entry.key)
+        if self.events is not None:
+            self.tell(False, self.residency.name, entry)
+        self._index.drop_if_gone(entry)
+
+    def _crowd_out(self, num_bytes: int, now: float) -> None:
+        """Blocks of another size hold every extent: the emptiest extent's tenants leave."""
+        tenants = self._space.crowd(num_bytes)
+        if not tenants or any(entry.busy & HOST for entry in tenants):
+            return
+        for entry in tenants:
+            self.residency.remove(entry.key, entry.num_bytes)
+        self._evict([entry.key for entry in tenants], now)

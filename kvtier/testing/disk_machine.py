@@ -1,0 +1,181 @@
+"""The disk tier against a dict, with crashes: any sequence of stores, loads, removals, crashes and reopenings.
+
+Between two waits the machine hands in several jobs and removals without looking, so that they meet in the tier's threads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvtier.testing.tiers import assert_right_bytes, load_job, meta_of, store_job, wait_for
+from kvtier.tiers.disk import DiskTier, check_path
+from kvtier.types import BlockKey, BlockMeta, JobResult, Outcome, TransferJob
+
+SEGMENT_BYTES = 32 << 10
+CAPACITY_BYTES = (1 << 20) + (32 << 10) + 4 * SEGMENT_BYTES
+"""four segments: room for 16 of the small blocks, 8 of the middle or 4 of the large ones"""
+_SIZES = (100, 8000, 28000)
+
+STEPS = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+numbers = st.lists(st.integers(0, 23), min_size=1, max_size=8, unique=True)
+
+
+def disk_meta(number: int) -> BlockMeta:
+    """A block whose size follows from its number: most are small."""
+    return meta_of(number, _SIZES[(0, 0, 0, 1, 0, 2)[number % 6]])
+
+
+class DiskMachine(RuleBasedStateMachine):
+    """After every wait the tier holds exactly what it acknowledged; after every crash at least that, and nothing torn."""
+
+    durable = False
+    """syncing changes nothing that a process could see, and costs most of the time"""
+
+    @initialize()
+    def start(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="kvtier-disk-machine-"))
+        self.present: dict[BlockKey, BlockMeta] = {}
+        """acknowledged and not removed"""
+        self.uncertain: dict[BlockKey, BlockMeta] = {}
+        """what a crash may bring back: removed or crowded out since the last clean state, or never acknowledged"""
+        self.submitted: list[TransferJob | list[BlockKey]] = []
+        """jobs and removals since the last wait"""
+        self.next_job_id = 0
+        self.open()
+
+    def open(self) -> None:
+        """Opens the tier in its directory."""
+        self.tier = DiskTier(self.directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, durable=self.durable)
+
+    @rule(numbers=numbers)
+    def store(self, numbers: list[int]) -> None:
+        self.submit(store_job(self.next_job_id, [disk_meta(number) for number in numbers]))
+
+    @rule(numbers=numbers)
+    def load(self, numbers: list[int]) -> None:
+        self.submit(load_job(self.next_job_id, [disk_meta(number) for number in numbers]))
+
+    @rule(numbers=numbers)
+    def remove(self, numbers: list[int]) -> None:
+        keys = [disk_meta(number).key for number in numbers]
+        self.tier.remove(keys)
+        assert 0 == self.tier.lookup(keys[:1])
+        self.submitted.append(keys)
+
+    @rule()
+    def wait(self) -> None:
+        jobs = [step for step in self.submitted if isinstance(step, TransferJob)]
+        results = {result.job_id: result for result in wait_for(self.tier, len(jobs))} if jobs else {}
+        assert {job.job_id for job in jobs} == results.keys()
+        dropped = {key for result in results.values() for key in result.dropped}
+        for step in self.submitted:
+            if isinstance(step, TransferJob):
+                self.replay(step, results[step.job_id], dropped)
+            else:
+                self.forget(step)
+        self.submitted = []
+        assert self.present == {meta.key: meta for meta in self.tier.entries()}
+
+    @rule()
+    def close_and_reopen(self) -> None:
+        self.wait()
+        before = list(self.tier.entries())
+        self.tier.close()
+        assert [] == check_path(self.directory)
+        self.open()
+        assert "clean" == self.tier.recovery.source
+        assert before == list(self.tier.entries())
+        self.uncertain.clear()
+
+    @rule(lose_index=st.sampled_from([False, False, False, True]))
+    def crash_and_reopen(self, lose_index: bool) -> None:
+        self.tier.abandon()
+        for step in self.submitted:
+            if isinstance(step, TransferJob):
+                self.doubt([block.meta.key for block in step.blocks])
+            else:
+                self.doubt(step)
+        self.submitted = []
+        if lose_index:
+            (self.directory / "index.mdb").unlink()
+        self.open()
+        self.reconcile()
+
+    def reconcile(self) -> None:
+        """After a crash: all that was certain is there, the rest is whole or gone."""
+        found = {meta.key: meta for meta in self.tier.entries()}
+        assert self.present.items() <= found.items(), "an acknowledged block is lost"
+        assert found.keys() <= self.present.keys() | self.uncertain.keys(), "a block appeared that nobody stored"
+        assert [] == self.tier.check()
+        self.present = found
+        if found:
+            job = load_job(self.next_job_id, list(found.values()))
+            self.next_job_id += 1
+            self.tier.submit(job)
+            (result,) = wait_for(self.tier)
+            assert {Outcome.OK} == set(result.outcomes)
+            assert_right_bytes(job, result)
+
+    def submit(self, job: TransferJob) -> None:
+        """Hands a job in without waiting."""
+        self.next_job_id += 1
+        self.tier.submit(job)
+        self.submitted.append(job)
+        for block in job.blocks:
+            if block.meta.key not in self.present:
+                self.uncertain.setdefault(block.meta.key, block.meta)
+
+    def replay(self, job: TransferJob, result: JobResult, crowded: set[BlockKey]) -> None:
+        """Compares a result with what the dict says at this point of the order."""
+        self.forget(result.dropped)
+        assert_right_bytes(job, result)
+        for block, outcome in zip(job.blocks, result.outcomes, strict=True):
+            key = block.meta.key
+            if job.kind.value == "store":
+                assert outcome in ((Outcome.OK,) if key in self.present else (Outcome.OK, Outcome.REJECTED))
+                if outcome is Outcome.OK:
+                    self.present[key] = block.meta
+            elif key in self.present:
+                assert outcome is Outcome.OK
+            else:
+                # A store that was crowded out while it was under way is REJECTED, and loads that waited for it got its bytes.
+                assert outcome is Outcome.MISS or outcome is Outcome.OK
+
+    def forget(self, keys: Sequence[BlockKey]) -> None:
+        """Removed, but a crash may bring it back until the removal is known to be on disk."""
+        for key in keys:
+            if key in self.present:
+                self.uncertain[key] = self.present.pop(key)
+
+    def doubt(self, keys: Sequence[BlockKey]) -> None:
+        """Nobody knows what became of these."""
+        self.forget(keys)
+
+    @invariant()
+    def keeps_to_its_capacity(self) -> None:
+        """The files together never exceed the capacity."""
+        if hasattr(self, "directory"):
+            sizes = [entry.stat().st_size for entry in list(os.scandir(self.directory))]
+            assert sum(sizes) <= CAPACITY_BYTES
+
+    def teardown(self) -> None:
+        """The directory is healthy at the end of every sequence."""
+        if not hasattr(self, "tier"):
+            return
+        try:
+            self.wait()
+            assert [] == self.tier.check()
+            self.tier.close()
+            assert [] == check_path(self.directory)
+        finally:
+            self.tier.abandon()
+            shutil.rmtree(self.directory)

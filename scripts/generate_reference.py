@@ -1,0 +1,115 @@
+"""Prints docs/reference/configuration.md from the models of the settings, so that it cannot differ from them.
+
+python generate_reference.py            writes the page
+python generate_reference.py --check    exits with 1 where the page differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
+
+from pydantic import BaseModel  # noqa: E402 - after the line above, like the next two
+
+from kvtier.config import Config, ConnectorConfig, DiskTierConfig, HostTierConfig  # noqa: E402
+from kvtier.config.fields import text_of  # noqa: E402
+from kvtier.units import DURATION_UNITS, SIZE_UNITS, format_duration, format_size  # noqa: E402
+
+HEAD = """<!-- printed by scripts/generate_reference.py; change the models in kvtier/config, then run it -->
+
+# Configuration
+
+One YAML file. `kvtier config check FILE` reports everything that is wrong with it; unknown keys are errors. Python code reads it with
+`kvtier.config.Config.load(path)` and finds each setting under the attribute in the second column.
+
+- **Sizes** are whole bytes, or a number and a unit: {sizes}. KiB, MiB, ... count in steps of 1024; kB, MB, ... in steps of 1000.
+- **Durations** are seconds, or a number and a unit: {durations}.
+- **Booleans** are `true` and `false`; `yes` and `on` are words.
+- `null` means: none.
+"""
+
+SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("Top of the file", Config),
+    ("`tiers`: `type: host`", HostTierConfig),
+    ("`tiers`: `type: disk`", DiskTierConfig),
+    ("`connector`", ConnectorConfig),
+)
+
+
+def configuration_page() -> str:
+    """The page docs/reference/configuration.md."""
+    parts = [HEAD.format(sizes=listed(SIZE_UNITS), durations=listed(DURATION_UNITS))]
+    parts += [section(title, model) for title, model in SECTIONS]
+    example = Config.from_mapping(
+        {"tiers": [{"type": "host", "capacity": "8GiB"}, {"type": "disk", "path": "/var/cache/kvtier", "capacity": "100GiB"}]}
+    )
+    parts.append(f"## All settings with their defaults\n\n```yaml\n{example.effective()}```\n")
+    return "\n".join(parts)
+
+
+def listed(units: Iterable[str]) -> str:
+    return ", ".join(f"`{unit}`" for unit in units)
+
+
+def section(title: str, model: type[BaseModel]) -> str:
+    """One table: a row for each setting."""
+    about = " ".join((model.__doc__ or "").split())
+    rows = ["| Key | Attribute | Type | Default | Allowed | Meaning |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        kind = text_of(field, "kind")
+        # the type picks the section, so there is nothing to fall back on
+        default = "required" if field.is_required() or name == "type" else default_text(name, kind, field.default)
+        cells = (f"`{field.alias or name}`", f"`{name}`", kind, default, text_of(field, "allowed"), field.description or "")
+        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join([f"## {title}", "", about, "", *rows, ""])
+
+
+def default_text(name: str, kind: str, default: object) -> str:
+    """A default as it stands in the file."""
+    if name == "block_tokens":
+        return "`auto`"
+    if isinstance(default, BaseModel):
+        return "all defaults"
+    if default is None or isinstance(default, bool):
+        return f"`{str(default).lower() if default is not None else 'null'}`"
+    if isinstance(default, int) and kind == "size":
+        return f"`{format_size(default)}`"
+    if isinstance(default, float) and kind == "duration":
+        return f"`{format_duration(default)}`"
+    if isinstance(default, enum.Enum):
+        return f"`{default.value}`"
+    return '`""`' if default == "" else f"`{default}`"
+
+
+PAGES: Mapping[str, Callable[[], str]] = {"docs/reference/configuration.md": configuration_page}
+"""Page -> what prints it."""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Print the reference pages that follow from the code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page differs")
+    options = parser.parse_args(arguments)
+    stale = []
+    for name, make in PAGES.items():
+        path, text = ROOT / name, make()
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        if options.check:
+            stale.append(name)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {name}")
+    for name in stale:
+        print(f"{name} differs from the code: run scripts/generate_reference.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
