@@ -92,13 +92,14 @@ class CacheEngine:
             ArenaError: host memory cannot be had.
             TierError: a tier cannot be opened.
         """
-        extent_bytes = min(EXTENT_BYTES, config.host.capacity_bytes)
-        slab = SlabAllocator(config.host.capacity_bytes, max(extent_bytes, _page_align(block_bytes)))
-        if config.host.capacity_bytes < _page_align(block_bytes) or slab.max_slots(block_bytes) < 1:
+        capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
+        if capacity_bytes < _page_align(block_bytes):
             raise ConfigError(
                 f"tiers[0].capacity: {config.host.capacity_bytes} bytes hold no block; one block of this model has {block_bytes} bytes. "
                 f"Allowed: at least {_page_align(block_bytes)} bytes; some thousand blocks are sensible"
             )
+        # Nothing is handed out before the arena has prepared it: see _grow.
+        slab = SlabAllocator(capacity_bytes, max(min(EXTENT_BYTES, capacity_bytes), _page_align(block_bytes)), limit_bytes=0)
         if arena is None:
             arena = Arena.open(
                 f"/dev/shm/kvtier-{os.getuid()}-{os.getpid()}-{time.monotonic_ns()}",

@@ -76,10 +76,9 @@ class DiskMachine(RuleBasedStateMachine):
         jobs = [step for step in self.submitted if isinstance(step, TransferJob)]
         results = {result.job_id: result for result in wait_for(self.tier, len(jobs))} if jobs else {}
         assert {job.job_id for job in jobs} == results.keys()
-        dropped = {key for result in results.values() for key in result.dropped}
         for step in self.submitted:
             if isinstance(step, TransferJob):
-                self.replay(step, results[step.job_id], dropped)
+                self.replay(step, results[step.job_id])
             else:
                 self.forget(step)
         self.submitted = []
@@ -134,7 +133,7 @@ class DiskMachine(RuleBasedStateMachine):
             if block.meta.key not in self.present:
                 self.uncertain.setdefault(block.meta.key, block.meta)
 
-    def replay(self, job: TransferJob, result: JobResult, crowded: set[BlockKey]) -> None:
+    def replay(self, job: TransferJob, result: JobResult) -> None:
         """Compares a result with what the dict says at this point of the order."""
         self.forget(result.dropped)
         assert_right_bytes(job, result)

@@ -219,8 +219,10 @@ class PlannerMachine(RuleBasedStateMachine):
     @invariant()
     def copies_under_way_are_undisturbed(self) -> None:
         """No slot that somebody reads or fills has got a new tenant."""
-        for plan, keys in [*self.open_stores.values(), *self.open_loads.values()]:
-            for ref, key in zip(plan.slots, keys, strict=False):
+        copies = [(plan.slots, keys) for plan, keys in self.open_stores.values()]
+        copies += [(plan.slots, keys) for plan, keys in self.open_loads.values()]
+        for slots, keys in copies:
+            for ref, key in zip(slots, keys, strict=False):
                 assert self.generations[ref.slot] == ref.generation
                 assert self.memory[ref.slot] == key
 
