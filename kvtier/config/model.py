@@ -105,9 +105,7 @@ class DiskTierConfig(Section):
     max_in_flight_bytes: Size = setting(
         256 << 20, key="max_in_flight", kind="size", allowed=f"more than 0: {_SIZE}", about="Bytes being read or written at once.", gt=0
     )
-    durable: bool = setting(
-        True, kind="boolean", allowed="`true`, `false`", about="Keep blocks over a restart. false: start empty."
-    )
+    durable: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Keep blocks over a restart. false: start empty.")
 
     @field_validator("segment_bytes")
     @classmethod
@@ -219,7 +217,7 @@ class Config(Section):
         try:
             config = cls.model_validate(source.data)
         except ValidationError as error:
-            problems += explain(error, cls)
+            problems += explain(error, cls, source.data)
         if config is None or problems:
             # without the cause: pydantic's own account says the same again, in its terms
             raise ConfigError(render(problems, source)) from None

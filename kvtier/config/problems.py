@@ -45,7 +45,7 @@ def render(problems: Sequence[Problem], places: Places) -> str:
     lines = list(dict.fromkeys(f"{places.where(each.location)}: {_joined(path_text(each.location), each.reason)}" for each in problems))
     if len(lines) == 1:
         return lines[0]
-    return "\n".join([f"{len(lines)} settings of {places.name} are wrong:", *(f"  {line}" for line in sorted(lines, key=_line_order))])
+    return "\n".join([f"{len(lines)} errors in {places.name}:", *(f"  {line}" for line in sorted(lines, key=_line_order))])
 
 
 def path_text(location: Location) -> str:
@@ -56,14 +56,14 @@ def path_text(location: Location) -> str:
     return text
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
-    """What pydantic found, in the terms of the file."""
+def explain(error: ValidationError, root: type[BaseModel], data: Any) -> list[Problem]:
+    """What pydantic found in ``data``, in the terms of the file."""
     problems = []
     for detail in error.errors(include_url=False):
         if detail["type"] == TIER_ORDER:
             continue  # found earlier, tier by tier
         spot = _resolve(detail["loc"], root, at_default=detail["type"] == "value_error")
-        problems.append(Problem(spot.location, _reason(detail, spot, root)))
+        problems.append(Problem(spot.location, _reason(detail, spot, root, data)))
     return problems
 
 
@@ -126,8 +126,9 @@ def _resolve(loc: Location, root: type[BaseModel], *, at_default: bool) -> _Spot
     return _Spot(tuple(location), section, field, is_default=False)
 
 
-def _reason(detail: Any, spot: _Spot, root: type[BaseModel]) -> str:
-    value, kind, field = detail["input"], detail["type"], spot.field
+def _reason(detail: Any, spot: _Spot, root: type[BaseModel], data: Any) -> str:
+    kind, field = detail["type"], spot.field
+    value = _as_written(data, spot.location, detail["input"])
     if kind == "extra_forbidden":
         return _unknown_key(str(spot.location[-1]), value, spot.section, root)
     if kind == "invalid_key":
@@ -144,10 +145,20 @@ def _reason(detail: Any, spot: _Spot, root: type[BaseModel]) -> str:
     return f"{subject} is wrong{because}; allowed: {allowed}{_meant(value, allowed)}"
 
 
+def _as_written(data: Any, location: Location, otherwise: object) -> object:
+    """The value at a location before it was converted."""
+    for part in location:
+        known = range(len(data)) if isinstance(data, (list, tuple)) else data if isinstance(data, Mapping) else ()
+        if part not in known:
+            return otherwise
+        data = data[part]
+    return data
+
+
 def _meant(value: object, allowed: str) -> str:
     """For words that are nearly right."""
     words = [word.strip() for word in allowed.split(",")]
-    if not isinstance(value, str) or value in words:
+    if not isinstance(value, str):
         return ""
     if {"true", "false"} == set(words):
         return "; write it without quotes, as true or false"

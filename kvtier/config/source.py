@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
-from kvtier.config.problems import Location, Problem
+from kvtier.config.problems import Location, Problem, path_text
 from kvtier.errors import ConfigError
 
 _MAX_FILE_BYTES = 1 << 20
@@ -38,17 +38,14 @@ _RESOLVERS = (
 class Loader(yaml.SafeLoader):
     """YAML 1.2's plain values: ``on`` and ``no`` are words, ``010`` is ten, nothing is a date."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
 
 class Dumper(yaml.SafeDumper):
     """Quotes what :class:`Loader` would take for something else than text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
-
-for _tag, _pattern, _first in _RESOLVERS:
-    for _class in (Loader, Dumper):
+for _class in (Loader, Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _tag, _pattern, _first in _RESOLVERS:
         _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$", re.ASCII), _first)
 
 
@@ -85,7 +82,7 @@ def read_source(path: Path) -> Source:
         raise ConfigError(f"{name}:{line}: not YAML: a forbidden character; write it as an escape in double quotes") from None
     except RecursionError:
         raise ConfigError(f"{name}: not a kvtier configuration: nested far too deeply") from None
-    reader = _Reader()
+    reader = _Reader(name)
     data = {} if node is None else reader.value(node, ())
     return Source(name, data, reader.lines or {(): 1}, tuple(reader.problems))
 
@@ -128,7 +125,8 @@ def _syntax_message(name: str, text: str, error: yaml.MarkedYAMLError) -> str:
 class _Reader:
     """Turns YAML's nodes into values, one tree."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self.lines: dict[Location, int] = {}
         self.problems: list[Problem] = []
         self._open: set[int] = set()
@@ -138,8 +136,8 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, at)
         if id(node) in self._open:
-            self.problems.append(Problem(at, "an alias that contains itself; write the value out"))
-            return None
+            line = self.lines[at]
+            raise ConfigError(f"{self._name}:{line}: {path_text(at)}: an alias that contains itself; write the value out")
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.SequenceNode):

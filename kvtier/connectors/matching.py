@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from kvtier.connectors.requests import ConnectorSettings, Lookup, Matched, Request
+from kvtier.connectors.requests import ConnectorSettings, Geometry, Lookup, Matched, Request
 from kvtier.engine import CacheEngine
 
 PIN_TTL_S = 30.0
@@ -14,34 +13,19 @@ _NOTHING = Matched(0)
 _LATER = Matched(None)
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Sizes of blocks in tokens. ``block_tokens`` is a multiple of ``engine_block_tokens``."""
-
-    block_tokens: int
-    engine_block_tokens: int
-
-    @property
-    def blocks_per_slot(self) -> int:
-        """Engine blocks in one block."""
-        return self.block_tokens // self.engine_block_tokens
-
-
 class Matcher:
     """Answers for waiting requests and keeps their hits from eviction. One thread.
 
-    All pins together keep at most ``max_pinned_blocks``; what is beyond is looked up afresh whenever the engine asks. A
-    request waits at most ``promote_wait_s`` in all for promotions each time it wants to start.
+    All pins together keep at most ``settings.max_pinned_fraction`` of host memory; what is beyond is looked up afresh whenever
+    the engine asks.  A request waits at most ``promote_wait_s`` in all for promotions each time it wants to start.
     """
 
-    def __init__(
-        self, engine: CacheEngine, settings: ConnectorSettings, geometry: Geometry, *, max_pinned_blocks: int, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, engine: CacheEngine, geometry: Geometry, settings: ConnectorSettings, *, clock: Callable[[], float]) -> None:
         self._engine = engine
         self._settings = settings
         self._block_tokens = geometry.block_tokens
         self._engine_block_tokens = geometry.engine_block_tokens
-        self._max_pinned_blocks = max_pinned_blocks
+        self._max_pinned_blocks = int(settings.max_pinned_fraction * geometry.host_blocks)
         self._clock = clock
         self._pinned: dict[str, Lookup] = {}
         self._num_pinned_blocks = 0
@@ -96,6 +80,8 @@ class Matcher:
             self._engine.stats.add("lookup.blocks", limit - first)
             self._engine.stats.add("lookup.hit_blocks", found.hit_blocks)
         lookup.num_ready = lookup.num_promised = found.ready_blocks
+        if is_new:
+            request.num_found_ready = first + found.ready_blocks
         if found.hit_blocks > found.ready_blocks:
             self._promote(request, lookup, found.hit_blocks)
         self._pin(request, lookup)

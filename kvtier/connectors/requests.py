@@ -37,6 +37,37 @@ class Matched:
     """the load runs while the request waits; never true with 0 or ``None``"""
 
 
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes and numbers that are fixed once the engine has started.
+
+    Raises:
+        ValueError: ``block_tokens`` is not a multiple of ``engine_block_tokens``.
+    """
+
+    namespace: bytes
+    """the 16-byte namespace digest, root of all keys"""
+    block_tokens: int
+    """tokens of a kvtier block, a multiple of ``engine_block_tokens``"""
+    engine_block_tokens: int
+    """tokens of an engine block"""
+    num_workers: int
+    """reports that make a job complete: all ranks, tensor times pipeline parallel"""
+    host_blocks: int
+    """how many blocks host memory can hold"""
+
+    def __post_init__(self) -> None:
+        if self.engine_block_tokens <= 0 or self.block_tokens <= 0 or self.block_tokens % self.engine_block_tokens:
+            raise ValueError(
+                f"block_tokens is {self.block_tokens}; it must be a multiple of the engine's block size, {self.engine_block_tokens}"
+            )
+
+    @property
+    def blocks_per_slot(self) -> int:
+        """Engine blocks in one kvtier block."""
+        return self.block_tokens // self.engine_block_tokens
+
+
 class ConnectorSettings(Protocol):
     """The ``connector:`` section of the configuration, as far as the halves read it."""
 
@@ -104,10 +135,12 @@ class Request:
         "can_store",
         "chain",
         "deadline",
+        "hit_tokens",
         "is_admitted",
         "is_stopped",
         "lookup",
         "num_computed_tokens",
+        "num_found_ready",
         "num_keys",
         "num_store_tokens",
         "request_id",
@@ -127,6 +160,10 @@ class Request:
         self.lookup: Lookup | None = None
         self.deadline: float | None = None
         """when it stops waiting for promotions"""
+        self.hit_tokens = (0, 0)
+        """loaded tokens: those that lay in host memory when it came, and those that were promoted for it"""
+        self.num_found_ready = 0
+        """leading blocks that lay in host memory when it was looked up first"""
         self.num_computed_tokens = 0
         """what the engine had when it asked last"""
         self.is_admitted = False
@@ -189,8 +226,8 @@ class Request:
 
 
 def make_request(
-    request_id: str, token_ids: Sequence[int], identity: RequestIdentity, options: RequestOptions, *, namespace: bytes, block_tokens: int
+    request_id: str, token_ids: Sequence[int], identity: RequestIdentity, options: RequestOptions, *, geometry: Geometry
 ) -> Request:
     """A request that waits. Hashes nothing."""
-    keys = KeyChain(request_root(namespace, identity.extras), block_tokens, identity.spans)
+    keys = KeyChain(request_root(geometry.namespace, identity.extras), geometry.block_tokens, identity.spans)
     return Request(request_id, token_ids, keys, options)

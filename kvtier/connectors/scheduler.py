@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.jobs import LoadJob, StoreJob, void_stores
-from kvtier.connectors.matching import Geometry, Matcher
+from kvtier.connectors.matching import Matcher
 from kvtier.connectors.messages import MoveJob, RequestOptions, ScheduledRequest, StepMessage, WorkerReport
-from kvtier.connectors.requests import NEVER, ConnectorSettings, Matched, Request, RequestIdentity, make_request
+from kvtier.connectors.requests import NEVER, ConnectorSettings, Geometry, Matched, Request, RequestIdentity, make_request
 from kvtier.control.commands import BlockEvent
 from kvtier.engine import CacheEngine
 from kvtier.types import SlotRef
@@ -35,46 +35,31 @@ class SchedulerHalf:
 
     Args:
         engine: the cache; closed by ``close()``
-        namespace: the 16-byte namespace digest, root of all keys
-        block_tokens: tokens of a kvtier block, a multiple of ``engine_block_tokens``
-        engine_block_tokens: tokens of an engine block
-        num_workers: reports that make a job complete (tensor x pipeline parallel ranks)
-        host_blocks: how many blocks host memory can hold, for ``settings.max_pinned_fraction``
+        geometry: see :class:`~kvtier.connectors.requests.Geometry`
         settings: see :class:`~kvtier.connectors.requests.ConnectorSettings`
         stores_are_async: the workers' copiers are asynchronous, so that blocks of finished requests must be held
         clock: seconds that do not go backwards
         strict: re-raise unexpected errors (tests only)
-
-    Raises:
-        ValueError: ``block_tokens`` is not a multiple of ``engine_block_tokens``.
     """
 
     def __init__(
         self,
         engine: CacheEngine,
-        *,
-        namespace: bytes,
-        block_tokens: int,
-        engine_block_tokens: int,
-        num_workers: int,
-        host_blocks: int,
+        geometry: Geometry,
         settings: ConnectorSettings,
+        *,
         stores_are_async: bool = False,
         clock: Callable[[], float] = time.monotonic,
         strict: bool = False,
     ) -> None:
-        if engine_block_tokens <= 0 or block_tokens <= 0 or block_tokens % engine_block_tokens:
-            raise ValueError(f"block_tokens is {block_tokens}; it must be a multiple of the engine's block size, {engine_block_tokens}")
         self._engine = engine
-        self._namespace = namespace
-        self._geometry = geometry = Geometry(block_tokens, engine_block_tokens)
-        self._block_tokens = block_tokens
+        self._geometry = geometry
+        self._block_tokens = geometry.block_tokens
         self._blocks_per_slot = geometry.blocks_per_slot
-        self._num_workers = num_workers
+        self._num_workers = geometry.num_workers
         self._settings = settings
         self._stores_are_async = stores_are_async
-        max_pinned_blocks = int(settings.max_pinned_fraction * host_blocks)
-        self._matcher = Matcher(engine, settings, geometry, max_pinned_blocks=max_pinned_blocks, clock=clock)
+        self._matcher = Matcher(engine, geometry, settings, clock=clock)
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._requests: dict[str, Request] = {}
         self._loads: dict[int, LoadJob] = {}
@@ -111,9 +96,7 @@ class SchedulerHalf:
             return
         with self._boundary.at("add_request"):
             allowed = RequestOptions(options.load and self._settings.load, options.store and self._settings.store)
-            request = make_request(
-                request_id, token_ids, identity, allowed, namespace=self._namespace, block_tokens=self._block_tokens
-            )
+            request = make_request(request_id, token_ids, identity, allowed, geometry=self._geometry)
             if not self._settings.store_decode_blocks:
                 request.num_store_tokens = num_prompt_tokens
             self._requests[request_id] = request
@@ -126,14 +109,14 @@ class SchedulerHalf:
         their way from a slower tier.  A call for a request that had blocks already means that it starts over (preemption).
         ``num_computed_tokens`` must be a multiple of ``engine_block_tokens``; so is the result.
         """
-        answer = _NOTHING
+        request = self._requests.get(request_id)
+        if request is None:
+            return _NOTHING
         with self._boundary.at("match"):
-            request = self._requests.get(request_id)
-            if request is not None:
-                if request.is_admitted:
-                    self._start_over(request)
-                answer = self._matcher.match(request, num_tokens, num_computed_tokens)
-        return answer
+            if request.is_admitted:
+                self._start_over(request)
+            return self._matcher.match(request, num_tokens, num_computed_tokens)
+        return _NOTHING
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
         """The engine has blocks for the request and takes ``num_external_tokens`` of the last match (0: it loads nothing).
@@ -147,6 +130,9 @@ class SchedulerHalf:
         request.is_admitted = True
         with self._boundary.at("allocated"):
             if num_external_tokens:
+                found_tokens = max(0, request.num_found_ready * self._block_tokens - request.num_computed_tokens)
+                host_tokens = min(found_tokens, num_external_tokens)
+                request.hit_tokens = (host_tokens, num_external_tokens - host_tokens)
                 self._plan_load(request, block_ids, num_external_tokens)
             self._touch(request)
         with self._boundary.at("allocated"):
@@ -231,11 +217,15 @@ class SchedulerHalf:
             request.stop_storing()
         for job in self._stores.values():
             job.is_void = True
-        is_done = False
         with self._boundary.at("reset"):
             self._engine.reset()
-            is_done = True
-        return is_done
+            return True
+        return False
+
+    def hit_tokens(self, request_id: str) -> tuple[int, int]:
+        """Tokens a request has loaded: those found in host memory, and those promoted from slower tiers for it."""
+        request = self._requests.get(request_id)
+        return (0, 0) if request is None else request.hit_tokens
 
     @property
     def has_pending_work(self) -> bool:
@@ -262,10 +252,9 @@ class SchedulerHalf:
 
     def take_events(self) -> list[BlockEvent]:
         """Blocks that became available or went away since the last call."""
-        events: list[BlockEvent] = []
         with self._boundary.at("take_events"):
-            events = self._engine.take_events()
-        return events
+            return self._engine.take_events()
+        return []
 
     def close(self) -> None:
         """Ends everything, closes the engine. Idempotent."""

@@ -17,7 +17,8 @@ import numpy as np
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
 from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent
-from kvtier.memory.arena import PAGE_BYTES, Arena
+from kvtier.memory.arena import Arena
+from kvtier.memory.arena_file import PAGE_BYTES
 
 _NO_ORDERS = StepMessage()
 

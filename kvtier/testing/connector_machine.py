@@ -106,7 +106,7 @@ class ConnectorMachine(RuleBasedStateMachine):
         self._system().engine.abort(request.request_id)
 
     @precondition(lambda self: bool(self.submitted))
-    @rule(choice=st.integers(0, 1000), length=st.integers(1, 30), max_new_tokens=st.integers(1, 12))
+    @rule(choice=st.integers(0, 1000), length=st.integers(1, 28), max_new_tokens=st.integers(1, 12))
     def follow_up(self, choice: int, length: int, max_new_tokens: int) -> None:
         """The next round of a conversation."""
         engine = self._system().engine
@@ -115,15 +115,18 @@ class ConnectorMachine(RuleBasedStateMachine):
         self.submitted.append(engine.submit(f"r{len(self.submitted)}", prompt, max_new_tokens, adapter=before.adapter))
 
     @rule(
-        fault=st.sampled_from(["copy", "copy", "copy", "steal", "reset", "new weights"]),
+        fault=st.sampled_from(["load", "load", "load", "store", "steal", "reset", "new weights"]),
         rank=st.integers(0, 1),
         copies=st.lists(st.sampled_from(["start", "end", "none"]), min_size=1, max_size=3),
     )
     def goes_wrong(self, fault: str, rank: int, copies: list[str]) -> None:
         """A copy fails, the next jobs lose a slot, or somebody empties the cache."""
         system = self._system()
-        if fault == "copy":
-            system.copiers[rank % len(system.copiers)].faults.extend(copies)
+        copier = system.copiers[rank % len(system.copiers)]
+        if fault == "load":
+            copier.load_faults.extend(copies)
+        elif fault == "store":
+            copier.store_faults.extend(copies)
         elif fault == "steal":
             self.num_steals += 1
         else:
@@ -156,18 +159,27 @@ class ConnectorMachine(RuleBasedStateMachine):
     def _wind_up(self, system: FakeSystem) -> None:
         """Without further faults everything ends, with the right tokens, and leaves nothing behind."""
         for copier in system.copiers:
-            copier.faults.clear()
+            copier.heal()
         self.num_steals = 0
-        for _ in range(self.max_steps):
-            if not system.engine.requests:
-                break
-            self.step(1)
+        self._run_out(system)
+        for position, request in enumerate(self.submitted):
+            # Whatever is in the cache must be right: ask for all of it.
+            if request.weights == system.engine.weights:
+                system.engine.submit(f"audit{position}", request.tokens[: len(request.tokens)], adapter=request.adapter)
+        self._run_out(system)
         self.now += 1000.0
         system.settle(self.max_steps)
         assert [] == system.problems()
         for request in self.submitted:
             if request.weights is not None and len(request.output) == request.max_new_tokens:
-                assert system.engine.expected_output(request) == request.output
+                assert request.expected_output() == request.output
+
+    def _run_out(self, system: FakeSystem) -> None:
+        for _ in range(self.max_steps):
+            if not system.engine.requests:
+                return
+            self.step(1)
+        system.engine.run(0)
 
     def _system(self) -> FakeSystem:
         assert self.system is not None

@@ -23,18 +23,24 @@ class FaultyCopier:
         self.inner = inner
         self.is_async = num_polls > 0
         self.num_polls = num_polls
-        self.faults: deque[str] = deque()
-        """what happens to the next calls: "start" (raises at once), "end" (the event raises), "none\""""
+        self.load_faults: deque[str] = deque()
+        """what happens to the next loads: "start" (raises at once), "end" (the event raises), "none\""""
+        self.store_faults: deque[str] = deque()
         self.num_failed = 0
 
     def gather(self, copies: Sequence[BlockCopy]) -> CopyEvent:
-        return self._copy(self.inner.gather, copies)
+        return self._copy(self.inner.gather, copies, self.store_faults)
 
     def scatter(self, copies: Sequence[BlockCopy]) -> CopyEvent:
-        return self._copy(self.inner.scatter, copies)
+        return self._copy(self.inner.scatter, copies, self.load_faults)
 
-    def _copy(self, move: Callable[[Sequence[BlockCopy]], CopyEvent], copies: Sequence[BlockCopy]) -> CopyEvent:
-        fault = self.faults.popleft() if self.faults else "none"
+    def heal(self) -> None:
+        """Nothing fails from now on."""
+        self.load_faults.clear()
+        self.store_faults.clear()
+
+    def _copy(self, move: Callable[[Sequence[BlockCopy]], CopyEvent], copies: Sequence[BlockCopy], faults: deque[str]) -> CopyEvent:
+        fault = faults.popleft() if faults else "none"
         if fault != "none":
             self.num_failed += 1
         if fault == "start":

@@ -9,7 +9,6 @@ It is stricter than vLLM in one point: blocks that failed to load leave its pref
 
 from __future__ import annotations
 
-import enum
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,52 +20,9 @@ from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.worker import WorkerHalf
 from kvtier.testing.fake_blocks import BlockPool
 from kvtier.testing.fake_kv import FakeKVMemory, next_token, token_states
+from kvtier.testing.fake_requests import VOCABULARY, FakeRequest, HangError, Status, WrongKVError
 
-VOCABULARY = 97
-
-
-class WrongKVError(AssertionError):
-    """A forward pass has read KV that is not that of its tokens, and nobody has reported a failed load."""
-
-
-class HangError(AssertionError):
-    """Requests did not finish within the allowed number of steps."""
-
-
-class Status(enum.Enum):
-    """Where a request is in its life, by vLLM's names."""
-
-    WAITING = "waiting"
-    WAITING_FOR_REMOTE_KVS = "waiting for remote KVs"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
-@dataclass(eq=False)
-class FakeRequest:
-    """A request. ``tokens`` is the live list that the connector reads."""
-
-    request_id: str
-    tokens: list[int]
-    num_prompt_tokens: int
-    max_new_tokens: int
-    adapter: bytes
-    options: RequestOptions
-    weights: int | None
-    """of the model that generated its tokens; None where they changed meanwhile"""
-    status: Status = Status.WAITING
-    num_computed_tokens: int = 0
-    block_ids: list[int] = field(default_factory=list)
-    is_received: bool = False
-    num_loaded_tokens: int = 0
-    """tokens that the connector was trusted with, in all"""
-    num_forward_tokens: int = 0
-    """tokens that were computed, in all"""
-
-    @property
-    def output(self) -> list[int]:
-        """What it has generated."""
-        return self.tokens[self.num_prompt_tokens :]
+__all__ = ["FakeEngine", "FakeRequest", "HangError", "Status", "WrongKVError"]
 
 
 @dataclass(slots=True)
@@ -119,7 +75,7 @@ class FakeEngine:
         self.num_preemptions = 0
         self.num_asked_again = 0
         self.weights = 1
-        self.tamper: Callable[[StepMessage], None] = lambda message: None
+        self.tamper: Callable[[StepMessage], None] = lambda _message: None
         """called between the decisions and the copies of a step, for tests that pull away slots"""
         self._token_budget = token_budget
         self._max_running = max_running
@@ -150,16 +106,6 @@ class FakeEngine:
         self.requests[request_id] = request
         self._waiting.append(request)
         return request
-
-    def expected_output(self, request: FakeRequest) -> list[int]:
-        """What a request must generate, from nothing but its prompt."""
-        seed = _seed(request.weights or 0, request.adapter)
-        tokens = request.tokens[: request.num_prompt_tokens]
-        states = token_states(tokens, seed)
-        while len(tokens) < request.num_prompt_tokens + request.max_new_tokens:
-            tokens.append(next_token(states[-1], VOCABULARY))
-            states = token_states(tokens, seed, states)
-        return tokens[request.num_prompt_tokens :]
 
     def abort(self, request_id: str) -> None:
         """Ends a request between two steps. Unknown and finished ones are fine."""
@@ -267,7 +213,9 @@ class FakeEngine:
                 self.num_asked_again += 1
                 return 0
             num_external, is_async = matched.num_tokens, matched.is_async
-            assert num_external >= 0 and num_external % self._block_tokens == 0 and not (is_async and not num_external), matched
+            assert num_external >= 0, matched
+            assert num_external % self._block_tokens == 0, matched
+            assert num_external > 0 or not is_async, matched
         num_computed = request.num_computed_tokens or len(local) * self._block_tokens + num_external
         assert num_computed < len(request.tokens), "nothing would be left to compute"
         num_new = 0 if is_async else min(budget, len(request.tokens) - num_computed)
@@ -440,7 +388,7 @@ class FakeEngine:
         return sum(self._num_blocks(len(r.tokens) + 1) - len(r.block_ids) for r in self._waiting if r.block_ids)
 
     def _states_of(self, request: FakeRequest) -> list[int]:
-        states = token_states(request.tokens, _seed(self.weights, request.adapter), self._states.get(request.request_id, ()))
+        states = token_states(request.tokens, request.seed(self.weights), self._states.get(request.request_id, ()))
         self._states[request.request_id] = states
         return states
 
@@ -453,7 +401,3 @@ class FakeEngine:
             num_blocks = min(num_tokens, len(request.tokens)) // self._block_tokens
             for block_id, name in zip(request.block_ids, self._names(request, num_blocks), strict=False):
                 self.pool.name(block_id, name)
-
-
-def _seed(weights: int, adapter: bytes) -> int:
-    return weights * 1009 + int.from_bytes(adapter, "little")

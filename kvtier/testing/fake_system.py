@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvtier.config import Config
-from kvtier.connectors.requests import DefaultSettings
+from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.worker import WorkerHalf
 from kvtier.copy.cpu import NativeCopier
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
-from kvtier.memory.arena import PAGE_BYTES, Arena
+from kvtier.memory.arena import Arena
+from kvtier.memory.arena_file import PAGE_BYTES
 from kvtier.testing.copiers import FaultyCopier
 from kvtier.testing.fake_engine import FakeEngine
 from kvtier.testing.fake_kv import FakeKVMemory
@@ -26,7 +28,7 @@ class FakeSystemOptions:
 
     num_ranks: int = 1
     num_polls: int = 0
-    """0: synchronous copiers; else how long an asynchronous copy takes"""
+    """0: synchronous copiers; else how many steps an asynchronous copy takes on rank 0 (on each further rank 2 more)"""
     engine_block_tokens: int = 4
     blocks_per_slot: int = 1
     num_engine_blocks: int = 40
@@ -47,7 +49,7 @@ class FakeSystem:
         options: FakeSystemOptions,
         *,
         tiers: Sequence[Tier] = (),
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
         strict: bool = True,
     ) -> None:
         memory = FakeKVMemory(
@@ -62,26 +64,27 @@ class FakeSystem:
         config = Config.from_mapping({"tiers": [{"type": "host", "capacity": capacity_bytes}]})
         self.arena = Arena.open(str(directory / "arena"), capacity_bytes, huge_pages=False)
         self.arena.unlink()
-        timing = {} if clock is None else {"clock": clock}
-        self.cache = CacheEngine.open(config, namespace=namespace, block_bytes=block_bytes, arena=self.arena, tiers=tiers, **timing)
+        self.cache = CacheEngine.open(config, namespace=namespace, block_bytes=block_bytes, arena=self.arena, tiers=tiers, clock=clock)
         self.copiers = [
             FaultyCopier(
                 NativeCopier(memory.layout(rank), arena_address=self.arena.address, arena_bytes=self.arena.capacity_bytes),
-                num_polls=options.num_polls,
+                num_polls=options.num_polls + 2 * rank if options.num_polls else 0,
             )
             for rank in range(options.num_ranks)
         ]
         self.half = SchedulerHalf(
             self.cache,
-            namespace=namespace.digest,
-            block_tokens=options.engine_block_tokens * options.blocks_per_slot,
-            engine_block_tokens=options.engine_block_tokens,
-            num_workers=options.num_ranks,
-            host_blocks=options.host_blocks,
-            settings=options.settings,
+            Geometry(
+                namespace=namespace.digest,
+                block_tokens=options.engine_block_tokens * options.blocks_per_slot,
+                engine_block_tokens=options.engine_block_tokens,
+                num_workers=options.num_ranks,
+                host_blocks=options.host_blocks,
+            ),
+            options.settings,
             stores_are_async=options.num_polls > 0,
+            clock=clock,
             strict=strict,
-            **timing,
         )
         self.workers = [
             WorkerHalf(

@@ -1,0 +1,152 @@
+"""The command line: ``kvtier config check``, ``kvtier check``, ``kvtier bench`` and ``kvtier version``.
+
+A command imports what it needs when it runs, so that ``kvtier version`` answers at once and a machine without, say, a
+working LMDB can still have its configuration checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import kvtier
+from kvtier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvtier.types import Damage
+
+OK, DAMAGED, UNUSABLE = 0, 1, 2
+"""exit statuses: all is well; the answer is no; the question could not be asked (argparse's own choice too)"""
+
+BENCHMARKS = {
+    "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
+}
+"""name -> the module with ``add_arguments`` and ``run``, what it measures"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0 well, 1 damage found, 2 wrong usage or nothing to work on.
+
+    Raises:
+        SystemExit: from argparse, for ``--help`` (0) and wrong usage (2).
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        status = command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader has seen enough; without this the interpreter fails once more when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvtier", description="Keeps the KV cache of an LLM engine alive beyond GPU memory.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    config = commands.add_parser("config", help="work with configuration files")
+    config_commands = config.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "report everything that is wrong with a file, or print all settings that it means"
+    config_check = config_commands.add_parser("check", help=text, description=text.capitalize() + ".")
+    config_check.add_argument("file", type=Path, metavar="FILE", help="a YAML file of settings")
+    config_check.set_defaults(command=_check_config)
+
+    text = "verify every record in the directory of a disk tier that no process has open; changes nothing"
+    check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
+    check.add_argument("path", type=Path, metavar="PATH", help="the directory of a disk tier")
+    check.set_defaults(command=_check_directory)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure kvtier on this machine",
+        description="Measure kvtier on this machine.",
+        epilog="\n".join(f"{name:<10} {about}" for name, (_, about) in BENCHMARKS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("name", choices=sorted(BENCHMARKS), help="what to measure")
+    bench.add_argument("options", nargs=argparse.REMAINDER, help="options of the benchmark: kvtier bench NAME --help")
+    bench.set_defaults(command=_bench)
+
+    version = commands.add_parser("version", help="print the version", description="Print the version.")
+    version.set_defaults(command=_version)
+    return parser
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    from kvtier.config import Config  # here: takes pydantic and a fifth of a second
+
+    try:
+        config = Config.load(options.file)
+    except ConfigError as error:
+        return _refuse(str(error))
+    _print_yaml(config.effective())
+    return OK
+
+
+def _check_directory(options: argparse.Namespace) -> int:
+    path: Path = options.path
+    if not path.is_dir():
+        return _refuse(f"{path} is not a directory" if path.exists() else f"{path} does not exist")
+    from kvtier.tiers.disk import check_path  # here: takes lmdb
+
+    try:
+        found = check_path(path)
+    except OSError as error:  # TierError is one; others tell of a directory that cannot be read
+        return _refuse(str(error))
+    if not found:
+        print(f"{path}: healthy, every record was verified")
+        return OK
+    _print_damage(found)
+    print(f"{path}: {len(found)} {'finding' if len(found) == 1 else 'findings'}")
+    return DAMAGED
+
+
+def _bench(options: argparse.Namespace) -> int:
+    module_name, about = BENCHMARKS[options.name]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"kvtier bench {options.name}", description=f"Measure {about}.")
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(options.options)))
+
+
+def _version(options: argparse.Namespace) -> int:
+    print(f"kvtier {kvtier.__version__}")
+    return OK
+
+
+def _refuse(message: str) -> int:
+    print(message, file=sys.stderr)
+    return UNUSABLE
+
+
+def _print_yaml(text: str) -> None:
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from rich.console import Console  # here: nobody else needs it
+    from rich.syntax import Syntax
+
+    Console().print(Syntax(text.rstrip("\n"), "yaml", background_color="default"))
+
+
+def _print_damage(found: Sequence[Damage]) -> None:
+    if not sys.stdout.isatty():
+        for damage in found:
+            print(": ".join([damage.where, *([damage.key.hex()] if damage.key is not None else []), damage.what]))
+        return
+    from rich.console import Console  # here: nobody else needs it
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("where", "block", "what")
+    for damage in found:
+        # Text: names of files may look like rich's markup
+        table.add_row(Text(damage.where), damage.key.hex() if damage.key is not None else "", Text(damage.what))
+    Console().print(table)

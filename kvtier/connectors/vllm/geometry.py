@@ -1,0 +1,167 @@
+"""What vLLM's KV memory looks like, read off its configuration and the registered tensors, and what kvtier refuses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
+
+from kvtier.config import Config
+from kvtier.connectors.vllm.versions import vllm_version
+from kvtier.errors import ConfigError, UnsupportedModelError
+from kvtier.hashing import Namespace
+from kvtier.layout import KVLayout, Segment
+
+_SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes that the scheduler and all workers must agree on."""
+
+    engine_block_tokens: int
+    block_tokens: int
+    engine_block_bytes: int
+    """bytes of one engine block, all layers, on one rank"""
+    num_workers: int
+
+    @property
+    def blocks_per_slot(self) -> int:
+        """Engine blocks in one kvtier block."""
+        return self.block_tokens // self.engine_block_tokens
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one kvtier block over all ranks."""
+        return self.blocks_per_slot * self.engine_block_bytes * self.num_workers
+
+
+def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raises UnsupportedModelError naming the first thing that kvtier would get wrong."""
+    parallel = vllm_config.parallel_config
+    groups = kv_cache_config.kv_cache_groups
+    refusals = [
+        (len(groups) != 1, f"hybrid KV cache with {len(groups)} groups ({', '.join(type(g.kv_cache_spec).__name__ for g in groups)})"),
+        (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}"),
+        (_size(parallel, "decode_context_parallel_size") > 1, "decode context parallelism"),
+        (_size(parallel, "prefill_context_parallel_size") > 1, "prefill context parallelism"),
+        (vllm_config.speculative_config is not None, "speculative decoding"),
+        (vllm_config.model_config.is_encoder_decoder, "encoder-decoder models"),
+    ]
+    for spec in [group.kv_cache_spec for group in groups]:
+        refusals.append((type(spec) not in _SUPPORTED_SPECS, f"KV cache of kind {type(spec).__name__}"))
+    for is_refused, what in refusals:
+        if is_refused:
+            raise UnsupportedModelError(
+                f"kvtier does not support this yet: {what}. It supports models with one group of full-attention (or MLA) layers, "
+                "tensor parallelism, and no speculative decoding. Start vLLM without the kvtier connector for this model"
+            )
+
+
+def refuse_bad_settings(vllm_config: VllmConfig) -> None:
+    """Raises ConfigError where vLLM would fail requests over a lost cache entry."""
+    policy = vllm_config.kv_transfer_config.kv_load_failure_policy
+    if policy != "recompute":
+        raise ConfigError(
+            f"kv_transfer_config.kv_load_failure_policy is {policy!r}: requests would fail where a cache entry is lost. "
+            'Allowed with kvtier: "recompute"'
+        )
+
+
+def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> Geometry:
+    """The sizes, from configuration alone. Raises ConfigError for a block_tokens that does not fit."""
+    group = kv_cache_config.kv_cache_groups[0]
+    engine_block_tokens = group.kv_cache_spec.block_size
+    block_tokens = config.block_tokens or engine_block_tokens
+    if block_tokens % engine_block_tokens:
+        raise ConfigError(
+            f"block_tokens is {block_tokens}; allowed: auto, or a multiple of the engine's block size, which is {engine_block_tokens}"
+        )
+    return Geometry(
+        engine_block_tokens,
+        block_tokens,
+        group.kv_cache_spec.page_size_bytes * len(group.layer_names),
+        vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config, geometry: Geometry) -> Namespace:
+    """What two engines must have in common to use each other's blocks."""
+    model = vllm_config.model_config
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    return Namespace(
+        model=str(model.model),
+        revision=str(model.revision or ""),
+        engine=f"vllm {vllm_version()}",
+        kv_dtype=str(spec.dtype),
+        num_layers=len(kv_cache_config.kv_cache_groups[0].layer_names),
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_size,
+        block_tokens=geometry.block_tokens,
+        layout=f"{_layout_name(vllm_config, kv_cache_config)} {spec!r} {geometry.engine_block_tokens} {model.dtype} {model.quantization}",
+        tensor_parallel_size=geometry.num_workers,
+        salt=config.namespace_salt,
+    )
+
+
+def layout_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, geometry: Geometry) -> tuple[KVLayout, list[torch.Tensor]]:
+    """The segments of an engine block, in the order of the model's layers, and an int8 view ``[num_blocks, bytes]`` of each.
+
+    Raises UnsupportedModelError where the tensors do not hold what the configuration says.
+    """
+    views = [view for name in sorted(kv_caches, key=_natural) for view in _views(name, kv_caches[name], num_blocks)]
+    layout = KVLayout(tuple(Segment(view.data_ptr(), view.stride(0), view.shape[1]) for view in views), num_blocks)
+    if layout.block_bytes != geometry.engine_block_bytes:
+        raise UnsupportedModelError(
+            f"the KV tensors hold {layout.block_bytes} bytes a block, the engine's configuration says {geometry.engine_block_bytes}"
+        )
+    return layout, views
+
+
+def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+    """One layer's block as contiguous runs of bytes: one, or two where K and V lie apart."""
+    item = tensor.element_size()
+    shape, strides = list(tensor.shape), [stride * item for stride in tensor.stride()]
+    dim = next((d for d, size in enumerate(shape) if size == num_blocks), None)
+    if dim is None:
+        raise UnsupportedModelError(f"layer {name}: no dimension of {tuple(shape)} is the number of blocks, {num_blocks}")
+    block_stride = strides[dim]
+    rest = [d for d in range(len(shape)) if d != dim and shape[d] > 1]
+    inner = [d for d in rest if strides[d] < block_stride]
+    outer = [d for d in rest if strides[d] >= block_stride]
+    num_bytes = math.prod(shape[d] for d in inner) * item
+    if item + sum((shape[d] - 1) * strides[d] for d in inner) != num_bytes:
+        raise UnsupportedModelError(f"layer {name}: a block is not contiguous (shape {tuple(shape)}, strides {tuple(tensor.stride())})")
+    start = tensor.storage_offset() * item
+    places = itertools.product(*(range(shape[d]) for d in outer))
+    offsets = [start + sum(index * strides[d] for index, d in zip(place, outer, strict=True)) for place in places]
+    return [_bytes_view(tensor, offset, (num_blocks, num_bytes), block_stride) for offset in offsets]
+
+
+def _bytes_view(tensor: torch.Tensor, offset: int, shape: tuple[int, int], stride: int) -> torch.Tensor:
+    empty = torch.empty(0, dtype=torch.int8, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), offset, shape, (stride, 1))
+
+
+def _layout_name(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """What besides the shapes decides where a byte lies: the backend's choice, and on a CPU its instruction set."""
+    named = getattr(kv_cache_config, "kv_cache_layout", None)  # since 0.29
+    if vllm_config.device_config.device_type != "cpu":
+        return f"{named} {vllm_config.device_config.device_type}"
+    return f"{named} cpu {platform.machine()} avx512={torch.cpu._is_avx512_supported()} amx={torch.cpu._is_amx_tile_supported()}"
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _size(parallel: object, name: str) -> int:
+    return int(getattr(parallel, name, 1))  # not in every version
