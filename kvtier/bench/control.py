@@ -20,7 +20,7 @@ import numpy as np
 from kvtier.bench.report import Record, publish, record, time_rounds
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, WorkerReport
-from kvtier.connectors.requests import DefaultSettings
+from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.planner import Planner
@@ -83,16 +83,8 @@ def steps(rounds: int, num_requests: int = 64) -> Iterator[Record]:
     """The scheduler half's share of an engine step in which 64 running requests decode one token each."""
     block_tokens = 32
     with _engine(num_requests * 256) as engine:
-        half = SchedulerHalf(
-            engine,
-            namespace=b"n" * 16,
-            block_tokens=block_tokens,
-            engine_block_tokens=block_tokens,
-            num_workers=1,
-            host_blocks=num_requests * 256,
-            settings=DefaultSettings(),
-            strict=True,
-        )
+        geometry = Geometry(b"n" * 16, block_tokens, block_tokens, num_workers=1, host_blocks=num_requests * 256)
+        half = SchedulerHalf(engine, geometry, DefaultSettings(), strict=True)
         tokens = {f"r{number}": list(range(number, number + 2048)) for number in range(num_requests)}
         blocks = {name: list(range(number * 256, number * 256 + 256)) for number, name in enumerate(tokens)}
         for name, ids in tokens.items():

@@ -14,7 +14,7 @@ import pytest
 import kvtier
 from kvtier import cli
 from kvtier.config import Config
-from kvtier.testing.tiers import store
+from kvtier.testing.tiers import meta_of, store
 from kvtier.tiers.disk import DiskTier
 
 SEGMENT_BYTES = 64 << 10
@@ -23,9 +23,7 @@ CAPACITY_BYTES = (1 << 20) + (32 << 10) + 6 * SEGMENT_BYTES
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """``kvtier ARGUMENTS...`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "kvtier", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
-    )
+    return subprocess.run([sys.executable, "-m", "kvtier", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
 
 
 def run_on_a_terminal(*arguments: str | Path) -> str:
@@ -50,7 +48,7 @@ def tier_directory(tmp_path: Path) -> Path:
     """A closed disk tier with eight blocks."""
     directory = tmp_path / "tier"
     tier = DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES)
-    store(tier, 8)
+    store(tier, [meta_of(number, 4000) for number in range(8)])
     tier.close()
     return directory
 

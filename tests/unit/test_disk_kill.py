@@ -26,7 +26,8 @@ def run_victim(directory: Path, seed: int, lifetime_s: float) -> list[str]:
     """Starts a storing process, kills it after a while, returns what it had said."""
     command = [sys.executable, disk_victim.__file__, str(directory), str(seed), str(CAPACITY_BYTES), str(SEGMENT_BYTES)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONDONTWRITEBYTECODE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as victim:
+    # bufsize=0: communicate() would not see what readline() had buffered
+    with subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as victim:
         assert victim.stdout is not None and victim.stderr is not None
         if lifetime_s >= 0:
             assert b"open\n" == victim.stdout.readline(), victim.stderr.read().decode()

@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
-from kvtier.connectors.vllm.geometry import Geometry, geometry_of, namespace_of, refuse_bad_settings, refuse_unsupported
+from kvtier.connectors.vllm.geometry import BlockSizes, block_sizes_of, namespace_of, refuse_bad_settings, refuse_unsupported
 from kvtier.connectors.vllm.identity import identity_of, options_of
 from kvtier.connectors.vllm.metrics import KVTierPromMetrics, KVTierStats
 from kvtier.connectors.vllm.sides import SchedulerSide, WorkerSide
@@ -61,17 +61,17 @@ class KVTierConnector(KVConnectorBase_V1):
         config = Config.from_mapping(dict(vllm_config.kv_transfer_config.kv_connector_extra_config))
         refuse_bad_settings(vllm_config)
         refuse_unsupported(vllm_config, kv_cache_config)
-        geometry = geometry_of(vllm_config, kv_cache_config, config)
+        sizes = block_sizes_of(vllm_config, kv_cache_config, config)
         self._block_ids: dict[str, list[int]] = {}
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         arena_path = _arena_path(vllm_config)
         if role == KVConnectorRole.SCHEDULER:
-            namespace = namespace_of(vllm_config, kv_cache_config, config, geometry)
+            namespace = namespace_of(vllm_config, kv_cache_config, config, sizes)
             is_async = vllm_config.device_config.device_type != "cpu"
-            self._scheduler = SchedulerSide(config, namespace, geometry, arena_path, stores_are_async=is_async)
+            self._scheduler = SchedulerSide(config, namespace, sizes, arena_path, stores_are_async=is_async)
         else:
-            self._worker = WorkerSide(config, geometry, arena_path, num_blocks=kv_cache_config.num_blocks)
+            self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks)
 
     # ---- what kvtier is -----------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class KVTierConnector(KVConnectorBase_V1):
         return self._half.half.reset()
 
     def take_events(self) -> Iterable[KVCacheEvent]:
-        return [_to_vllm(event, self._half.geometry) for event in self._half.half.take_events()]
+        return [_to_vllm(event, self._half.sizes) for event in self._half.half.take_events()]
 
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping until copies have been reported."""
@@ -230,7 +230,7 @@ def _arena_path(vllm_config: VllmConfig) -> str:
     return f"/dev/shm/kvtier-{os.getuid()}-{vllm_config.kv_transfer_config.engine_id}-{parallel.data_parallel_rank}"
 
 
-def _to_vllm(event: Any, geometry: Geometry) -> KVCacheEvent:
+def _to_vllm(event: Any, sizes: BlockSizes) -> KVCacheEvent:
     medium = "CPU" if event.tier == "host" else "STORAGE"
     if not event.stored:
         return BlockRemoved(block_hashes=[event.meta.key], medium=medium)
@@ -238,7 +238,7 @@ def _to_vllm(event: Any, geometry: Geometry) -> KVCacheEvent:
         block_hashes=[event.meta.key],
         parent_block_hash=event.meta.parent,
         token_ids=[],
-        block_size=geometry.block_tokens,
+        block_size=sizes.block_tokens,
         lora_id=None,
         medium=medium,
         lora_name=None,

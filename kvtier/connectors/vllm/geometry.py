@@ -23,7 +23,7 @@ _SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
+class BlockSizes:
     """Sizes that the scheduler and all workers must agree on."""
 
     engine_block_tokens: int
@@ -75,7 +75,7 @@ def refuse_bad_settings(vllm_config: VllmConfig) -> None:
         )
 
 
-def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> Geometry:
+def block_sizes_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> BlockSizes:
     """The sizes, from configuration alone. Raises ConfigError for a block_tokens that does not fit."""
     group = kv_cache_config.kv_cache_groups[0]
     engine_block_tokens = group.kv_cache_spec.block_size
@@ -84,7 +84,7 @@ def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
         raise ConfigError(
             f"block_tokens is {block_tokens}; allowed: auto, or a multiple of the engine's block size, which is {engine_block_tokens}"
         )
-    return Geometry(
+    return BlockSizes(
         engine_block_tokens,
         block_tokens,
         group.kv_cache_spec.page_size_bytes * len(group.layer_names),
@@ -92,7 +92,7 @@ def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     )
 
 
-def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config, geometry: Geometry) -> Namespace:
+def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config, sizes: BlockSizes) -> Namespace:
     """What two engines must have in common to use each other's blocks."""
     model = vllm_config.model_config
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
@@ -104,23 +104,23 @@ def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config
         num_layers=len(kv_cache_config.kv_cache_groups[0].layer_names),
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_size,
-        block_tokens=geometry.block_tokens,
-        layout=f"{_layout_name(vllm_config, kv_cache_config)} {spec!r} {geometry.engine_block_tokens} {model.dtype} {model.quantization}",
-        tensor_parallel_size=geometry.num_workers,
+        block_tokens=sizes.block_tokens,
+        layout=f"{_layout_name(vllm_config, kv_cache_config)} {spec!r} {sizes.engine_block_tokens} {model.dtype} {model.quantization}",
+        tensor_parallel_size=sizes.num_workers,
         salt=config.namespace_salt,
     )
 
 
-def layout_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, geometry: Geometry) -> tuple[KVLayout, list[torch.Tensor]]:
+def layout_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, sizes: BlockSizes) -> tuple[KVLayout, list[torch.Tensor]]:
     """The segments of an engine block, in the order of the model's layers, and an int8 view ``[num_blocks, bytes]`` of each.
 
     Raises UnsupportedModelError where the tensors do not hold what the configuration says.
     """
     views = [view for name in sorted(kv_caches, key=_natural) for view in _views(name, kv_caches[name], num_blocks)]
     layout = KVLayout(tuple(Segment(view.data_ptr(), view.stride(0), view.shape[1]) for view in views), num_blocks)
-    if layout.block_bytes != geometry.engine_block_bytes:
+    if layout.block_bytes != sizes.engine_block_bytes:
         raise UnsupportedModelError(
-            f"the KV tensors hold {layout.block_bytes} bytes a block, the engine's configuration says {geometry.engine_block_bytes}"
+            f"the KV tensors hold {layout.block_bytes} bytes a block, the engine's configuration says {sizes.engine_block_bytes}"
         )
     return layout, views
 

@@ -9,8 +9,9 @@ import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from kvtier.config import Config
+from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
-from kvtier.connectors.vllm.geometry import Geometry, layout_of
+from kvtier.connectors.vllm.geometry import BlockSizes, layout_of
 from kvtier.connectors.worker import WorkerHalf
 from kvtier.copy.base import BlockCopier
 from kvtier.copy.cpu import NativeCopier
@@ -36,26 +37,24 @@ def open_arena(path: str, config: Config) -> Arena:
 class SchedulerSide:
     """Owns the cache engine and the scheduler half. One thread."""
 
-    def __init__(self, config: Config, namespace: Namespace, geometry: Geometry, arena_path: str, *, stores_are_async: bool) -> None:
-        self.geometry = geometry
+    def __init__(self, config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, *, stores_are_async: bool) -> None:
+        self.sizes = sizes
         self._arena = open_arena(arena_path, config)
         self._has_name = True
-        engine = CacheEngine.open(config, namespace=namespace, block_bytes=geometry.block_bytes, arena=self._arena, events=True)
-        self.half = SchedulerHalf(
-            engine,
+        engine = CacheEngine.open(config, namespace=namespace, block_bytes=sizes.block_bytes, arena=self._arena, events=True)
+        geometry = Geometry(
             namespace=namespace.digest,
-            block_tokens=geometry.block_tokens,
-            engine_block_tokens=geometry.engine_block_tokens,
-            num_workers=geometry.num_workers,
-            host_blocks=config.host.capacity_bytes // geometry.block_bytes,
-            settings=config.connector,
-            stores_are_async=stores_are_async,
+            block_tokens=sizes.block_tokens,
+            engine_block_tokens=sizes.engine_block_tokens,
+            num_workers=sizes.num_workers,
+            host_blocks=config.host.capacity_bytes // sizes.block_bytes,
         )
-        _LOG.info("kvtier: blocks of %d tokens and %d bytes; %s", geometry.block_tokens, geometry.block_bytes, engine.num_blocks())
+        self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async)
+        _LOG.info("kvtier: blocks of %d tokens and %d bytes; %s", sizes.block_tokens, sizes.block_bytes, engine.num_blocks())
 
     def forget_arena_name(self) -> None:
         """Takes the arena's name away once every worker has mapped it, so that a killed engine leaves nothing behind."""
-        if self._has_name and self.half.num_attached_workers >= self.geometry.num_workers:
+        if self._has_name and self.half.num_attached_workers >= self.sizes.num_workers:
             self._arena.unlink()
             self._has_name = False
 
@@ -70,22 +69,22 @@ class SchedulerSide:
 class WorkerSide:
     """Owns one rank's mapping of the arena, copier and worker half. One thread."""
 
-    def __init__(self, config: Config, geometry: Geometry, arena_path: str, *, num_blocks: int) -> None:
-        self._geometry = geometry
+    def __init__(self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int) -> None:
+        self._sizes = sizes
         self._num_blocks = num_blocks
         self._arena = open_arena(arena_path, config)
         self._half: WorkerHalf | None = None
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
-        layout, views = layout_of(kv_caches, self._num_blocks, self._geometry)
+        layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
         self._half = WorkerHalf(
             self._arena,
             self._copier(layout, views),
             rank=get_tensor_model_parallel_rank(),
-            num_workers=self._geometry.num_workers,
-            engine_block_bytes=self._geometry.engine_block_bytes,
-            blocks_per_slot=self._geometry.blocks_per_slot,
+            num_workers=self._sizes.num_workers,
+            engine_block_bytes=self._sizes.engine_block_bytes,
+            blocks_per_slot=self._sizes.blocks_per_slot,
         )
 
     @property
