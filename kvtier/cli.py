@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_config(options: argparse.Namespace) -> int:
-    from kvtier.config import Config  # here: takes pydantic and a fifth of a second
+    from kvtier.config import Config  # noqa: PLC0415 - takes pydantic
 
     try:
         config = Config.load(options.file)
@@ -94,7 +94,7 @@ def _check_directory(options: argparse.Namespace) -> int:
     path: Path = options.path
     if not path.is_dir():
         return _refuse(f"{path} is not a directory" if path.exists() else f"{path} does not exist")
-    from kvtier.tiers.disk import check_path  # here: takes lmdb
+    from kvtier.tiers.disk import check_path  # noqa: PLC0415 - takes lmdb
 
     try:
         found = check_path(path)
@@ -116,7 +116,7 @@ def _bench(options: argparse.Namespace) -> int:
     return int(module.run(parser.parse_args(options.options)))
 
 
-def _version(options: argparse.Namespace) -> int:
+def _version(_: argparse.Namespace) -> int:
     print(f"kvtier {kvtier.__version__}")
     return OK
 
@@ -130,8 +130,8 @@ def _print_yaml(text: str) -> None:
     if not sys.stdout.isatty():
         print(text, end="")
         return
-    from rich.console import Console  # here: nobody else needs it
-    from rich.syntax import Syntax
+    from rich.console import Console  # noqa: PLC0415 - only for a terminal
+    from rich.syntax import Syntax  # noqa: PLC0415
 
     Console().print(Syntax(text.rstrip("\n"), "yaml", background_color="default"))
 
@@ -141,9 +141,9 @@ def _print_damage(found: Sequence[Damage]) -> None:
         for damage in found:
             print(": ".join([damage.where, *([damage.key.hex()] if damage.key is not None else []), damage.what]))
         return
-    from rich.console import Console  # here: nobody else needs it
-    from rich.table import Table
-    from rich.text import Text
+    from rich.console import Console  # noqa: PLC0415 - only for a terminal
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
 
     table = Table("where", "block", "what")
     for damage in found:

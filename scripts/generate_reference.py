@@ -1,13 +1,15 @@
-"""Prints docs/reference/configuration.md from the models of the settings, so that it cannot differ from them.
+"""Prints the pages of docs/ that follow from the code, so that they cannot differ from it.
 
-python generate_reference.py            writes the page
-python generate_reference.py --check    exits with 1 where the page differs
+python generate_reference.py            writes the pages
+python generate_reference.py --check    exits with 1 where a page differs
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import enum
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -87,7 +89,40 @@ def default_text(name: str, kind: str, default: object) -> str:
     return '`""`' if default == "" else f"`{default}`"
 
 
-PAGES: Mapping[str, Callable[[], str]] = {"docs/reference/configuration.md": configuration_page}
+STRUCTURE_HEAD = """<!-- printed by scripts/generate_reference.py; change the modules' docstrings, then run it -->
+
+# Structure
+
+Where things are: every module with the first line of its docstring. [Architecture](explanation/architecture.md) says why they are there and
+who may import whom; the [glossary](glossary.md) explains the nouns.
+"""
+
+
+def structure_page() -> str:
+    """The page docs/structure.md."""
+    parts = [STRUCTURE_HEAD]
+    folders: dict[Path, list[Path]] = {}
+    for path in sorted((ROOT / "kvtier").rglob("*.py")):
+        if path.stat().st_size:  # an empty __init__ says nothing
+            folders.setdefault(path.parent, []).append(path)
+    for folder, paths in sorted(folders.items()):
+        parts.append(f"## `{folder.relative_to(ROOT).as_posix()}/`\n")
+        parts += [f"- `{path.relative_to(ROOT).as_posix()}`: {first_line(path)}" for path in paths]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def first_line(path: Path) -> str:
+    """The first line of a module's docstring, as Markdown."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    text = " ".join(text.partition("\n\n")[0].split())
+    return re.sub(r":(?:class|func|meth|mod|data):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "docs/reference/configuration.md": configuration_page,
+    "docs/structure.md": structure_page,
+}
 """Page -> what prints it."""
 
 

@@ -215,10 +215,8 @@ class SchedulerHalf:
             with self._boundary.at("reset"):
                 self._matcher.release(request)
             request.stop_storing()
-        for job in self._stores.values():
-            job.is_void = True
         with self._boundary.at("reset"):
-            self._engine.reset()
+            self._engine.reset()  # stores under way will end as failures
             return True
         return False
 

@@ -29,6 +29,7 @@ class Entry:
 
     @property
     def meta(self) -> BlockMeta:
+        """The block as tiers and policies know it."""
         return BlockMeta(self.key, self.parent, self.num_bytes)
 
 

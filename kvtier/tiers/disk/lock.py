@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -61,16 +62,23 @@ class DirectoryLock:
             raise TierError(f"{path} cannot be written ({error.strerror}): free some space or make the directory writable") from error
 
     def release(self) -> None:
-        """Lets the directory go. Idempotent."""
+        """Lets the directory go, also where a forked child still has the file open. Idempotent."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self.forget()
+
+    def forget(self) -> None:
+        """Closes the file without unlocking it: what a forked child does with its parent's lock. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
-def _release_in_child() -> None:
+def _forget_in_child() -> None:
     # A forked child shares the open file and would keep the directory locked after its parent's death.
     for lock in list(_held):
-        lock.release()
+        lock.forget()
 
 
-os.register_at_fork(after_in_child=_release_in_child)
+os.register_at_fork(after_in_child=_forget_in_child)

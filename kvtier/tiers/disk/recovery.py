@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kvtier.errors import TierError
+from kvtier.errors import TierError, TierFormatError
 from kvtier.io import PAGE_BYTES, AlignedFile, DirectMode, Scratch, preallocate
 from kvtier.tiers.disk.format import (
     FORMAT_VERSION,
@@ -83,6 +83,8 @@ def read_format(directory: Path) -> int | None:
         with open(directory / FORMAT_NAME, "rb") as file:
             values = parse_text(_FORMAT_TITLE, file.read(1 << 16))
         return None if values is None else int(values["segment_bytes"])
+    except TierFormatError:
+        raise
     except (OSError, ValueError, KeyError):
         return None
 

@@ -1,0 +1,192 @@
+"""One engine in one process: what the tests of the real engine let it do. Prints nothing that counts; writes a JSON file.
+
+    python tests/engine/scenarios.py OUT.json '{"scenario": "repeat", ...}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MAX_TOKENS = 12
+SENTENCES = (
+    "Charles Babbage designed the Analytical Engine in 1837, and Ada Lovelace wrote the first program for it. ",
+    "The tide rises twice a day because the Moon pulls at the sea, and the Sun helps or hinders it. ",
+    "Bread needs flour, water, salt and time; of these the last is the one that most bakers are short of. ",
+    "A letter from Lisbon to Goa took eight months by sea, and the answer came a year and a half later. ",
+)
+
+
+def prompts() -> list[str]:
+    """Eight prompts of 250 to 600 tokens over four documents: pairs share a document and differ in the question."""
+    documents = [sentence * (12 + 6 * number) for number, sentence in enumerate(SENTENCES)]
+    return [document + f"Question {number}: what happened then? Answer:" for document in documents for number in (1, 2)]
+
+
+def make_engine(settings: dict[str, Any]) -> Any:
+    """vLLM, with the kvtier connector where ``settings["kvtier"]`` holds its settings."""
+    from vllm import LLM  # noqa: PLC0415 - after the environment is set
+    from vllm.config import KVTransferConfig  # noqa: PLC0415
+
+    arguments = {
+        "model": os.environ["KVTIER_TEST_MODEL"],
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "block_size": 32,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        **settings.get("engine", {}),
+    }
+    if "kvtier" in settings:
+        arguments["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="KVTierConnector",
+            kv_connector_module_path="kvtier.connectors.vllm",
+            kv_role="kv_both",
+            kv_load_failure_policy=settings.get("failure_policy", "recompute"),
+            kv_connector_extra_config=settings["kvtier"],
+        )
+    return LLM(**arguments)
+
+
+def generate(llm: Any, texts: list[str], params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Greedy tokens, their log-probabilities and what was loaded, in the order of the prompts."""
+    from vllm import SamplingParams  # noqa: PLC0415
+
+    extra = {"kv_transfer_params": params} if params else None
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logprobs=0, ignore_eos=True, extra_args=extra)
+    outputs = llm.generate(texts, sampling, use_tqdm=False)
+    return [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [next(iter(step.values())).logprob for step in output.outputs[0].logprobs],
+            "cached": output.num_cached_tokens,
+            "loaded": (output.kv_transfer_params or {}).get("kvtier"),
+        }
+        for output in outputs
+    ]
+
+
+def metrics(llm: Any) -> dict[str, float]:
+    """vLLM's own counters that say what was skipped and what happened."""
+    names = ("vllm:external_prefix_cache_hits", "vllm:num_preemptions")
+    return {metric.name: metric.value for metric in llm.get_metrics() if metric.name in names}
+
+
+def repeat(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every prompt alone, then again, then all at once; with the engine's own prefix cache forgotten in between."""
+    rounds = []
+    for together in settings.get("rounds", [False, False, True]):
+        llm.reset_prefix_cache()
+        texts = prompts()
+        rounds.append(generate(llm, texts) if together else [generate(llm, [text])[0] for text in texts])
+    return {"rounds": rounds, "metrics": metrics(llm)}
+
+
+def separated(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Requests that must not use each other's KV, or not use kvtier at all; aborts in flight; a reset."""
+    text = prompts()[0]
+    out: dict[str, Any] = {}
+    out["unstored"] = generate(llm, [text], {"kvtier": {"store": False}})[0]
+    out["first"] = generate(llm, [text])[0]
+    out["unloaded"] = generate(llm, [text], {"kvtier": {"load": False}})[0]
+    out["salted"] = llm_salted(llm, text)
+    out["salted_again"] = llm_salted(llm, text)
+    abort_in_flight(llm)
+    out["after_abort"] = [generate(llm, [other])[0] for other in prompts()]
+    llm.llm_engine.reset_prefix_cache(reset_connector=True)
+    out["after_reset"] = generate(llm, [text])[0]
+    return out
+
+
+def llm_salted(llm: Any, text: str) -> dict[str, Any]:
+    """A request with a cache salt."""
+    return generate(llm, [{"prompt": text, "cache_salt": "tenant"}])[0]  # type: ignore[list-item]
+
+
+def abort_in_flight(llm: Any) -> None:
+    """Six requests are aborted at different points of their lives."""
+    from vllm import SamplingParams  # noqa: PLC0415
+
+    engine = llm.llm_engine
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    for number, text in enumerate(prompts()[:6]):
+        engine.add_request(f"abort-{number}", text, sampling)
+    for number in range(6):
+        engine.abort_request([f"abort-{number}"])
+        engine.step()
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def failing(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Copies to the engine fail: all of them, then every second one, then none."""
+    from kvtier.copy.cpu import NativeCopier  # noqa: PLC0415
+
+    scatter = NativeCopier.scatter
+    calls = 0
+
+    def never(self: Any, copies: Any) -> Any:
+        raise RuntimeError("injected: this copy fails")
+
+    def sometimes(self: Any, copies: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            raise RuntimeError("injected: this copy fails")
+        return scatter(self, copies)
+
+    texts = prompts()
+    rounds = [generate(llm, texts)]
+    for replacement in (never, sometimes, scatter):
+        NativeCopier.scatter = replacement  # type: ignore[method-assign]
+        rounds.append([generate(llm, [text])[0] for text in texts])
+    rounds.append(generate(llm, texts))
+    return {"rounds": rounds}
+
+
+def timing(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of rounds of fresh prompts, for the cost of storing what is never used again."""
+    seconds = []
+    for number in range(settings["num_rounds"]):
+        texts = [f"{number} {index} " + text for index, text in enumerate(prompts())]
+        start = time.perf_counter()
+        generate(llm, texts)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds}
+
+
+def refusals(settings: dict[str, Any]) -> dict[str, Any]:
+    """Engines that must not start, and what they say."""
+    messages = []
+    for case in settings["cases"]:
+        try:
+            make_engine(case)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it
+            messages.append(f"{type(error).__name__}: {error}")
+        else:
+            messages.append("started")
+    return {"messages": messages}
+
+
+SCENARIOS = {"repeat": repeat, "separated": separated, "failing": failing, "timing": timing}
+
+
+def main() -> None:
+    out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    if settings["scenario"] == "refusals":
+        result = refusals(settings)
+    else:
+        llm = make_engine(settings)
+        result = SCENARIOS[settings["scenario"]](llm, settings)
+    out.write_text(json.dumps(result))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

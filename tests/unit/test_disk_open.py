@@ -1,0 +1,232 @@
+"""Opening a disk tier: clear errors for what cannot work, and quick recovery for what can."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kvtier.errors import TierBusyError, TierError, TierFormatError
+from kvtier.testing.tiers import key_of, load, meta_of, store
+from kvtier.tiers.disk import DiskTier, check_path
+from kvtier.tiers.disk.format import RecordFields, pack_entry, pack_place, pack_text
+from kvtier.tiers.disk.geometry import divide
+from kvtier.tiers.disk.index_file import IndexFile
+from kvtier.types import Outcome
+
+SEGMENT_BYTES = 64 << 10
+CAPACITY_BYTES = (1 << 20) + (32 << 10) + 4 * SEGMENT_BYTES
+
+
+def open_tier(directory: Path, capacity_bytes: int = CAPACITY_BYTES, segment_bytes: int = SEGMENT_BYTES) -> DiskTier:
+    """The tier of these tests."""
+    return DiskTier(directory, capacity_bytes, segment_bytes=segment_bytes)
+
+
+def test_two_openings_in_one_process(tmp_path: Path) -> None:
+    """A directory has one holder; the error names it; after the close it is free."""
+    tier = open_tier(tmp_path)
+    with pytest.raises(TierBusyError, match=f"pid {os.getpid()} on "):
+        open_tier(tmp_path)
+    with pytest.raises(TierBusyError):
+        check_path(tmp_path)
+    tier.close()
+    assert [] == check_path(tmp_path)
+    open_tier(tmp_path).close()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Another process holding the directory is named; its death frees the directory."""
+    code = f"""
+import sys, time
+from kvtier.tiers.disk import DiskTier
+tier = DiskTier({str(tmp_path)!r}, {CAPACITY_BYTES}, segment_bytes={SEGMENT_BYTES})
+print("open", flush=True)
+time.sleep(60)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen([sys.executable, "-c", code], bufsize=0, stdout=subprocess.PIPE, env=environment) as holder:
+        assert holder.stdout is not None
+        assert b"open\n" == holder.stdout.readline()
+        with pytest.raises(TierBusyError, match=f"pid {holder.pid} on "):
+            open_tier(tmp_path)
+        holder.kill()
+        holder.wait()
+    open_tier(tmp_path).close()
+
+
+def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path) -> None:
+    """Closing frees the directory whatever the process has forked."""
+    tier = open_tier(tmp_path)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    tier.close()
+    open_tier(tmp_path).close()
+    os.close(writer)
+    os.waitpid(child, 0)
+    os.close(reader)
+
+
+def test_an_orphan_does_not_keep_the_directory(tmp_path: Path) -> None:
+    """A killed process frees the directory although a child that it forked lives on."""
+    code = f"""
+import os, time
+from kvtier.tiers.disk import DiskTier
+tier = DiskTier({str(tmp_path)!r}, {CAPACITY_BYTES}, segment_bytes={SEGMENT_BYTES})
+if os.fork():
+    time.sleep(60)
+os.write(1, b"forked\\n")
+os.read(0, 1)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as holder:
+        assert holder.stdout is not None
+        assert b"forked\n" == holder.stdout.readline()
+        with pytest.raises(TierBusyError):
+            open_tier(tmp_path)
+        holder.kill()
+        holder.wait()
+        open_tier(tmp_path).close()
+
+
+def test_capacity_below_one_segment(tmp_path: Path) -> None:
+    """The error says how much is needed, and that much is enough."""
+    with pytest.raises(TierError, match="set at least ([0-9]+) bytes") as caught:
+        open_tier(tmp_path, capacity_bytes=SEGMENT_BYTES)
+    least = int(str(caught.value).split("at least ")[1].split(" ")[0])
+    tier = open_tier(tmp_path, capacity_bytes=least)
+    assert 1 <= tier.max_blocks(SEGMENT_BYTES - 4096)
+    tier.close()
+
+
+@pytest.mark.parametrize("segment_bytes", [0, 4096, 10000, 1 << 32])
+def test_impossible_segment_sizes(tmp_path: Path, segment_bytes: int) -> None:
+    """The error names the value and the rule."""
+    with pytest.raises(TierError, match=f"segment_bytes is {segment_bytes}"):
+        open_tier(tmp_path, segment_bytes=segment_bytes)
+
+
+def test_too_little_space(tmp_path: Path) -> None:
+    """A capacity above what the disk has is refused at start, with both numbers."""
+    with pytest.raises(TierError, match="does not fit, only [0-9]+ bytes are there"):
+        open_tier(tmp_path, capacity_bytes=1 << 60)
+
+
+def test_path_that_is_a_file(tmp_path: Path) -> None:
+    """A path that cannot be a directory is refused with the path in the message."""
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(TierError, match=str(path)):
+        open_tier(path)
+
+
+def test_unwritable_directory(tmp_path: Path) -> None:
+    """A directory that cannot be written is refused, with what to do."""
+    directory = tmp_path / "tier"
+    directory.mkdir()
+    if os.geteuid() == 0:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(directory)], capture_output=True, check=False)
+        if mounted.returncode:
+            pytest.skip("root can write everywhere and may not mount")
+    else:
+        directory.chmod(0o500)
+    try:
+        with pytest.raises(TierError, match="writable"):
+            open_tier(directory)
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_no_tier_to_check(tmp_path: Path) -> None:
+    """``check_path`` of anything else says that there is no tier."""
+    with pytest.raises(TierError, match="holds no kvtier disk tier"):
+        check_path(tmp_path)
+
+
+def test_other_format_version(tmp_path: Path) -> None:
+    """A directory of another version is refused as it is: nothing in it is changed."""
+    open_tier(tmp_path).close()
+    (tmp_path / "format").write_bytes(pack_text("kvtier disk tier", {"format": "2", "segment_bytes": "65536"}))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "lock"}
+    with pytest.raises(TierFormatError, match="version 2, this kvtier reads version 1"):
+        open_tier(tmp_path)
+    with pytest.raises(TierFormatError):
+        check_path(tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "lock"}
+
+
+def test_segment_size_of_a_directory_stays(tmp_path: Path) -> None:
+    """Another configured segment size does not cost the blocks that are there."""
+    metas = [meta_of(number, 5000) for number in range(5)]
+    tier = open_tier(tmp_path)
+    store(tier, metas)
+    tier.close()
+    tier = open_tier(tmp_path, segment_bytes=2 * SEGMENT_BYTES)
+    assert {Outcome.OK} == set(load(tier, metas))
+    tier.close()
+
+
+def test_smaller_capacity(tmp_path: Path) -> None:
+    """Reopened with less capacity, the tier keeps what fits and obeys the new bound at once."""
+    metas = [meta_of(number, 5000) for number in range(20)]
+    tier = open_tier(tmp_path)
+    assert {Outcome.OK} == set(store(tier, metas))
+    tier.close()
+    smaller = CAPACITY_BYTES - 3 * SEGMENT_BYTES
+    tier = open_tier(tmp_path, capacity_bytes=smaller)
+    assert smaller >= sum(path.stat().st_size for path in tmp_path.iterdir())
+    kept = list(tier.entries())
+    assert 5 == len(kept) == 20 - tier.recovery.num_lost
+    assert {Outcome.OK} == set(load(tier, kept))
+    assert [] == tier.check()
+    tier.close()
+
+
+def test_capacity_is_a_bound_on_the_files(tmp_path: Path) -> None:
+    """A tier filled to the brim, emptied and filled with another size never exceeds its capacity by a byte."""
+    tier = open_tier(tmp_path)
+    for num_bytes in (100, 28000, 5000):
+        bound = tier.max_blocks(num_bytes)
+        metas = [meta_of(number, num_bytes) for number in range(bound + 3)]
+        outcomes = store(tier, metas)
+        assert bound == outcomes.count(Outcome.OK)
+        assert CAPACITY_BYTES >= sum(path.stat().st_size for path in tmp_path.iterdir())
+        tier.remove([meta.key for meta in metas])
+    tier.close()
+    assert CAPACITY_BYTES >= sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_recovery_of_many_entries_is_quick(tmp_path: Path) -> None:
+    """A hundred thousand entries are read, ordered and adopted within seconds, clean or salvaged, without reading a record."""
+    num_blocks = 100_000
+    segment_bytes = 64 << 20
+    capacity_bytes = 12 << 30
+    geometry = divide(capacity_bytes, segment_bytes)
+    tier = DiskTier(tmp_path, capacity_bytes, segment_bytes=segment_bytes)
+    tier.close()
+    per_segment = segment_bytes // (16 * 4096)
+    places = [number // per_segment * geometry.pages_per_segment + number % per_segment * 16 for number in range(num_blocks)]
+    fields = [RecordFields(key_of(n), key_of(n - 1) if n else None, bytes(16), 60000, n + 1, place) for n, place in enumerate(places)]
+    rows = (pack_place(record.place) + pack_entry(record) for record in fields)
+    IndexFile.create(tmp_path, geometry.index_bytes, rows, num_blocks + 1, durable=False).close(leave_proof=True)
+    for segment in range(-(-num_blocks // per_segment)):
+        with open(tmp_path / f"segment-{segment:06d}.kv", "wb") as file:
+            file.truncate(segment_bytes)
+    for source in ("clean", "salvaged"):
+        start = time.perf_counter()
+        tier = DiskTier(tmp_path, capacity_bytes, segment_bytes=segment_bytes)
+        seconds = time.perf_counter() - start
+        assert source == tier.recovery.source
+        assert num_blocks == sum(1 for _ in tier.entries())
+        assert seconds < 10, "about one second on an idle machine"
+        tier.abandon()
