@@ -281,39 +281,30 @@ class _WrappedTier:
 
     @property
     def online(self) -> bool:
-        """The wrapped tier's."""
         return self.tier.online
 
     def max_blocks(self, num_bytes: int) -> int | None:
-        """The wrapped tier's."""
         return self.tier.max_blocks(num_bytes)
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:
-        """The wrapped tier's."""
         return self.tier.lookup(keys)
 
     def submit(self, job: TransferJob) -> None:
-        """The wrapped tier's."""
         self.tier.submit(job)
 
     def poll(self, timeout_s: float = 0.0) -> list[JobResult]:
-        """The wrapped tier's."""
         return self.tier.poll(timeout_s)
 
     def remove(self, keys: Collection[BlockKey]) -> None:
-        """The wrapped tier's."""
         self.tier.remove(keys)
 
     def entries(self) -> Iterator[BlockMeta]:
-        """The wrapped tier's."""
         return self.tier.entries()
 
     def check(self) -> list[Damage]:
-        """The wrapped tier's."""
         return self.tier.check()
 
     def close(self) -> None:
-        """The wrapped tier's."""
         self.tier.close()
 
 

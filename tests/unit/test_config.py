@@ -266,7 +266,7 @@ def test_a_mapping_may_name_a_file(tmp_path: Path) -> None:
 
 
 def test_paths_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """``~``, ``$NAME`` and ``${NAME}`` are expanded, ``$$`` is a dollar sign, relative paths count from the working directory; all read back."""
+    """``~``, ``$NAME`` and ``${NAME}`` are expanded, ``$$`` is a dollar sign, relative paths are made absolute; all read back."""
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("WHERE", "/mnt")
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lmdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +50,8 @@ def survivors(healthy: Path, damage: Callable[[Path], object]) -> tuple[DiskTier
         directory = Path(name) / "tier"
         shutil.copytree(healthy, directory)
         damage(directory)
-        check_path(directory) if (directory / "format").exists() or (directory / "index.mdb").exists() else None
+        if (directory / "format").exists() or (directory / "index.mdb").exists():
+            check_path(directory)
         tier = open_tier(directory)
         job = load_job(1, METAS)
         tier.submit(job)
@@ -62,6 +64,12 @@ def survivors(healthy: Path, damage: Callable[[Path], object]) -> tuple[DiskTier
         tier.close()
         assert [] == check_path(directory)
         return tier, {block.meta for block, outcome in zip(job.blocks, result.outcomes, strict=True) if outcome is Outcome.OK}
+
+
+def delete(directory: Path, *names: str) -> None:
+    """Deletes files."""
+    for name in names:
+        os.unlink(directory / name)
 
 
 def flip(path: Path, position: int, mask: int) -> None:
@@ -83,7 +91,7 @@ PAGES_IN_USE = st.one_of(
 def test_flipped_byte(healthy: Path, name: str, position: int, mask: int) -> None:
     """One changed byte costs at most the block it lies in."""
     position %= os.path.getsize(healthy / name)
-    tier, whole = survivors(healthy, lambda directory: flip(directory / name, position, mask))
+    _, whole = survivors(healthy, lambda directory: flip(directory / name, position, mask))
     assert len(METAS) - 2 <= len(whole)
     if name in ("format", "clean", "lock", "index.mdb"):
         assert set(METAS) - {METAS[3]} <= whole, "nothing is lost where the records are all there"
@@ -102,7 +110,7 @@ def test_truncated_file(healthy: Path, name: str, share: float) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_deleted_file(healthy: Path, name: str) -> None:
     """A file that is gone costs at most its own blocks, and they are counted at the opening."""
-    tier, whole = survivors(healthy, lambda directory: os.unlink(directory / name))
+    tier, whole = survivors(healthy, lambda directory: delete(directory, name))
     if name.startswith("segment"):
         assert len(METAS) - 1 - len(whole) == tier.recovery.num_lost > 0
     else:
@@ -113,7 +121,7 @@ def test_deleted_file(healthy: Path, name: str) -> None:
 @given(names=st.sets(st.sampled_from(FILES), min_size=2))
 def test_several_deleted_files(healthy: Path, names: set[str]) -> None:
     """Any files may go, all of them too."""
-    survivors(healthy, lambda directory: [os.unlink(directory / name) for name in names])
+    survivors(healthy, lambda directory: delete(directory, *names))
 
 
 @settings(max_examples=30, deadline=None)
@@ -205,11 +213,9 @@ def test_a_damaged_index_can_kill_who_maps_it(healthy: Path, tmp_path: Path) -> 
     """Why ``salvage`` is a process of its own: a cut LMDB file kills its reader by a signal, and the tier sees only 'damaged'."""
     shutil.copytree(healthy, tmp_path / "tier")
     path = tmp_path / "tier" / "index.mdb"
-    size = int(4096 * 2.5)
-    os.truncate(path, size)
     os.truncate(path, 2 * 4096)
     script = str(Path(index_file.__file__).with_name("salvage.py"))
-    package = str(Path(index_file.lmdb.__file__).parent.parent)
+    package = str(Path(str(lmdb.__file__)).parent.parent)
     child = subprocess.run([sys.executable, "-I", "-S", script, package, str(path), "8", "80"], capture_output=True, check=False)
     assert child.returncode in (-signal.SIGBUS, -signal.SIGSEGV, -signal.SIGABRT, 1)
     assert index_file.salvage(tmp_path / "tier") is None

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,14 @@ class Clock:
         return self.now
 
 
-def open_tier(directory: Path, clock: Callable[[], float] = Clock(), **settings: Any) -> DiskTier:
+def open_tier(directory: Path, clock: Callable[[], float] = time.monotonic, **settings: Any) -> DiskTier:
     """The tier of these tests."""
     return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, clock=clock, **settings)
+
+
+def is_online(tier: DiskTier) -> bool:
+    """What the tier says now (mypy takes a property for a constant)."""
+    return tier.online
 
 
 def failing(error: int) -> Callable[..., int]:
@@ -119,23 +125,23 @@ def test_offline_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", pwritev)
         for number in range(MAX_CONSECUTIVE_FAILURES):
-            assert tier.online
+            assert is_online(tier)
             assert (Outcome.FAILED,) == store(tier, [meta_of(number, 100)])
-        assert not tier.online
+        assert not is_online(tier)
         assert 1 == tier.offline_count
         before = len(calls)
         assert (Outcome.FAILED,) == store(tier, [meta_of(9, 100)])
         assert before == len(calls), "an offline tier does not touch the disk"
         clock.now += FIRST_BACK_OFF_S
-        assert tier.online
+        assert is_online(tier)
         assert (Outcome.FAILED,) == store(tier, [meta_of(9, 100)])  # the one try
-        assert not tier.online
+        assert not is_online(tier)
         assert 2 == tier.offline_count
         clock.now += FIRST_BACK_OFF_S
-        assert not tier.online, "the second time lasts longer"
+        assert not is_online(tier), "the second time lasts longer"
     clock.now += FIRST_BACK_OFF_S
     assert (Outcome.OK,) == store(tier, [meta_of(9, 100)])
-    assert tier.online
+    assert is_online(tier)
     assert (Outcome.OK,) == load(tier, [meta_of(9, 100)])
     tier.close()
 
@@ -155,7 +161,7 @@ def test_offline_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     clock.now += FIRST_BACK_OFF_S
     assert 1 == tier.lookup([metas[0].key])
     assert (Outcome.OK,) == load(tier, metas)
-    assert tier.online
+    assert is_online(tier)
     tier.close()
 
 
@@ -316,13 +322,13 @@ def test_full_disk(small_disk: Path) -> None:
     more = [meta_of(number, 5000) for number in range(5, 10)]
     outcomes = [store(tier, [meta])[0] for meta in more]
     assert [Outcome.FAILED] * 5 == outcomes
-    assert not tier.online
+    assert not is_online(tier)
     assert {Outcome.OK} == set(load(tier, kept))
     assert not list(small_disk.glob("tier/segment-000001.kv")), "a segment that found no room is not left behind"
     filler.unlink()
     clock.now += 60
     assert {Outcome.OK} == set(store(tier, more))
-    assert tier.online
+    assert is_online(tier)
     assert [] == tier.check()
     tier.close()
     assert [] == check_path(small_disk / "tier")

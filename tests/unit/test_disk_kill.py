@@ -28,7 +28,8 @@ def run_victim(directory: Path, seed: int, lifetime_s: float) -> list[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONDONTWRITEBYTECODE": "1"}
     # bufsize=0: communicate() would not see what readline() had buffered
     with subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as victim:
-        assert victim.stdout is not None and victim.stderr is not None
+        assert victim.stdout is not None
+        assert victim.stderr is not None
         if lifetime_s >= 0:
             assert b"open\n" == victim.stdout.readline(), victim.stderr.read().decode()
         time.sleep(abs(lifetime_s))

@@ -100,7 +100,7 @@ os.read(0, 1)
 
 def test_capacity_below_one_segment(tmp_path: Path) -> None:
     """The error says how much is needed, and that much is enough."""
-    with pytest.raises(TierError, match="set at least ([0-9]+) bytes") as caught:
+    with pytest.raises(TierError, match=r"set at least ([0-9]+) bytes") as caught:
         open_tier(tmp_path, capacity_bytes=SEGMENT_BYTES)
     least = int(str(caught.value).split("at least ")[1].split(" ")[0])
     tier = open_tier(tmp_path, capacity_bytes=least)
@@ -117,7 +117,7 @@ def test_impossible_segment_sizes(tmp_path: Path, segment_bytes: int) -> None:
 
 def test_too_little_space(tmp_path: Path) -> None:
     """A capacity above what the disk has is refused at start, with both numbers."""
-    with pytest.raises(TierError, match="does not fit, only [0-9]+ bytes are there"):
+    with pytest.raises(TierError, match=r"does not fit, only [0-9]+ bytes are there"):
         open_tier(tmp_path, capacity_bytes=1 << 60)
 
 

@@ -1,0 +1,144 @@
+"""Questions over long documents, in the real vLLM, with kvtier and without.
+
+    make demo
+
+Three documents together are larger than the engine's own KV memory, so by the time a document's turn comes again the engine has
+lost it. vLLM alone computes the whole conversation anew; with kvtier it gets the KV back from host memory.  Then the engine is killed
+(SIGKILL) and a new one finds the KV on disk.  The tokens must be the same throughout; the exit status says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pydoc_data.topics
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from _qa_engine import Engine
+from _qa_report import Exchange, print_table, verdict, write_chart, write_json
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = ("What is this text about?", "What must one not do?", "Name one detail of it.")
+MAX_TOKENS = 12
+BLOCK_TOKENS = 32
+KV_BLOCKS = 96
+"""the engine's own KV memory: 3,072 tokens, prefix caching on"""
+ENGINE = {"dtype": "bfloat16", "block_size": BLOCK_TOKENS, "num_gpu_blocks_override": KV_BLOCKS, "max_model_len": 2816, "max_num_seqs": 2}
+
+
+def documents() -> dict[str, str]:
+    """Real texts that are at hand everywhere: the licence, and chapters of Python's own reference. 1,500 to 1,900 tokens each."""
+    topics = pydoc_data.topics.topics
+    return {
+        "Apache License": (ROOT / "LICENSE").read_text()[:9600],
+        "Python: format strings": topics["formatstrings"][:6200],
+        "Python: the import system": topics["import"][:7600],
+    }
+
+
+def kvtier_arguments(directory: Path) -> dict[str, object]:
+    """How vLLM is told to use kvtier: nothing but configuration."""
+    return {
+        "kv_transfer_config": {
+            "kv_connector": "KVTierConnector",
+            "kv_connector_module_path": "kvtier.connectors.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "tiers": [
+                    {"type": "host", "capacity": "1GiB"},
+                    {"type": "disk", "path": str(directory), "capacity": "2GiB"},
+                ]
+            },
+        }
+    }
+
+
+class Conversation:
+    """A document and the questions and answers so far, in the model's chat format."""
+
+    def __init__(self, document: str) -> None:
+        self._text = f"<|im_start|>user\n{document}\n\n"
+
+    def ask(self, question: str) -> str:
+        """The prompt for the next question."""
+        self._text += f"{question}<|im_end|>\n<|im_start|>assistant\n"
+        return self._text
+
+    def answered(self, answer: str) -> None:
+        """Takes the answer into the conversation."""
+        self._text += f"{answer}<|im_end|>\n<|im_start|>user\n"
+
+
+def play(stage: str, question: str, talks: dict[str, Conversation], engines: tuple[Engine, Engine]) -> Iterator[Exchange]:
+    """One question on every document, one after the other, on both engines."""
+    alone, kvtier = engines
+    for name, talk in talks.items():
+        prompt = talk.ask(question)
+        exchange = Exchange(stage, name, alone.ask(prompt, MAX_TOKENS), kvtier.ask(prompt, MAX_TOKENS))
+        talk.answered(exchange.alone.text)
+        yield exchange
+
+
+def run(model: str, work: Path, console: Console) -> list[Exchange]:
+    """The whole demonstration."""
+    tier = work / "tier"
+    shutil.rmtree(tier, ignore_errors=True)
+    talks = {name: Conversation(text) for name, text in documents().items()}
+    exchanges: list[Exchange] = []
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        starting = progress.add_task("starting vLLM, twice: alone and with kvtier", total=2)
+        alone, kvtier = Engine(work / "alone.log"), Engine(work / "kvtier.log")
+        alone.start(model=model, **ENGINE)
+        kvtier.start(model=model, **ENGINE, **kvtier_arguments(tier))
+        for engine in (alone, kvtier):
+            engine.wait_until_ready()
+            progress.advance(starting)
+        successor = Engine(work / "restarted.log")  # imports vLLM while the others talk
+        talking = progress.add_task("asking", total=(len(QUESTIONS) + 1) * len(talks))
+        for number, question in enumerate(QUESTIONS, start=1):
+            progress.update(talking, description=f"round {number}: {question}")
+            for exchange in play(f"round {number}", question, talks, (alone, kvtier)):
+                exchanges.append(exchange)
+                progress.advance(talking)
+        restarting = progress.add_task("killing the engine, starting a new one", total=1)
+        kvtier.kill()
+        successor.start(model=model, **ENGINE, **kvtier_arguments(tier))
+        successor.wait_until_ready()
+        progress.advance(restarting)
+        progress.update(talking, description="after the restart: In one word?")
+        for exchange in play("restarted", "In one word?", talks, (alone, successor)):
+            exchanges.append(exchange)
+            progress.advance(talking)
+        alone.kill()
+        successor.kill()
+    return exchanges
+
+
+def main() -> int:
+    """Plays, prints, draws. 0 where the tokens were the same and KV was reused from host memory and disk."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / ".cache" / "smollm2"), help="directory of the checkpoint")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "demo", help="directory for logs, chart and the disk tier")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    exchanges = run(arguments.model, arguments.work, console)
+    print_table(console, exchanges)
+    write_json(arguments.work / "demo.json", exchanges)
+    write_chart(arguments.work / "demo.png", exchanges)
+    console.print(f"chart: {arguments.work / 'demo.png'}", highlight=False)
+    problem = verdict(exchanges)
+    if problem is not None:
+        console.print(f"FAILED: {problem}; logs are in {arguments.work}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
