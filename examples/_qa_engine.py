@@ -38,7 +38,7 @@ class Answer:
 
 
 class Engine:
-    """A vLLM process. ``start`` returns at once; the first ``ask`` waits until the model is loaded."""
+    """A vLLM process. ``start`` returns at once; ``wait_until_ready`` waits until the model is loaded."""
 
     def __init__(self, log: Path) -> None:
         """Starts the process and lets it import vLLM, which takes most of the time."""
@@ -60,9 +60,12 @@ class Engine:
         """Returns when the engine can answer; how long it took from ``start``."""
         return float(self._receive()["seconds"])
 
-    def ask(self, prompt: str, max_tokens: int) -> Answer:
-        """Greedy decoding of one prompt."""
+    def ask(self, prompt: str, max_tokens: int) -> None:
+        """Begins greedy decoding of one prompt; ``answer`` waits for it."""
         self._send({"prompt": prompt, "max_tokens": max_tokens})
+
+    def answer(self) -> Answer:
+        """The answer to the last ``ask``."""
         return Answer(**self._receive())
 
     def kill(self) -> None:

@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Config",
-    "CacheEngine",
-    "Namespace",
-    "KeyChain",
-    "KVTierError",
-    "ConfigError",
-    "UnsupportedModelError",
-    "TierError",
-    "TierBusyError",
-    "TierFormatError",
     "ArenaError",
+    "CacheEngine",
     "ClosedError",
+    "Config",
+    "ConfigError",
     "InvariantError",
+    "KVTierError",
+    "KeyChain",
+    "Namespace",
+    "TierBusyError",
+    "TierError",
+    "TierFormatError",
+    "UnsupportedModelError",
     "__version__",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``kvtier config check``, ``kvtier check``, ``kvtier bench`` and ``kvtier version``.
+"""The command line: ``kvtier config``, ``kvtier check``, ``kvtier bench`` and ``kvtier version``.
 
 A command imports what it needs when it runs, so that ``kvtier version`` answers at once and a machine without, say, a
 working LMDB can still have its configuration checked.
@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     config_check = config_commands.add_parser("check", help=text, description=text.capitalize() + ".")
     config_check.add_argument("file", type=Path, metavar="FILE", help="a YAML file of settings")
     config_check.set_defaults(command=_check_config)
+    text = "print a file to start from: every setting with its default, explained"
+    defaults = config_commands.add_parser("show-defaults", help=text, description=text.capitalize() + ".")
+    defaults.set_defaults(command=_show_defaults)
 
     text = "verify every record in the directory of a disk tier that no process has open; changes nothing"
     check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
@@ -87,6 +90,13 @@ def _check_config(options: argparse.Namespace) -> int:
     except ConfigError as error:
         return _refuse(str(error))
     _print_yaml(config.effective())
+    return OK
+
+
+def _show_defaults(options: argparse.Namespace) -> int:
+    from kvtier.config import commented_defaults  # here: as above
+
+    _print_yaml(commented_defaults())
     return OK
 
 

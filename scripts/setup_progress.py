@@ -37,7 +37,7 @@ REMEDIES = (
     ),
     (r"Python\.h: No such file", "install Python's headers (Debian, Ubuntu: apt install python3-dev)."),
     (
-        r"command '.*(gcc|g\+\+|cc|c\+\+).*' failed|error: .*compiler",
+        r"(?i)command '.*(gcc|g\+\+|cc|c\+\+|clang).* (failed|returned non-zero)",
         "the native extension does not build with this compiler: see the log; another one can be named with CXX=...",
     ),
     (

@@ -60,7 +60,7 @@ class HostTierConfig(Section):
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
     huge_pages: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Ask the kernel for huge pages: faster copies.")
     numa_node: int | None = setting(
-        None, kind="integer", allowed="null, or a whole number from 0", about="The NUMA node to be on. null: the kernel decides.", ge=0
+        None, kind="integer", allowed="null, or a whole number from 0", about="The NUMA node to prefer. null: the kernel decides.", ge=0
     )
 
 
@@ -92,7 +92,7 @@ class DiskTierConfig(Section):
         WriteMode.THROUGH,
         kind="name",
         allowed="`through`, `back`, `on_evict`",
-        about="When blocks are written. `through`: at once. `back`: while the disk is idle. `on_evict`: when they leave host memory.",
+        about="When blocks are written. `through`: at once. `back`: 5 s later. `on_evict`: as they leave host memory.",
         strict=False,
     )
     direct_io: Annotated[Literal["auto", "on", "off"], ON_OFF] = setting(
@@ -105,7 +105,7 @@ class DiskTierConfig(Section):
     max_in_flight_bytes: Size = setting(
         256 << 20, key="max_in_flight", kind="size", allowed=f"more than 0: {_SIZE}", about="Bytes being read or written at once.", gt=0
     )
-    durable: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Keep blocks over a restart. false: start empty.")
+    durable: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Blocks outlive a power cut, not only a crash.")
 
     @field_validator("segment_bytes")
     @classmethod
@@ -160,6 +160,12 @@ class Config(Section):
     )
     tiers: Annotated[tuple[TierConfig, ...], LIST_AS_TUPLE] = setting(REQUIRED, kind="list", allowed=_TIERS, about="Fastest first.")
     connector: ConnectorConfig = setting(ConnectorConfig(), kind="mapping", allowed="a mapping", about="How requests use the tiers.")
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info",
+        kind="name",
+        allowed="`debug`, `info`, `warning`, `error`",
+        about="The least severe of kvtier's own messages that the process may log.",
+    )
 
     @field_validator("tiers")
     @classmethod
@@ -225,7 +231,7 @@ class Config(Section):
 
     def effective(self) -> str:
         """All settings as YAML, defaults included. ``Config.load`` of a file with this text gives an equal object."""
-        return yaml.dump(_plain(self), Dumper=Dumper, sort_keys=False, allow_unicode=False, width=1 << 20)
+        return yaml.dump(plain_of(self), Dumper=Dumper, sort_keys=False, allow_unicode=False, width=1 << 20)
 
 
 def _order_problems(kinds: Sequence[object]) -> list[tuple[tuple[int, ...], str]]:
@@ -241,7 +247,7 @@ def _order_problems(kinds: Sequence[object]) -> list[tuple[tuple[int, ...], str]
     return problems
 
 
-def _plain(section: Section) -> dict[str, Any]:
+def plain_of(section: Section) -> dict[str, Any]:
     """A section under its YAML keys, as values that YAML has."""
     plain: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
@@ -252,9 +258,9 @@ def _plain(section: Section) -> dict[str, Any]:
 def _plain_value(name: str, value: Any) -> Any:
     match value:
         case Section():
-            return _plain(value)
+            return plain_of(value)
         case tuple():
-            return [_plain(tier) for tier in value]
+            return [plain_of(tier) for tier in value]
         case Path():
             return write_path(value)
         case enum.Enum():

@@ -59,6 +59,7 @@ class KVTierConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         config = Config.from_mapping(dict(vllm_config.kv_transfer_config.kv_connector_extra_config))
+        logging.getLogger("kvtier").setLevel(config.log_level.upper())
         refuse_bad_settings(vllm_config)
         refuse_unsupported(vllm_config, kv_cache_config)
         sizes = block_sizes_of(vllm_config, kv_cache_config, config)
