@@ -67,7 +67,7 @@ def write_chart(path: Path, exchanges: Sequence[Exchange]) -> None:
     places = range(len(exchanges))
     axes.bar([place - 0.2 for place in places], [one.alone.ttft_s for one in exchanges], 0.4, label="vLLM alone", color="#b8b8b8")
     axes.bar([place + 0.2 for place in places], [one.kvtier.ttft_s for one in exchanges], 0.4, label="with kvtier", color="#2a6fbb")
-    axes.set_xticks(list(places), [f"{one.stage}\n{one.document}" for one in exchanges], fontsize=7)
+    axes.set_xticks(list(places), [f"{one.stage}\n{one.document.replace(': ', chr(10))}" for one in exchanges], fontsize=8)
     axes.set_ylabel("time to first token, s")
     axes.set_title("Questions over long documents that do not fit the engine's KV memory together")
     axes.legend()

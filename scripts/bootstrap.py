@@ -47,6 +47,7 @@ LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 WITHOUT_DEPENDENCIES = ("xgrammar",)
 XGRAMMAR_NEEDS = ("apache-tvm-ffi",)
 EXTRAS = ".[test,bench]"
+BUILD_TOOL = "setuptools>=77"
 
 # One editable install at a time: they build the native extension into the same place.
 _build_lock = threading.Lock()
@@ -54,10 +55,9 @@ _build_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Venv:
-    """A virtual environment of the checkout and what it is for."""
+    """A virtual environment of the checkout."""
 
     name: str
-    purpose: str
 
     @property
     def path(self) -> Path:
@@ -73,9 +73,9 @@ class Venv:
         return self.path / "lib" / version / "site-packages"
 
 
-DEV = Venv(".venv", "development and tests")
-ENGINE = Venv(".venv-vllm", f"vLLM {ENGINE_VERSION}")
-OLD_ENGINE = Venv(".venv-vllm-0.27", f"vLLM {OLD_ENGINE_VERSION}")
+DEV = Venv(".venv")
+ENGINE = Venv(".venv-vllm")
+OLD_ENGINE = Venv(".venv-vllm-0.27")
 
 
 def device() -> str:
@@ -136,12 +136,9 @@ def file_digest(*paths: Path) -> str:
 
 
 def project_digest() -> str:
-    return file_digest(*(path for path in (ROOT / "setup.py", ROOT / "pyproject.toml") if path.exists()))
-
-
-def native_digest() -> str:
+    """Of what kvtier's installation is made from: its requirements and the sources of its native extension."""
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    return project_digest() + file_digest(*sources)
+    return file_digest(ROOT / "setup.py", *sources)
 
 
 def stamped(path: Path, wanted: str) -> bool:
@@ -202,15 +199,14 @@ def install_torch(step: Step) -> None:
         step.run("checking that torch is the CPU build", str(step.venv.python), "-c", check)
 
 
-def install_kvtier(step: Step) -> None:
-    """kvtier itself, editable, its native extension built in place; again whenever the C++ sources changed."""
-    stamp = step.venv.path / ".kvtier-native"
-    wanted = native_digest()
+def install_kvtier(step: Step, *also: str) -> None:
+    """kvtier itself, editable, with what its tests need; again whenever setup.py or the C++ sources changed."""
+    stamp, wanted = step.venv.path / ".kvtier-project", digest(EXTRAS, project_digest(), *also)
     if stamped(stamp, wanted):
         return
     with _build_lock:
         shutil.rmtree(ROOT / "build", ignore_errors=True)  # objects of older sources would be linked in silently
-        step.pip("building kvtier", "--no-deps", "--no-build-isolation", "-e", ".")
+        step.pip("building kvtier, installing what it needs", "-c", str(constraints()), "--no-build-isolation", *also, "-e", EXTRAS)
     stamp.write_text(wanted)
 
 
@@ -223,29 +219,30 @@ def constraints() -> Path:
 
 
 def set_up_dev(progress: Progress) -> None:
+    """The environment for lint, types and unit tests."""
     step = Step(DEV, progress)
-    stamp, wanted = DEV.path / ".kvtier-setup", digest(torch_requirement(), EXTRAS, project_digest())
+    stamp, wanted = DEV.path / ".kvtier-setup", digest(torch_requirement(), BUILD_TOOL)
     if not stamped(stamp, wanted):
         make_venv(step)
         install_torch(step)
-        step.pip("installing the build tool", "setuptools>=77")
-        with _build_lock:
-            step.pip("installing kvtier and what its tests need", "-c", str(constraints()), "--no-build-isolation", "-e", EXTRAS)
+        step.pip("installing the build tool", BUILD_TOOL)
         stamp.write_text(wanted)
     install_kvtier(step)
 
 
 def set_up_engine(progress: Progress) -> None:
+    """vLLM, and kvtier in it; gguf is for converting the model."""
     step = Step(ENGINE, progress)
-    stamp = ENGINE.path / ".kvtier-setup"
-    wanted = digest(torch_requirement(), engine_requirement(ENGINE_VERSION), EXTRAS, project_digest(), *LEFT_OUT)
+    stamp, wanted = ENGINE.path / ".kvtier-setup", engine_digest(ENGINE_VERSION)
     if not stamped(stamp, wanted):
         make_venv(step)
         install_engine(step, ENGINE_VERSION)
-        with _build_lock:
-            step.pip("installing kvtier and what its tests need", "-c", str(constraints()), "--no-build-isolation", "gguf", "-e", EXTRAS)
         stamp.write_text(wanted)
-    install_kvtier(step)
+    install_kvtier(step, "gguf")
+
+
+def engine_digest(*versions: str) -> str:
+    return digest(torch_requirement(), *map(engine_requirement, versions), *LEFT_OUT, *WITHOUT_DEPENDENCIES, *XGRAMMAR_NEEDS)
 
 
 def install_engine(step: Step, version: str) -> None:
@@ -302,26 +299,29 @@ def read_requirements(step: Step, wheel: Path) -> dict[str, Path]:
 
 
 def set_up_old_engine(progress: Progress) -> None:
-    """The older vLLM as a thin layer over the newer one's environment; a full one where their torch differs (CUDA)."""
+    """The older vLLM: a thin layer over the newer one's environment; complete where their torch differs (CUDA)."""
     step = Step(OLD_ENGINE, progress)
-    stamp = OLD_ENGINE.path / ".kvtier-setup"
-    requirement = engine_requirement(OLD_ENGINE_VERSION)
-    wanted = digest(torch_requirement(), requirement, engine_requirement(ENGINE_VERSION), EXTRAS, project_digest(), *LEFT_OUT)
-    if stamped(stamp, wanted):
-        return
-    make_venv(step)
-    if device() == "cuda":
-        install_engine(step, OLD_ENGINE_VERSION)
-        with _build_lock:
-            step.pip("installing kvtier and what its tests need", "-e", EXTRAS)
-    else:
-        # Found after this environment's own packages; addsitedir also reads the editable install of kvtier that lies there.
-        layer = f"import site; site.addsitedir({str(ENGINE.site_packages)!r})\n"
-        (OLD_ENGINE.site_packages / "kvtier_engine_layer.pth").write_text(layer)
-        wheel = fetch_wheel(step, requirement)
-        lists = read_requirements(step, wheel)
-        step.pip(f"installing {requirement} over {ENGINE.name}", "--no-deps", "-r", str(lists["missing"]), str(wheel))
-    stamp.write_text(wanted)
+    stamp, wanted = OLD_ENGINE.path / ".kvtier-setup", engine_digest(OLD_ENGINE_VERSION, ENGINE_VERSION)
+    complete = device() == "cuda"
+    if not stamped(stamp, wanted):
+        make_venv(step)
+        if complete:
+            install_engine(step, OLD_ENGINE_VERSION)
+        else:
+            layer_over_engine(step, engine_requirement(OLD_ENGINE_VERSION))
+        stamp.write_text(wanted)
+    if complete:
+        install_kvtier(step)
+
+
+def layer_over_engine(step: Step, requirement: str) -> None:
+    """Installs the wheel and whatever it needs that the newer vLLM's environment lacks."""
+    # Read after this environment's own packages, so these win; addsitedir also follows kvtier's editable install there.
+    layer = f"import site; site.addsitedir({str(ENGINE.site_packages)!r})\n"
+    (OLD_ENGINE.site_packages / "kvtier_engine_layer.pth").write_text(layer)
+    wheel = fetch_wheel(step, requirement)
+    lists = read_requirements(step, wheel)
+    step.pip(f"installing {requirement} over {ENGINE.name}", "--no-deps", "-r", str(lists["missing"]), str(wheel))
 
 
 def set_up_model(progress: Progress) -> None:
@@ -352,11 +352,16 @@ def set_up(targets: list[str]) -> None:
         lanes[1].insert(0, "engine")
     started_s = time.monotonic()
     with Progress() as progress, ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(lambda names=lane: [TARGETS[name](progress) for name in names]) for lane in lanes if lane]
+        futures = [pool.submit(set_up_in_turn, lane, progress) for lane in lanes if lane]
         for future in futures:
             future.result()
     if progress.num_tasks:
         print(f"set-up finished in {time.monotonic() - started_s:.0f} s", flush=True)
+
+
+def set_up_in_turn(names: list[str], progress: Progress) -> None:
+    for name in names:
+        TARGETS[name](progress)
 
 
 def main(arguments: list[str]) -> int:

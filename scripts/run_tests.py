@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / ".cache" / "reports"
@@ -50,8 +50,8 @@ def run_pytest(title: str, bin_folder: Path, *arguments: str) -> Outcome:
     outcome = run(title, bin_folder / "python", "-m", "pytest", f"--junitxml={report}", *arguments)
     if not report.is_file():
         return outcome
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
-    counts = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
+    suites = ET.parse(report).getroot().iter("testsuite")
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     for suite in suites:
         for name in counts:
             counts[name] += int(suite.get(name, 0))

@@ -9,6 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Self  # an older Python lacks it, and must get as far as the message that it is too old
 
 HEARTBEAT_S = 30.0
 REPAINT_S = 0.5
@@ -81,7 +85,7 @@ class Progress:
         self._stop = threading.Event()
         self._painter = threading.Thread(target=self._paint, name="setup-progress", daemon=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self._painter.start()
         return self
 
