@@ -93,8 +93,8 @@ def _check_config(options: argparse.Namespace) -> int:
     return OK
 
 
-def _show_defaults(options: argparse.Namespace) -> int:
-    from kvtier.config import commented_defaults  # here: as above
+def _show_defaults(options: argparse.Namespace) -> int:  # noqa: ARG001 - all commands are called alike
+    from kvtier.config import commented_defaults  # noqa: PLC0415 - as above
 
     _print_yaml(commented_defaults())
     return OK

@@ -93,7 +93,8 @@ STRUCTURE_HEAD = """<!-- printed by scripts/generate_reference.py; change the mo
 
 # Structure
 
-One line for each module; [Architecture](explanation/architecture.md) has the picture. An import may only point to the same layer (L) or a lower one.
+One line for each module; [Architecture](explanation/architecture.md) has the picture. An import may only point to the same layer (L) or a
+lower one.
 """
 
 STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -8,7 +8,8 @@ A fenced block is checked by its language:
 * ``json``: parses
 * ``text``: is read by people only
 
-``<!-- not run: reason -->`` on the line above a fence opts it out.
+``<!-- not run: reason -->`` on the line above a fence opts it out. ``<!-- file: NAME -->`` there puts the block into a file of that name,
+for the commands further down the page.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
 from kvtier.config import Config
 
@@ -40,6 +40,7 @@ READ = ("text",)
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
 _OPT_OUT = re.compile(r"^\s*<!-- not run: (?P<reason>.*\S) -->\s*$")
+_FILE = re.compile(r"^\s*<!-- file: (?P<name>[\w.-]+) -->\s*$")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?(?P<target>[^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 _REFERENCE = re.compile(r"^\s*\[[^\]]+\]:\s+<?(?P<target>[^\s>]+)>?", re.MULTILINE)
 
@@ -55,6 +56,8 @@ class Block:
     text: str
     reason: str | None
     """why it is not checked"""
+    file: str | None = None
+    """the file that it is"""
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -76,9 +79,11 @@ def blocks_of(page: Path, text: str) -> list[Block]:
             if match:
                 start, fence, indent, language = number, match["fence"], match["indent"], match["info"].strip()
         elif match and match["fence"].startswith(fence) and not match["info"].strip():
-            opted_out = _OPT_OUT.match(lines[start - 1]) if start else None
+            above = lines[start - 1] if start else ""
+            opted_out, file = _OPT_OUT.match(above), _FILE.match(above)
             inside = "\n".join(item.removeprefix(indent) for item in lines[start + 1 : number])
-            found.append(Block(page, start + 1, language, inside + "\n", opted_out["reason"] if opted_out else None))
+            reason, name = opted_out["reason"] if opted_out else None, file["name"] if file else None
+            found.append(Block(page, start + 1, language, inside + "\n", reason, name))
             start = None
     if start is not None:
         raise ValueError(f"{page.name}:{start + 1}: the fence is never closed")
@@ -151,7 +156,10 @@ def command_of(line: str) -> list[str]:
 
 @pytest.mark.parametrize("block", checked_blocks(*SHELL), ids=str)
 def test_shell(block: Block, tmp_path: Path) -> None:
-    """The commands of a page work, one after the other, in an empty directory."""
+    """The commands of a block work, one after the other, in a directory with nothing but the page's files above it."""
+    for other in all_blocks():
+        if other.page == block.page and other.line < block.line and other.file:
+            (tmp_path / other.file).write_text(other.text, encoding="utf-8")
     for line in block.text.replace("\\\n", " ").splitlines():
         stripped = line.strip()
         if block.language == "console":
@@ -166,9 +174,11 @@ def test_shell(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", checked_blocks("yaml"), ids=str)
-def test_yaml(block: Block) -> None:
+def test_yaml(block: Block, tmp_path: Path) -> None:
     """A configuration on a page is a right one."""
-    Config.from_mapping(yaml.safe_load(block.text))
+    path = tmp_path / "kvtier.yaml"
+    path.write_text(block.text, encoding="utf-8")
+    Config.load(path)
 
 
 @pytest.mark.parametrize("block", checked_blocks("json"), ids=str)
@@ -183,15 +193,15 @@ def test_every_block_has_a_known_language() -> None:
     assert [] == [f"{block}: {block.language!r}" for block in all_blocks() if block.language not in known and block.reason is None]
 
 
-def test_every_opt_out_is_above_a_fence() -> None:
-    """A remark elsewhere, or misspelt, opts nothing out and misleads."""
+def test_every_remark_is_above_a_fence() -> None:
+    """A remark elsewhere, or misspelt, does nothing and misleads."""
     wrong = []
     for page in PAGES:
         lines = page.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines):
-            if "<!-- not run" in line and page != DOCS / "contributing.md":
+            if re.search(r"<!-- *(not run|file)\b", re.sub(r"`[^`]*`", "", line)):
                 follower = lines[number + 1] if number + 1 < len(lines) else ""
-                if not _OPT_OUT.match(line) or not _FENCE.match(follower):
+                if not (_OPT_OUT.match(line) or _FILE.match(line)) or not _FENCE.match(follower):
                     wrong.append(f"{page.relative_to(ROOT)}:{number + 1}")
     assert [] == wrong
 
@@ -239,7 +249,7 @@ def test_index_leads_everywhere() -> None:
 
 def test_structure_lists_every_module() -> None:
     """docs/structure.md has one line for each module of kvtier and for nothing else."""
-    listed = re.findall(r"^\| `(kvtier/[^`]+)` \|", (DOCS / "structure.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(r"^\| `(kvtier/[^`]+)` \| \S", (DOCS / "structure.md").read_text(encoding="utf-8"), re.MULTILINE)
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kvtier").rglob("*.py") if path.read_text(encoding="utf-8").strip()}
     assert [] == sorted(there - set(listed)), "missing"
     assert [] == sorted(set(listed) - there), "no such module"
@@ -247,18 +257,27 @@ def test_structure_lists_every_module() -> None:
 
 
 def test_command_line_is_documented() -> None:
-    """docs/reference/cli.md has a section for each command."""
+    """docs/reference/cli.md has a section for each command that the help lists, and for no other."""
     page = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "kvtier", "--help"], env=environment(), capture_output=True, text=True, check=True)
-    commands = re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE)
-    assert commands
-    assert [] == [name for name in commands if not re.search(rf"^## `kvtier {name}\b", page, re.MULTILINE)]
+    commands = commands_below([])
+    assert ["version"] in commands
+    assert sorted(" ".join(command) for command in commands) == sorted(
+        re.findall(r"^## `kvtier ([a-z][a-z -]*?)(?: [A-Z]+)?`$", page, re.MULTILINE)
+    )
+
+
+def commands_below(words: list[str]) -> list[list[str]]:
+    """The commands that the help lists below ``kvtier WORDS...``, down to those that have none below them."""
+    command = [sys.executable, "-m", "kvtier", *words, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+    listing = re.search(r"^commands:\n((?: .*\n?|\n)+)", done.stdout, re.MULTILINE)
+    if listing is None:
+        return [words]
+    return [found for name in re.findall(r"^    ([a-z][a-z-]*)\b", listing[1], re.MULTILINE) for found in commands_below([*words, name])]
 
 
 def test_generated_pages_are_up_to_date() -> None:
     """The pages made from the code are what the code makes."""
-    if not GENERATOR.is_file():
-        pytest.skip("scripts/generate_reference.py does not exist yet")
     done = subprocess.run(
         [sys.executable, str(GENERATOR), "--check"],
         cwd=ROOT,
@@ -285,6 +304,7 @@ rm -rf /
 
 1. item
 
+   <!-- file: a.yaml -->
    ~~~~yaml
    tiers: []
    ~~~
@@ -298,7 +318,7 @@ def test_block_finder() -> None:
     expected = [
         Block(page, 3, "python", "x = 1\n", None),
         Block(page, 8, "sh", "rm -rf /\n", "needs a GPU"),
-        Block(page, 14, "yaml", "tiers: []\n~~~\n", None),
+        Block(page, 15, "yaml", "tiers: []\n~~~\n", None, "a.yaml"),
     ]
     assert expected == blocks_of(page, PAGE)
     with pytest.raises(ValueError, match=r"page\.md:1: the fence is never closed"):

@@ -54,7 +54,7 @@ class StoreJob:
         return {position // blocks_per_slot for position in self.failed}
 
 
-def void_stores(stores: Iterable[StoreJob], request_id: str, bad_block_ids: set[int]) -> list[StoreJob]:
+def void_stores(stores: Iterable[StoreJob], bad_block_ids: set[int]) -> list[StoreJob]:
     """Marks the stores whose forward pass may have read ``bad_block_ids``; returns those newly marked.
 
     The engine computes on before it learns that a load failed, so what the request (and any that shares the block through
@@ -62,7 +62,7 @@ def void_stores(stores: Iterable[StoreJob], request_id: str, bad_block_ids: set[
     """
     marked = []
     for job in stores:
-        if not job.is_void and (job.move.request_id == request_id or not bad_block_ids.isdisjoint(job.read_block_ids)):
+        if not job.is_void and not bad_block_ids.isdisjoint(job.read_block_ids):
             job.is_void = True
             marked.append(job)
     return marked

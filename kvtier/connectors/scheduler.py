@@ -179,7 +179,7 @@ class SchedulerHalf:
             # Failed loads first: they void stores that the same report calls done.
             if failed_block_ids:
                 with self._boundary.at("finish_step"):
-                    self._void_stores("", set(failed_block_ids))
+                    self._void_stores(set(failed_block_ids))
             for job_id in report.done:
                 if job_id in self._loads:
                     with self._boundary.at("end_load"):
@@ -370,10 +370,10 @@ class SchedulerHalf:
         request = self._requests.get(job.move.request_id)
         if request is not None:
             request.load_failed(job.first_failed_block(self._blocks_per_slot), self._block_tokens)
-        self._void_stores(job.move.request_id, job.failed_block_ids())
+        self._void_stores(job.failed_block_ids())
 
-    def _void_stores(self, request_id: str, block_ids: set[int]) -> None:
-        for store in void_stores(self._stores.values(), request_id, block_ids):
+    def _void_stores(self, block_ids: set[int]) -> None:
+        for store in void_stores(self._stores.values(), block_ids):
             request = self._requests.get(store.move.request_id)
             if request is not None:
                 request.store_again(store.first_block, self._block_tokens)

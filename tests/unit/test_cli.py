@@ -13,7 +13,7 @@ import pytest
 
 import kvtier
 from kvtier import cli
-from kvtier.config import Config
+from kvtier.config import Config, commented_defaults
 from kvtier.testing.tiers import meta_of, store
 from kvtier.tiers.disk import DiskTier
 
@@ -107,6 +107,18 @@ class TestConfigCheck:
         assert "capacity" in shown
 
 
+class TestConfigShowDefaults:
+    """``kvtier config show-defaults``."""
+
+    def test_is_a_file_to_start_from(self, tmp_path: Path) -> None:
+        """What it prints is a right file with comments."""
+        done = run("config", "show-defaults")
+        assert (0, commented_defaults(), "") == (done.returncode, done.stdout, done.stderr)
+        path = tmp_path / "kvtier.yaml"
+        path.write_text(done.stdout)
+        assert 0 == run("config", "check", path).returncode
+
+
 class TestCheck:
     """``kvtier check PATH``."""
 
@@ -139,8 +151,10 @@ class TestCheck:
         assert (2, "") == (done.returncode, done.stdout)
         assert f"pid {os.getpid()}" in done.stderr
 
-    @pytest.mark.parametrize("kind", ["missing", "file", "empty"])
-    def test_nothing_to_check(self, tmp_path: Path, kind: str) -> None:
+    @pytest.mark.parametrize(
+        ("kind", "reason"), [("missing", "does not exist"), ("file", "is not a directory"), ("empty", "no kvtier disk tier")]
+    )
+    def test_nothing_to_check(self, tmp_path: Path, kind: str, reason: str) -> None:
         """What is no directory of a disk tier is refused with a sentence that names it, status 2."""
         path = tmp_path / kind
         if kind == "file":
@@ -150,6 +164,7 @@ class TestCheck:
         done = run("check", path)
         assert (2, "") == (done.returncode, done.stdout)
         assert str(path) in done.stderr
+        assert reason in done.stderr
         assert 1 == len(done.stderr.splitlines())
 
 

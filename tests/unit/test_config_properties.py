@@ -74,9 +74,15 @@ connectors = st.fixed_dictionaries(
         "max_pinned_fraction": st.floats(0, 1),
     },
 )
+levels = st.sampled_from(["debug", "info", "warning", "error"])
 settings_mappings = st.fixed_dictionaries(
     {"tiers": st.tuples(hosts, disks()).map(list) | st.tuples(hosts).map(list)},
-    optional={"block_tokens": st.just("auto") | st.integers(1, 1 << 40), "namespace_salt": texts, "connector": connectors},
+    optional={
+        "block_tokens": st.just("auto") | st.integers(1, 1 << 40),
+        "namespace_salt": texts,
+        "connector": connectors,
+        "log_level": levels,
+    },
 )
 
 

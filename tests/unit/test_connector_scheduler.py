@@ -161,6 +161,7 @@ def test_asking_often_changes_nothing(rig: Rig) -> None:
     rig.add("a", prompt(1, 20))
     before = rig.cache.stats.snapshot()
     assert {12} == {rig.match("a", 16) for _ in range(400)}
+    assert 8 == rig.match("a", 16, 4)
     assert {"lookup.blocks": 3, "lookup.hit_blocks": 3} == rig.cache.stats.since(before)
     assert {"pins": 1} == rig.leftovers()
 
@@ -201,28 +202,69 @@ def test_pins_are_bounded(tmp_path: Path) -> None:
     assert [20, 12, 0] == [rig.match(f"r{number}", 24) for number in range(3)]
 
 
-def test_forgotten_pins_end(tmp_path: Path) -> None:
-    """A pin whose request nobody asks for ends by its deadline and makes room for others; asking keeps it."""
+def press(rig: Rig, first: int) -> None:
+    """Fills host memory with other prompts."""
+    for number in range(first, first + 4):
+        rig.put(prompt(number, 16), f"press{number}.{rig.now}")
+
+
+def test_asking_keeps_a_pin(tmp_path: Path) -> None:
+    """Time and eviction do nothing to the hit of a request that the engine keeps asking for."""
     rig = Rig(tmp_path, DefaultSettings(max_pinned_fraction=0.25), host_blocks=16)
     rig.put(prompt(1, 16), "w1")
-    rig.put(prompt(2, 16), "w2")
-    rig.add("kept", prompt(1, 20))
-    rig.match("kept", 20)
+    rig.add("a", prompt(1, 20))
     for _ in range(10):
-        rig.now += 10.0
+        assert 16 == rig.match("a", 20)
+        rig.now += 14.0
         rig.half.finish_step(WorkerReport())
-        assert 16 == rig.match("kept", 20)
-    assert {"pins": 1} == rig.leftovers()
+        press(rig, 10)
+        assert {"pins": 1} == rig.leftovers()
+
+
+def test_forgotten_pins_end(tmp_path: Path) -> None:
+    """A pin whose request nobody asks for ends by its deadline and makes room for others; then it promises nothing."""
+    rig = Rig(tmp_path, DefaultSettings(max_pinned_fraction=0.25), host_blocks=16)
+    rig.put(prompt(1, 16), "w1")
+    rig.add("forgotten", prompt(1, 20))
+    assert 16 == rig.match("forgotten", 20)
     rig.now += 1000.0
     rig.half.finish_step(WorkerReport())
     assert {} == rig.leftovers()
+    rig.put(prompt(2, 16), "w2")
     rig.add("other", prompt(2, 20))
     assert 16 == rig.match("other", 20)
+    press(rig, 10)
+    assert [16, 0] == [rig.match(name, 20) for name in ("other", "forgotten")]
     assert 4 == rig.half.num_pinned_blocks
-    assert 16 == rig.match("kept", 20)
-    rig.half.request_finished("kept")
+    rig.half.request_finished("forgotten")
     rig.half.request_finished("other")
-    assert 0 == rig.half.num_pinned_blocks
+    assert ({}, 0) == (rig.leftovers(), rig.half.num_pinned_blocks)
+
+
+def test_an_expired_pin_promises_nothing(tmp_path: Path) -> None:
+    """After the deadline the answer is what is there, not what was there."""
+    rig = Rig(tmp_path, host_blocks=16)
+    rig.put(prompt(1, 16), "w1")
+    rig.add("a", prompt(1, 20))
+    assert 16 == rig.match("a", 20)
+    rig.now += 1000.0
+    rig.half.finish_step(WorkerReport())
+    press(rig, 10)
+    assert 0 == rig.match("a", 20)
+
+
+def test_what_is_used_stays(tmp_path: Path) -> None:
+    """A prompt that the engine finds in its own prefix cache counts as used in kvtier too."""
+    rig = Rig(tmp_path, host_blocks=8)
+    rig.put(prompt(1, 16), "w1")
+    rig.put(prompt(2, 16), "w2")
+    rig.add("a", prompt(1, 20))
+    assert 0 == rig.match("a", 20, 16)
+    rig.allocate("a", 5)
+    rig.put(prompt(3, 16), "w3")
+    rig.add("b", prompt(1, 20))
+    rig.add("c", prompt(2, 20))
+    assert [16, 0] == [rig.match(name, 20) for name in "bc"]
 
 
 def test_requests_of_other_adapters_and_media_do_not_meet(rig: Rig) -> None:
@@ -314,6 +356,22 @@ def test_waiting_for_disk_is_bounded(disk_rig: DiskRig) -> None:
     assert [0, 0] == [disk_rig.match("a", 20) for _ in range(2)]
     assert 1 == disk_rig.cache.stats["promote.timeouts"]
     disk_rig.now += 1000.0
+    disk_rig.half.finish_step(WorkerReport())
+
+
+def test_a_new_start_may_wait_again(disk_rig: DiskRig) -> None:
+    """The bound on waiting is per start: a preempted request may wait for its blocks once more."""
+    disk_rig.put_on_disk(1, 16)
+    disk_rig.disk.delay_s = 1000.0
+    disk_rig.add("a", prompt(1, 20))
+    assert disk_rig.match("a", 20) is None
+    disk_rig.now += 3.0
+    assert 0 == disk_rig.match("a", 20)
+    disk_rig.allocate("a", 5)
+    disk_rig.half.build_step([], ["a"])
+    assert disk_rig.match("a", 20) is None
+    disk_rig.now += 1000.0
+    disk_rig.half.request_finished("a")
     disk_rig.half.finish_step(WorkerReport())
 
 
@@ -578,8 +636,19 @@ def test_nothing_computed_on_a_shared_failed_block_is_stored(rig: Rig) -> None:
     rig.half.finish_step(report, {blocks[0]})
     rig.add("c", prompt(1, 8) + prompt(3, 12))
     assert 0 == rig.match("c", 20)
-    rig.step(a=16, b=16)
+    assert {"a", "b"} == {job.request_id for job in rig.step(a=16, b=16).stores}
     assert 16 == rig.match("c", 20)
+
+
+def test_what_the_engine_recomputes_voids_stores(rig: Rig) -> None:
+    """The engine's own list of blocks to compute anew is enough: a store that read one of them is void."""
+    rig.add("a", prompt(1, 16))
+    rig.match("a", 16)
+    blocks = rig.allocate("a", 4)
+    message = rig.build(a=16)
+    rig.half.finish_step(rig.report(message.stores), {blocks[1]})
+    rig.add("b", prompt(1, 20))
+    assert 0 == rig.match("b", 20)
 
 
 def test_a_preempted_request_starts_over(rig: Rig) -> None:
@@ -610,7 +679,7 @@ def test_evicted_blocks_of_a_running_request_are_stored_again(tmp_path: Path) ->
 
 
 def test_a_refused_store_is_tried_again(tmp_path: Path) -> None:
-    """What found no slot because others were in use is stored later."""
+    """What found no slot because others were in use is stored later: when another block is full, not in every step."""
     rig = Rig(tmp_path, DefaultSettings(max_pinned_fraction=1.0), host_blocks=4)
     rig.put(prompt(1, 16))
     rig.add("pinner", prompt(1, 20))
@@ -620,6 +689,7 @@ def test_a_refused_store_is_tried_again(tmp_path: Path) -> None:
     blocks = rig.allocate("a", 6)
     assert () == rig.step(a=8).stores
     rig.half.request_finished("pinner")
+    assert () == rig.step(a=9).stores
     assert tuple(blocks[:3]) == rig.step(a=12).stores[0].block_ids
 
 
@@ -684,9 +754,21 @@ def test_reset_forgets_everything_and_what_comes_from_before(rig: Rig) -> None:
     assert [0, 0] == [rig.match("waiting", 20), rig.match("b", 24)]
     rig.match("a", 24)
     rig.allocate("a", 6)
-    assert 1 == len(rig.step(a=24).stores)
+    assert 1 == len(rig.step(a=8).stores)
     rig.half.request_finished("waiting")
     assert {} == rig.leftovers()
+
+
+def test_a_load_that_fails_after_a_reset_brings_nothing_back(rig: Rig) -> None:
+    """What a request has computed before the reset is not stored, though its failed load makes it compute anew."""
+    rig.put(prompt(1, 16))
+    rig.add("a", prompt(1, 24))
+    rig.match("a", 24)
+    blocks = rig.allocate("a", 6, 16)
+    message = rig.build(a=16)
+    rig.half.reset()
+    rig.half.finish_step(rig.report(message.loads, failed=[3]), {blocks[3]})
+    assert () == rig.step(a=24).stores
 
 
 def test_stats_and_events_pass_through(rig: Rig) -> None:
@@ -758,6 +840,7 @@ def test_a_promise_is_kept_even_by_a_broken_cache(tmp_path: Path, monkeypatch: p
     assert ((), tuple(blocks[:4])) == (load.block_ids, load.missing)
     rig.half.finish_step(rig.report([*message.loads, *message.stores]), set(load.missing))
     assert {} == rig.leftovers()
+    assert 1 == rig.cache.stats["connector.errors"]
     rig.add("b", prompt(1, 24))
     assert 16 == rig.match("b", 24)
 

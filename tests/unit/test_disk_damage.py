@@ -235,3 +235,28 @@ def test_scan_trusts_only_the_newest_division_of_a_segment(tmp_path: Path) -> No
     (place,) = [fields.place for fields in found if fields.key == new[0].key]
     segment = place // (SEGMENT_BYTES // 4096)
     assert [new[0].key] == [fields.key for fields in found if fields.place // (SEGMENT_BYTES // 4096) == segment]
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_sequence_numbers_never_go_back(tmp_path: Path, is_clean: bool) -> None:
+    """Blocks stored after a reopening are newer than all that were ever removed, so that a scan takes the right ones."""
+    tier = open_tier(tmp_path)
+    old = [meta_of(number, 5000) for number in range(5)]
+    store(tier, old)
+    tier.remove([meta.key for meta in old])
+    if is_clean:
+        tier.close()
+    else:
+        store(tier, [meta_of(99, 40000)])  # with its commit the removal is on disk
+        tier.remove([meta_of(99, 40000).key])
+        store(tier, [meta_of(98, 100)])
+        tier.abandon()
+    tier = open_tier(tmp_path)
+    new = [meta_of(1000, 20000)]
+    assert {Outcome.OK} == set(store(tier, new))
+    tier.close()
+    (tmp_path / "index.mdb").unlink()
+    tier = open_tier(tmp_path)
+    assert "scanned" == tier.recovery.source
+    assert {Outcome.OK} == set(load(tier, new))
+    tier.close()

@@ -230,6 +230,26 @@ def test_stores_that_wait_for_a_failing_deletion_fail(tmp_path: Path, monkeypatc
     tier.close()
 
 
+def test_close_with_a_failing_index_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing gives up on removals that cannot be recorded; the next opening finds all blocks that were not overwritten."""
+    tier = open_tier(tmp_path)
+    metas = [meta_of(number, 5000) for number in range(4)]
+    store(tier, metas)
+
+    def commit(*arguments: object) -> None:
+        raise IndexFileError("LMDB: injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexFile, "commit", commit)
+        tier.remove([metas[0].key])
+        tier.close()
+    tier = open_tier(tmp_path)
+    assert "salvaged" == tier.recovery.source
+    assert set(metas[1:]) <= set(tier.entries())
+    assert {Outcome.OK} == set(load(tier, metas[1:]))
+    tier.close()
+
+
 def test_in_flight_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores above the in-flight bound are REJECTED at once; loads are not, and the room is free again afterwards."""
     tier = open_tier(tmp_path, max_in_flight_bytes=12000)

@@ -139,7 +139,7 @@ def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tenso
     num_bytes = math.prod(shape[d] for d in inner) * item
     if item + sum((shape[d] - 1) * strides[d] for d in inner) != num_bytes:
         raise UnsupportedModelError(f"layer {name}: a block is not contiguous (shape {tuple(shape)}, strides {tuple(tensor.stride())})")
-    start = tensor.storage_offset() * item
+    start = int(tensor.storage_offset()) * item
     places = itertools.product(*(range(shape[d]) for d in outer))
     offsets = [start + sum(index * strides[d] for index, d in zip(place, outer, strict=True)) for place in places]
     return [_bytes_view(tensor, offset, (num_blocks, num_bytes), block_stride) for offset in offsets]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -13,6 +13,8 @@ from kvtier.stats import COUNTERS
 @dataclass
 class KVTierStats(KVConnectorStats):
     """Growth of the counters of :data:`kvtier.stats.COUNTERS` since the last report."""
+
+    data: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         self.data = {}

@@ -98,13 +98,14 @@ class Committer:
                 places = list(islice(self._ledger.undeleted, _MAX_CHANGES))
                 next_sequence = self._ledger.next_sequence + SEQUENCE_SLACK
             try:
-                self._round(stores, places, next_sequence)
+                has_worked = self._round(stores, places, next_sequence)
             except Exception as error:  # thread boundary: without this thread every job would hang
                 logger.exception("unexpected error in the disk index")
-                self._failed(stores, Outcome.FAILED, error)
-                if self._stopping:
-                    return
+                self._failed(stores, error)
+                has_worked = False
             self._progressed()
+            if self._stopping and not has_worked:
+                return  # what was not deleted stays in the index file, and the next opening finds it again
 
     def _is_due(self) -> bool:
         undeleted = self._ledger.undeleted
@@ -112,18 +113,19 @@ class Committer:
             return True
         if not undeleted:
             return False
-        if self._stopping:
+        if self._stopping or self._ledger.num_parked:
             return True
-        if self._ledger.num_parked or (len(undeleted) >= _MAX_CHANGES and self._health.is_online):
-            return True
+        if self._linger_until is not None and time.monotonic() >= self._linger_until and not self._health.is_online:
+            self._linger_until = None
         if self._linger_until is None:
             self._linger_until = time.monotonic() + _LINGER_S
-        return time.monotonic() >= self._linger_until
+        return time.monotonic() >= self._linger_until or (len(undeleted) >= _MAX_CHANGES and self._health.is_online)
 
     def _patience_s(self) -> float | None:
         return None if self._linger_until is None else max(0.0, self._linger_until - time.monotonic())
 
-    def _round(self, stores: list[PendingStore], places: list[int], next_sequence: int) -> None:
+    def _round(self, stores: list[PendingStore], places: list[int], next_sequence: int) -> bool:
+        """One transaction; whether the index file took it."""
         unsynced = self._sync_segments(stores)
         if unsynced:
             with self._lock:
@@ -139,12 +141,13 @@ class Committer:
             self._index.commit(places, entries, next_sequence)
         except OSError as error:
             self._abandon_index()
-            self._failed(stores, Outcome.FAILED, error)
-            return
+            self._failed(stores, error)
+            return False
         if not unsynced:
             self._health.succeeded()
         with self._lock:
             self._ledger.committed(stores, places)
+        return True
 
     def _renew(self) -> None:
         """A new index file in place of one that failed. What was removed is not in it."""
@@ -160,10 +163,10 @@ class Committer:
         if index is not None:
             index.close(leave_proof=False)
 
-    def _failed(self, stores: list[PendingStore], outcome: Outcome, error: Exception) -> None:
+    def _failed(self, stores: list[PendingStore], error: Exception) -> None:
         self._health.failed(error)
         with self._lock:
             for store in stores:
-                self._ledger.store_failed(store, outcome, f"the index could not be written: {error}")
+                self._ledger.store_failed(store, Outcome.FAILED, f"the index could not be written: {error}")
             self._ledger.undelete_failed(f"the index could not be written: {error}")
             self._linger_until = time.monotonic() + _LINGER_S

@@ -186,8 +186,8 @@ def withdraw_proof(directory: Path, *, durable: bool) -> None:
 def salvage(directory: Path) -> list[bytes] | None:
     """The rows of an index that nobody vouches for, each verified, or None where it cannot be read as a whole."""
     path = directory / INDEX_NAME
-    if not path.exists() or not sys.executable:
-        return None
+    if not path.exists() or not sys.executable or hasattr(sys, "frozen"):
+        return None  # in a frozen application the executable is the application, not Python
     package_directory = str(Path(lmdb.__file__).parent.parent)
     script = str(Path(__file__).with_name("salvage.py"))
     command = [sys.executable, "-I", "-S", script, package_directory, str(path), str(PLACE_BYTES), str(ENTRY.size)]

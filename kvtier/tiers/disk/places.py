@@ -13,7 +13,7 @@ from kvtier.types import BlockKey, BlockMeta
 
 
 class Entry(NamedTuple):
-    """What the index knows of a readable block. About 280 bytes with its key and its share of the dict and of the segment."""
+    """What the index knows of a readable block. About 250 bytes with its key and its share of the dict and of the segment."""
 
     place: int
     num_bytes: int

@@ -217,11 +217,11 @@ class DiskTier:
         self._progressed()
 
     def _reads_done(self, outcomes: Sequence[tuple[PendingRead, Outcome, str | None]]) -> None:
-        for _, outcome, error in outcomes:
-            if outcome is Outcome.FAILED:
-                self._read_health.failed(OSError(error))
-            else:
-                self._read_health.succeeded()
+        errors = [error for _, outcome, error in outcomes if outcome is Outcome.FAILED]
+        if len(errors) == len(outcomes):
+            self._read_health.failed(OSError(errors[0]))
+        else:
+            self._read_health.succeeded()
         with self._lock:
             for read, outcome, error in outcomes:
                 if outcome in (Outcome.CORRUPT, Outcome.MISS):
