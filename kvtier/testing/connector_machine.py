@@ -18,7 +18,9 @@ from kvtier.connectors.requests import DefaultSettings
 from kvtier.hashing import Namespace
 from kvtier.testing.fake_engine import FakeRequest
 from kvtier.testing.fake_system import FakeSystem, FakeSystemOptions
+from kvtier.testing.tiers import FaultyTier, SlowTier
 from kvtier.tiers.base import Tier
+from kvtier.types import JobKind, Outcome
 
 
 def prompt_of(branches: Sequence[int], length: int) -> list[int]:
@@ -27,15 +29,17 @@ def prompt_of(branches: Sequence[int], length: int) -> list[int]:
 
 
 class ConnectorMachine(RuleBasedStateMachine):
-    """Subclass it and set ``namespace``; override ``make_options`` and ``make_tiers`` to narrow what is tried."""
+    """Subclass it to change what is tried: ``make_options`` narrows the options, ``make_tier`` adds a tier below host memory."""
 
-    namespace: Namespace
+    namespace = Namespace(model="connector-machine")
     max_steps = 3000
 
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory(prefix="kvtier-machine-")
         self.system: FakeSystem | None = None
+        self.tier: FaultyTier | None = None
+        self.slow: SlowTier | None = None
         self.submitted: list[FakeRequest] = []
         self.now = 0.0
         self.num_steals = 0
@@ -44,9 +48,9 @@ class ConnectorMachine(RuleBasedStateMachine):
         """The options to run with, given those that were drawn."""
         return draw
 
-    def make_tiers(self, directory: Path) -> Sequence[Tier]:
-        """The tiers below host memory."""
-        return ()
+    def make_tier(self, directory: Path) -> Tier | None:
+        """The tier below host memory; it will be made slow and faulty."""
+        return None
 
     @initialize(
         options=st.builds(
@@ -69,9 +73,13 @@ class ConnectorMachine(RuleBasedStateMachine):
     )
     def start(self, options: FakeSystemOptions) -> None:
         directory = Path(self.directory.name)
-        self.system = FakeSystem(
-            directory, self.namespace, self.make_options(options), tiers=self.make_tiers(directory), clock=lambda: self.now
-        )
+        tier = self.make_tier(directory)
+        tiers = []
+        if tier is not None:
+            self.tier = FaultyTier(tier)
+            self.slow = SlowTier(self.tier, 0.05, lambda: self.now)
+            tiers = [self.slow]
+        self.system = FakeSystem(directory, self.namespace, self.make_options(options), tiers=tiers, clock=lambda: self.now)
         self.system.engine.tamper = self._steal
 
     # ---- what happens -------------------------------------------------------------------------------------------
@@ -92,7 +100,7 @@ class ConnectorMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 25))
     def step(self, count: int) -> None:
         for _ in range(count):
-            self.now += 0.01
+            self.now += 0.02
             self._system().engine.step()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 100.0]))
@@ -132,6 +140,25 @@ class ConnectorMachine(RuleBasedStateMachine):
         else:
             system.engine.reset(new_weights=fault == "new weights")
 
+    @precondition(lambda self: self.tier is not None)
+    @rule(
+        kind=st.sampled_from(list(JobKind)),
+        outcome=st.sampled_from([Outcome.MISS, Outcome.CORRUPT, Outcome.REJECTED, Outcome.FAILED]),
+        count=st.integers(1, 3),
+    )
+    def tier_fails(self, kind: JobKind, outcome: Outcome, count: int) -> None:
+        assert self.tier is not None
+        self.tier.fail_next(kind, outcome, count)
+
+    @precondition(lambda self: self.tier is not None)
+    @rule(delay_s=st.sampled_from([0.0, 0.1, 5.0]), is_offline=st.sampled_from([False, False, False, True]))
+    def tier_changes(self, delay_s: float, is_offline: bool) -> None:
+        """It becomes slower or faster, or is away for some time."""
+        assert self.tier is not None
+        assert self.slow is not None
+        self.slow.delay_s = delay_s
+        self.tier.is_offline = is_offline
+
     def _steal(self, message: StepMessage) -> None:
         """The next jobs find that their first slot has a new tenant."""
         for job in (*message.loads, *message.async_loads, *message.stores):
@@ -161,6 +188,9 @@ class ConnectorMachine(RuleBasedStateMachine):
         for copier in system.copiers:
             copier.heal()
         self.num_steals = 0
+        if self.tier is not None and self.slow is not None:
+            self.tier.heal()
+            self.slow.delay_s = 0.0
         self._run_out(system)
         for position, request in enumerate(self.submitted):
             # Whatever is in the cache must be right: ask for all of it.
