@@ -45,8 +45,9 @@ class Engine:
         read_answers, write_answers = os.pipe()
         command = [sys.executable, __file__, str(write_answers)]
         with log.open("ab") as log_file:
+            environment = {**os.environ, **ENVIRONMENT}
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log_file, stderr=log_file, pass_fds=[write_answers], env={**os.environ, **ENVIRONMENT}
+                command, stdin=subprocess.PIPE, stdout=log_file, stderr=log_file, pass_fds=[write_answers], env=environment
             )
         os.close(write_answers)
         self._answers = os.fdopen(read_answers)

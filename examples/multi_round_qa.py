@@ -28,7 +28,7 @@ MAX_TOKENS = 12
 BLOCK_TOKENS = 32
 KV_BLOCKS = 96
 """the engine's own KV memory: 3,072 tokens, prefix caching on"""
-# float32, so that every token can be compared: in bfloat16 the last bit depends on how many tokens are computed at once, with kvtier or not.
+# float32, so that every token can be compared: in bfloat16 the last bit depends on how many tokens are computed at once.
 ENGINE = {"dtype": "float32", "block_size": BLOCK_TOKENS, "num_gpu_blocks_override": KV_BLOCKS, "max_model_len": 2816, "max_num_seqs": 2}
 
 

