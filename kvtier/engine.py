@@ -182,6 +182,11 @@ class CacheEngine:
         return self._runner.busy
 
     @property
+    def draining_blocks(self) -> int:
+        """Slots of evicted blocks that will be free as soon as the copies that still read them are done."""
+        return self._space.draining(self.block_bytes)
+
+    @property
     def is_growing(self) -> bool:
         """Whether host memory is still being prepared; ``poll`` takes note of progress."""
         return self._space.growing

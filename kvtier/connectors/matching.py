@@ -29,7 +29,7 @@ class Matcher:
         self._clock = clock
         self._pinned: dict[str, Lookup] = {}
         self._num_pinned_blocks = 0
-        self._waiting: set[str] = set()
+        self._waiting: dict[str, Lookup] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -67,7 +67,7 @@ class Matcher:
         lookup = request.lookup
         if lookup is not None:
             self._unpin(request, lookup)
-            self._waiting.discard(request.request_id)
+            self._waiting.pop(request.request_id, None)
             request.lookup = None
 
     def _look(self, request: Request, first: int, limit: int) -> Lookup:
@@ -88,35 +88,49 @@ class Matcher:
         return lookup
 
     def _promote(self, request: Request, lookup: Lookup, num_blocks: int) -> None:
-        """Starts promotions as far as waiting requests may hold host memory, while the request may still wait."""
+        """Starts promotions as far as waiting requests may hold host memory, while the request may still wait.
+
+        Where slots must be written down before they are free, it comes in parts: the request waits for those as well.
+        """
         now = self._clock()
         if request.deadline is None:
             request.deadline = now + self._settings.promote_wait_s
-        room = max(self._room(now), lookup.num_ready)
-        if now >= request.deadline or room <= lookup.num_ready:
+        lookup.num_wanted = min(num_blocks, self._room(now, lookup))
+        if now >= request.deadline or lookup.num_wanted <= lookup.num_ready:
+            self._stop_waiting(request, lookup)
             return
-        end = lookup.first_block + min(num_blocks, room)
-        keys = request.keys(end, self._block_tokens)[lookup.first_block :]
+        keys = request.keys(lookup.first_block + lookup.num_wanted, self._block_tokens)[lookup.first_block :]
         lookup.num_promised = max(lookup.num_ready, self._engine.promote(keys))
-        if lookup.num_promised > lookup.num_ready:
+        lookup.num_draining = self._engine.draining_blocks if lookup.num_promised < lookup.num_wanted else 0
+        if lookup.num_promised > lookup.num_ready or lookup.num_draining:
             lookup.is_waiting = True
-            self._waiting.add(request.request_id)
+            self._waiting[request.request_id] = lookup
+        else:
+            self._stop_waiting(request, lookup)
 
     def _look_at_promotions(self, request: Request, lookup: Lookup) -> None:
         """Are they here, will they ever be, or is it too late?"""
-        end = lookup.first_block + lookup.num_promised
+        end = lookup.first_block + lookup.num_wanted
         found = self._engine.match(request.keys_from(lookup.first_block, end, self._block_tokens))
-        grew = found.ready_blocks > lookup.num_ready
+        has_grown = found.ready_blocks > lookup.num_ready
         lookup.num_ready = found.ready_blocks
-        on_their_way = found.pending and found.ready_blocks < lookup.num_promised
-        too_late = request.deadline is not None and self._clock() >= request.deadline
-        if on_their_way and too_late:
-            self._engine.stats.add("promote.timeouts")
-        if not on_their_way or too_late:
-            lookup.is_waiting = False
-            self._waiting.discard(request.request_id)
-        if grew or not lookup.is_waiting:
+        is_coming = found.pending and found.ready_blocks < lookup.num_promised
+        is_refused = found.hit_blocks > found.ready_blocks and lookup.num_promised < lookup.num_wanted
+        if has_grown:
             self._pin(request, lookup)
+        if not is_coming and not is_refused:
+            self._stop_waiting(request, lookup)
+        elif request.deadline is not None and self._clock() >= request.deadline:
+            self._engine.stats.add("promote.timeouts")
+            self._stop_waiting(request, lookup)
+        elif not is_coming and (has_grown or self._engine.draining_blocks != lookup.num_draining):
+            self._promote(request, lookup, found.hit_blocks)
+        if not lookup.is_waiting:
+            self._pin(request, lookup)
+
+    def _stop_waiting(self, request: Request, lookup: Lookup) -> None:
+        lookup.is_waiting = False
+        self._waiting.pop(request.request_id, None)
 
     def _look_again(self, request: Request, lookup: Lookup) -> None:
         """What is pinned is certain; what lies behind is asked anew (one miss costs one look)."""
@@ -133,21 +147,22 @@ class Matcher:
         if lookup.num_ready > known or now >= lookup.pinned_until - PIN_TTL_S / 2:
             self._pin(request, lookup)
 
-    def _room(self, now: float) -> int:
-        """Blocks that may still be pinned; forgets pins that have ended by their deadline."""
+    def _room(self, now: float, lookup: Lookup) -> int:
+        """Blocks that a request may have pinned in all, given what others have or are promised. Forgets pins past their deadline."""
         if self._num_pinned_blocks >= self._max_pinned_blocks:
-            for request_id, lookup in list(self._pinned.items()):
-                if now >= lookup.pinned_until:
-                    self._forget_pin(request_id, lookup)
-        return self._max_pinned_blocks - self._num_pinned_blocks
+            for request_id, other in list(self._pinned.items()):
+                if now >= other.pinned_until and other is not lookup:
+                    self._forget_pin(request_id, other)
+        promised = sum(max(0, other.num_promised - other.num_pinned) for other in self._waiting.values() if other is not lookup)
+        return self._max_pinned_blocks - (self._num_pinned_blocks - lookup.num_pinned) - promised
 
     def _pin(self, request: Request, lookup: Lookup) -> None:
         """Pins the ready blocks, or as many leading ones as may be, with a new deadline."""
+        now = self._clock()
+        num_blocks = min(lookup.num_ready, self._room(now, lookup))
         old = lookup.pin_id if lookup.num_pinned else 0
         if lookup.num_pinned:
             self._forget_pin(request.request_id, lookup)
-        now = self._clock()
-        num_blocks = min(lookup.num_ready, self._room(now))
         if num_blocks > 0:
             end = lookup.first_block + num_blocks
             keys = request.keys(end, self._block_tokens)[lookup.first_block :]

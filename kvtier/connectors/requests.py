@@ -116,8 +116,12 @@ class Lookup:
     """blocks before it are in the engine already"""
     limit_block: int
     """no block from here on is of use"""
+    num_wanted: int = 0
+    """blocks that some tier holds and that may be promoted"""
     num_promised: int = 0
     """blocks that are or will be in host memory"""
+    num_draining: int = 0
+    """slots that were about to be free when there was room for no more"""
     num_ready: int = 0
     is_waiting: bool = False
     """for promotions"""

@@ -12,33 +12,16 @@ from __future__ import annotations
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from kvtier.connectors.messages import RequestOptions, ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.messages import RequestOptions, ScheduledRequest, StepMessage
 from kvtier.connectors.requests import RequestIdentity
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.worker import WorkerHalf
 from kvtier.testing.fake_blocks import BlockPool
 from kvtier.testing.fake_kv import FakeKVMemory, next_token, token_states
-from kvtier.testing.fake_requests import VOCABULARY, FakeRequest, HangError, Status, WrongKVError
+from kvtier.testing.fake_requests import VOCABULARY, FakeOutput, FakeRequest, FakeStep, HangError, Status, WrongKVError
 
 __all__ = ["FakeEngine", "FakeRequest", "HangError", "Status", "WrongKVError"]
-
-
-@dataclass(slots=True)
-class _Step:
-    scheduled: dict[str, int] = field(default_factory=dict)
-    preempted: list[str] = field(default_factory=list)
-    has_sync_loads: bool = False
-
-
-@dataclass(slots=True)
-class _Output:
-    contaminated: set[str] = field(default_factory=set)
-    failed_block_ids: set[int] = field(default_factory=set)
-    report: WorkerReport = field(default_factory=WorkerReport)
-    sent: list[str] = field(default_factory=list)
-    received: list[str] = field(default_factory=list)
 
 
 class FakeEngine:
@@ -153,8 +136,8 @@ class FakeEngine:
 
     # ---- schedule -----------------------------------------------------------------------------------------------
 
-    def _schedule(self) -> _Step:
-        step = _Step()
+    def _schedule(self) -> FakeStep:
+        step = FakeStep()
         num_preempted = len(self._preempted)
         budget = self._schedule_running(step)
         if len(self._preempted) == num_preempted:
@@ -162,7 +145,7 @@ class FakeEngine:
         step.preempted, self._preempted = self._preempted, []
         return step
 
-    def _schedule_running(self, step: _Step) -> int:
+    def _schedule_running(self, step: FakeStep) -> int:
         budget = self._token_budget
         position = 0
         while position < len(self._running) and budget:
@@ -181,7 +164,7 @@ class FakeEngine:
             position += 1
         return budget
 
-    def _schedule_waiting(self, step: _Step, budget: int) -> None:
+    def _schedule_waiting(self, step: FakeStep, budget: int) -> None:
         # Requests that hold blocks (asynchronous loads) come first, as in vLLM.
         queue = sorted(self._waiting, key=lambda request: not request.block_ids)
         for request in queue:
@@ -201,7 +184,7 @@ class FakeEngine:
                 self._schedule_tokens(step, request, num_new)
                 budget -= num_new
 
-    def _admit(self, step: _Step, request: FakeRequest, budget: int) -> int | None:
+    def _admit(self, step: FakeStep, request: FakeRequest, budget: int) -> int | None:
         """Gives a waiting request blocks. Returns its tokens in this step, 0 where it goes on waiting, None where nobody gets more."""
         local: list[int] = []
         num_external, is_async = 0, False
@@ -245,7 +228,7 @@ class FakeEngine:
                 options=request.options,
             )
 
-    def _schedule_tokens(self, step: _Step, request: FakeRequest, num_new: int) -> None:
+    def _schedule_tokens(self, step: FakeStep, request: FakeRequest, num_new: int) -> None:
         step.scheduled[request.request_id] = num_new
         self._name_blocks(request, request.num_computed_tokens + num_new)
 
@@ -268,8 +251,8 @@ class FakeEngine:
 
     # ---- execute ------------------------------------------------------------------------------------------------
 
-    def _execute(self, step: _Step, message: StepMessage) -> _Output:
-        output = _Output()
+    def _execute(self, step: FakeStep, message: StepMessage) -> FakeOutput:
+        output = FakeOutput()
         sent: list[str] = []
         received: list[str] = []
         for worker in self.workers:
@@ -313,7 +296,7 @@ class FakeEngine:
 
     # ---- update -------------------------------------------------------------------------------------------------
 
-    def _update(self, step: _Step, output: _Output) -> None:
+    def _update(self, step: FakeStep, output: FakeOutput) -> None:
         affected = self._handle_invalid_blocks(step, output.failed_block_ids)
         if output.contaminated - affected:
             raise WrongKVError(f"step {self.num_steps}: {sorted(output.contaminated - affected)} have read wrong KV")
@@ -338,7 +321,7 @@ class FakeEngine:
         for request_id in output.sent:
             self._drop(self.requests[request_id])
 
-    def _handle_invalid_blocks(self, step: _Step, failed_block_ids: set[int]) -> set[str]:
+    def _handle_invalid_blocks(self, step: FakeStep, failed_block_ids: set[int]) -> set[str]:
         """Takes every request back to its first block that was not loaded."""
         affected = set()
         loading = [request for request in self._waiting if request.status is Status.WAITING_FOR_REMOTE_KVS]

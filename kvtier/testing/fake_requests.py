@@ -1,11 +1,11 @@
-"""The requests of the fake engine, and what can be wrong with a run."""
+"""The requests and steps of the fake engine, and what can be wrong with a run."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
 
-from kvtier.connectors.messages import RequestOptions
+from kvtier.connectors.messages import RequestOptions, WorkerReport
 from kvtier.testing.fake_kv import next_token, token_states
 
 VOCABULARY = 97
@@ -67,3 +67,23 @@ class FakeRequest:
             tokens.append(next_token(states[-1], VOCABULARY))
             states = token_states(tokens, seed, states)
         return tokens[self.num_prompt_tokens :]
+
+
+@dataclass(slots=True)
+class FakeStep:
+    """What the fake scheduler wants of one step."""
+
+    scheduled: dict[str, int] = field(default_factory=dict)
+    preempted: list[str] = field(default_factory=list)
+    has_sync_loads: bool = False
+
+
+@dataclass(slots=True)
+class FakeOutput:
+    """What the workers say after one step, merged over the ranks."""
+
+    contaminated: set[str] = field(default_factory=set)
+    failed_block_ids: set[int] = field(default_factory=set)
+    report: WorkerReport = field(default_factory=WorkerReport)
+    sent: list[str] = field(default_factory=list)
+    received: list[str] = field(default_factory=list)

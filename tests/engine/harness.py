@@ -59,3 +59,10 @@ def loaded_tokens(results: list[Result]) -> dict[str, int]:
     """Tokens taken from kvtier, by tier, over all prompts."""
     loads = [one["loaded"] or {} for one in results]
     return {name: sum(load.get(name, 0) for load in loads) for name in ("host_tokens", "disk_tokens")}
+
+
+def make_tiny_model(directory: Path) -> Path:
+    """A checkpoint that two tensor-parallel workers can share."""
+    tokenizer = {**ENVIRONMENT, **os.environ}["KVTIER_TEST_MODEL"]
+    subprocess.run([sys.executable, str(Path(__file__).with_name("tiny.py")), str(directory), tokenizer], check=True, capture_output=True)
+    return directory

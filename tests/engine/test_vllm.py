@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.harness import Result, assert_same, host, host_and_disk, loaded_tokens, run
+from tests.engine.harness import Result, assert_same, host, host_and_disk, loaded_tokens, make_tiny_model, run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 EVERY_SECOND_PROMPT_HITS = 8 * 200
@@ -133,3 +133,15 @@ def test_what_is_refused_says_why() -> None:
     assert "recompute" in messages[0]
     assert "block_tokens is 48" in messages[1]
     assert "tiers[0].capacity" in messages[2]
+
+
+def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
+    """Two workers share the arena, each with its heads of every block: the same tokens as two workers without kvtier."""
+    model = make_tiny_model(tmp_path / "tiny")
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "KVTIER_TEST_MODEL": str(model)}
+    alone = run("repeat", rounds=[False], engine=engine, environment=environment)["rounds"][0]
+    result = run("repeat", kvtier=host_and_disk(tmp_path / "tier"), engine=engine, environment=environment, rounds=[False, True])
+    for answers in result["rounds"]:
+        assert_same(alone, answers)
+    assert loaded_tokens(result["rounds"][1])["host_tokens"] > EVERY_SECOND_PROMPT_HITS

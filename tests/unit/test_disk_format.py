@@ -55,21 +55,26 @@ def test_header_bytes() -> None:
 
 
 def test_a_record_on_disk(tmp_path: Path) -> None:
-    """The first record of a tier: header page, payload, zeros to the end of the page; nothing else around it."""
+    """The records of a tier: header page, payload, zeros to the end of the page (nothing of other blocks), zeros after the last one."""
     segment_bytes = 64 << 10
-    tier = DiskTier(tmp_path, (1 << 20) + (32 << 10) + segment_bytes, segment_bytes=segment_bytes)
-    meta = meta_of(5, 5000)
-    assert (Outcome.OK,) == store(tier, [meta])
+    tier = DiskTier(tmp_path, (1 << 20) + (32 << 10) + segment_bytes, segment_bytes=segment_bytes, io_threads=1)
+    metas = [meta_of(4, 8192), meta_of(5, 5000)]
+    for meta in metas:
+        assert (Outcome.OK,) == store(tier, [meta])
     tier.close()
     content = (tmp_path / "segment-000000.kv").read_bytes()
     assert segment_bytes == len(content)
-    header = parse_header(memoryview(content)[:4096])
-    assert isinstance(header, Header)
-    assert RecordFields(meta.key, meta.parent, bytes(range(16)), 5000, header.fields.sequence, 0) == header.fields
-    payload = payload_of(meta.key, 5000)
-    assert payload == content[4096:9096]
-    assert xxhash.xxh3_128_digest(payload) == header.payload_checksum
-    assert not any(content[9096:])
+    for place, meta in zip((0, 3), metas, strict=True):
+        record = content[place * 4096 : (place + 3) * 4096]
+        header = parse_header(memoryview(record)[:4096])
+        assert isinstance(header, Header)
+        expected = RecordFields(meta.key, meta.parent, bytes(range(16)), meta.num_bytes, header.fields.sequence, place)
+        assert expected == header.fields
+        payload = payload_of(meta.key, meta.num_bytes)
+        assert payload == record[4096 : 4096 + meta.num_bytes]
+        assert xxhash.xxh3_128_digest(payload) == header.payload_checksum
+        assert not any(record[4096 + meta.num_bytes :])
+    assert not any(content[6 * 4096 :])
 
 
 @given(position=st.integers(0, HEADER_BYTES - 1), mask=st.integers(1, 255))

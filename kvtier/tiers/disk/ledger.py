@@ -232,7 +232,7 @@ class Ledger:
     def committed(self, stores: Collection[PendingStore], deleted_places: Collection[int]) -> None:
         """The index file holds the entries of these stores and those of these places no more."""
         for place in deleted_places:
-            del self.undeleted[place]
+            self.undeleted.pop(place, None)
         for store in stores:
             if store.doomed is None:
                 del self._pending[store.key]
