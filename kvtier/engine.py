@@ -178,8 +178,8 @@ class CacheEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether a tier has work whose result was not seen yet."""
-        return self._runner.busy
+        """Whether a tier has work whose result was not seen yet, or will get some without further calls but ``poll``."""
+        return self._runner.busy or self._planner.has_work
 
     @property
     def draining_blocks(self) -> int:

@@ -154,7 +154,7 @@ class SchedulerHalf:
             if request is not None and item.num_computed_tokens >= request.store_at:
                 with self._boundary.at("build_step"):
                     self._plan_store(request, item, stores)
-        if not scheduled and not loads and self._matcher.num_waiting:
+        if not scheduled and not loads and (self._matcher.num_waiting or self._engine.busy):
             with self._boundary.at("poll"):
                 self._engine.poll(IDLE_WAIT_S)
         return StepMessage(
@@ -227,8 +227,8 @@ class SchedulerHalf:
 
     @property
     def has_pending_work(self) -> bool:
-        """Whether the engine must keep stepping for kvtier: copies not reported or holds not yet told to the workers."""
-        return bool(self._loads or self._stores or self._held)
+        """Whether the engine must keep stepping for kvtier: copies not reported, holds not told, writes to slower tiers."""
+        return bool(self._loads or self._stores or self._held) or self._engine.busy
 
     @property
     def num_attached_workers(self) -> int:

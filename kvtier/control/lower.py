@@ -108,9 +108,9 @@ class LowerTier:
         self._in_flight_blocks[num_bytes] -= num_blocks
 
     @property
-    def num_waiting(self) -> int:
-        """Blocks queued for writing."""
-        return len(self._waiting)
+    def will_write(self) -> bool:
+        """Whether something is queued that will be written without being evicted."""
+        return self.online and bool(self._waiting) and self.spec.write is not WriteMode.ON_EVICT
 
     def clear_waiting(self) -> None:
         """Forgets the queue."""

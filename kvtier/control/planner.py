@@ -71,6 +71,11 @@ class Planner:
         """Promotions and demotions that have not been reported yet."""
         return len(self._promotions) + self._demoter.num_running
 
+    @property
+    def has_work(self) -> bool:
+        """Whether something is under way or will start by itself as time goes on."""
+        return self.num_running > 0 or any(tier.will_write for tier in self._lower)
+
     # ---- keeping ------------------------------------------------------------------------------------------------
 
     def touch(self, keys: Sequence[BlockKey], now: float) -> None:

@@ -71,7 +71,8 @@ class KVTierConnector(KVConnectorBase_V1):
         if role == KVConnectorRole.SCHEDULER:
             namespace = namespace_of(vllm_config, kv_cache_config, config, sizes)
             is_async = vllm_config.device_config.device_type != "cpu"
-            self._scheduler = SchedulerSide(config, namespace, sizes, arena_path, stores_are_async=is_async)
+            events = _wants_events(vllm_config)
+            self._scheduler = SchedulerSide(config, namespace, sizes, arena_path, stores_are_async=is_async, events=events)
         else:
             self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks)
 
@@ -230,6 +231,11 @@ def _arena_path(vllm_config: VllmConfig) -> str:
     """Shared by the processes of one engine and by no other engine."""
     parallel = vllm_config.parallel_config
     return f"/dev/shm/kvtier-{os.getuid()}-{vllm_config.kv_transfer_config.engine_id}-{parallel.data_parallel_rank}"
+
+
+def _wants_events(vllm_config: VllmConfig) -> bool:
+    events = vllm_config.kv_events_config
+    return events is not None and bool(events.enable_kv_cache_events)
 
 
 def _to_vllm(event: Any, sizes: BlockSizes) -> KVCacheEvent:

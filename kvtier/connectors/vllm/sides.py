@@ -37,11 +37,13 @@ def open_arena(path: str, config: Config) -> Arena:
 class SchedulerSide:
     """Owns the cache engine and the scheduler half. One thread."""
 
-    def __init__(self, config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, *, stores_are_async: bool) -> None:
+    def __init__(
+        self, config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, *, stores_are_async: bool, events: bool
+    ) -> None:
         self.sizes = sizes
         self._arena = open_arena(arena_path, config)
         self._has_name = True
-        engine = CacheEngine.open(config, namespace=namespace, block_bytes=sizes.block_bytes, arena=self._arena, events=True)
+        engine = CacheEngine.open(config, namespace=namespace, block_bytes=sizes.block_bytes, arena=self._arena, events=events)
         geometry = Geometry(
             namespace=namespace.digest,
             block_tokens=sizes.block_tokens,
