@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from _qa_engine import Engine
+from _qa_engine import Engine, import_vllm
 from _qa_report import Exchange, print_table, verdict, write_chart, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -33,12 +33,12 @@ ENGINE = {"dtype": "float32", "block_size": BLOCK_TOKENS, "num_gpu_blocks_overri
 
 
 def documents() -> dict[str, str]:
-    """Real texts that are at hand everywhere: the licence, and chapters of Python's own reference. 1,500 to 1,900 tokens each."""
+    """Real texts that are at hand everywhere: the licence, and chapters of Python's own reference. about 1,600 tokens each."""
     topics = pydoc_data.topics.topics
     return {
-        "Apache License": (ROOT / "LICENSE").read_text()[:9600],
+        "Apache License": (ROOT / "LICENSE").read_text()[:8200],
         "Python: format strings": topics["formatstrings"][:6200],
-        "Python: the import system": topics["import"][:7600],
+        "Python: the import system": topics["import"][:6800],
     }
 
 
@@ -76,13 +76,19 @@ class Conversation:
         self._text += f"{answer}<|im_end|>\n<|im_start|>user\n"
 
 
-def play(stage: str, question: str, talks: dict[str, Conversation], engines: tuple[Engine, Engine]) -> Iterator[Exchange]:
-    """One question on every document, one after the other. Both engines get it at once; each has a core of its own."""
-    for name, talk in talks.items():
-        prompt = talk.ask(question)
-        for engine in engines:
+def ask(question: str, talks: dict[str, Conversation], engines: tuple[Engine, Engine]) -> None:
+    """Puts one question on every document to both engines, which answer one after the other. Each engine has a core of its own."""
+    prompts = [talk.ask(question) for talk in talks.values()]
+    for engine in engines:
+        for prompt in prompts:
             engine.ask(prompt, MAX_TOKENS)
-        exchange = Exchange(stage, name, *(engine.answer() for engine in engines))
+
+
+def answers(stage: str, talks: dict[str, Conversation], engines: tuple[Engine, Engine]) -> Iterator[Exchange]:
+    """The answers to what was asked, document by document."""
+    alone, kvtier = engines
+    for name, talk in talks.items():
+        exchange = Exchange(stage, name, alone=alone.answer(), kvtier=kvtier.answer())
         talk.answered(exchange.alone.text)
         yield exchange
 
@@ -93,33 +99,31 @@ def run(model: str, work: Path, console: Console) -> list[Exchange]:
     shutil.rmtree(tier, ignore_errors=True)
     talks = {name: Conversation(text) for name, text in documents().items()}
     exchanges: list[Exchange] = []
+    console.print("importing vLLM ...")
+    import_vllm()
+    alone, kvtier, successor = (Engine(work / f"{name}.log") for name in ("alone", "kvtier", "restarted"))
     columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         starting = progress.add_task("starting vLLM, twice: alone and with kvtier", total=2)
-        alone, kvtier = Engine(work / "alone.log"), Engine(work / "kvtier.log")
         alone.start(model=model, **ENGINE)
         kvtier.start(model=model, **ENGINE, **kvtier_arguments(tier))
         for engine in (alone, kvtier):
             engine.wait_until_ready()
             progress.advance(starting)
-        successor = Engine(work / "restarted.log")  # imports vLLM while the others talk
-        talking = progress.add_task("asking", total=(len(QUESTIONS) + 1) * len(talks))
         for number, question in enumerate(QUESTIONS, start=1):
-            progress.update(talking, description=f"round {number}: {question}")
-            for exchange in play(f"round {number}", question, talks, (alone, kvtier)):
-                exchanges.append(exchange)
-                progress.advance(talking)
+            ask(question, talks, (alone, kvtier))
+            asking = progress.add_task(f"round {number}: {question}", total=len(talks))
+            exchanges += progress.track(answers(f"round {number}", talks, (alone, kvtier)), task_id=asking)
         restarting = progress.add_task("killing the engine, starting a new one", total=1)
         kvtier.kill()
         successor.start(model=model, **ENGINE, **kvtier_arguments(tier))
+        ask(LAST_QUESTION, talks, (alone, successor))  # alone need not wait for the new one
         successor.wait_until_ready()
         progress.advance(restarting)
-        progress.update(talking, description=f"after the restart: {LAST_QUESTION}")
-        for exchange in play("restarted", LAST_QUESTION, talks, (alone, successor)):
-            exchanges.append(exchange)
-            progress.advance(talking)
-        alone.kill()
-        successor.kill()
+        asking = progress.add_task(f"after the restart: {LAST_QUESTION}", total=len(talks))
+        exchanges += progress.track(answers("restarted", talks, (alone, successor)), task_id=asking)
+    alone.kill()
+    successor.kill()
     return exchanges
 
 

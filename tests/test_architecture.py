@@ -57,7 +57,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "pydantic": ("kvtier.config",),
     "pydantic_core": ("kvtier.config",),
     "yaml": ("kvtier.config",),
-    "vllm": ("kvtier.connectors.vllm",),
+    "vllm": ("kvtier.connectors.vllm", "kvtier.bench.engine"),
     "prometheus_client": ("kvtier.connectors.vllm",),
     "rich": ("kvtier.cli", "kvtier.bench"),
     "matplotlib": ("kvtier.bench",),

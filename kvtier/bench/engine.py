@@ -1,0 +1,145 @@
+"""``kvtier bench engine``: the whole path in the real vLLM, in the environment where vLLM is installed.
+
+Time to first token of prompts that hit, beside computing them in the same engine; and what storing costs when nothing is ever used
+again, beside a vLLM without kvtier that gets the same prompts in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from kvtier.bench.report import Record, publish, record
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+ARGUMENTS = {"dtype": "bfloat16", "block_size": 32, "max_model_len": 4096, "max_num_seqs": 8, "enable_prefix_caching": False}
+LIMITS = {(3600, "host"): 0.02, (3600, "disk"): 0.04, (900, "host"): 0.08, (900, "disk"): None}
+OVERHEAD_LIMIT = 1.03
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per figure (default: 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, writes. Returns the exit status."""
+    os.environ.update(ENVIRONMENT)
+    directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-"))
+    try:
+        records = [*first_tokens(args.model, args.rounds, directory), overhead(args.model, args.rounds, directory)]
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    publish("kvtier bench engine", records, args.json)
+    return 0
+
+
+def first_tokens(model: str, rounds: int, directory: Path) -> Iterator[Record]:
+    """Prompts of 3,600 and 900 tokens: computed, from host memory, and from disk by a new engine."""
+    sizes = (3600, 900)
+    computed: dict[int, list[float]] = {}
+    host: dict[int, list[float]] = {}
+    with _engine(model, directory) as ask:
+        for size in sizes:
+            answers = [(ask([_prompt(size, number)]), ask([_prompt(size, number)])) for number in range(rounds)]
+            computed[size] = [cold["ttft_s"] for cold, _ in answers]
+            host[size] = [warm["ttft_s"] for _, warm in answers]
+    with _engine(model, directory) as ask:
+        disk = {size: [ask([_prompt(size, number)])["ttft_s"] for number in range(rounds)] for size in sizes}
+    for size in sizes:
+        yield record("time to first token, computed", {"tokens": size}, computed[size], "ms")
+        for source, times in (("host", host[size]), ("disk", disk[size])):
+            share = statistics.median(times) / statistics.median(computed[size])
+            limit = LIMITS[size, source]
+            yield record(f"time to first token, {source}", {"tokens": size}, times, "ms")
+            yield Record(f"of computing, {source}", {"tokens": size}, share, "ratio", 0.0, limit, share / limit if limit else None)
+
+
+def overhead(model: str, rounds: int, directory: Path) -> Record:
+    """Eight new prompts of 500 tokens a round and 16 tokens each, by turns without and with kvtier, which stores everything."""
+    ratios = []
+    with _engine(model, None) as alone, _engine(model, directory) as kvtier:
+        for number in range(rounds + 1):
+            prompts = [_prompt(500, 1000 + 8 * number + index) for index in range(8)]
+            seconds = [ask(prompts)["seconds"] for ask in ((alone, kvtier) if number % 2 else (kvtier, alone))]
+            without, with_kvtier = seconds if number % 2 else seconds[::-1]
+            ratios.append(with_kvtier / without)
+    ratios = sorted(ratios[1:])  # the first round warms up
+    value = statistics.median(ratios)
+    return Record(
+        "storing without reuse", {"rounds": rounds}, value, "ratio", ratios[-1] - ratios[0], OVERHEAD_LIMIT, value / OVERHEAD_LIMIT
+    )
+
+
+def _prompt(num_tokens: int, number: int) -> list[int]:
+    """Token ids that no other number shares, not even at the start."""
+    return [1000 + number, *((7919 * number + 31 * position) % 40_000 + 1000 for position in range(num_tokens - 1))]
+
+
+@contextmanager
+def _engine(model: str, directory: Path | None) -> Iterator[Any]:
+    """An engine in a process of its own; yields a function from prompts to what was measured."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, model, directory), daemon=True)
+    process.start()
+    theirs.close()
+    ours.recv()
+
+    def ask(prompts: list[list[int]]) -> dict[str, float]:
+        ours.send(prompts)
+        answer: dict[str, float] = ours.recv()
+        return answer
+
+    try:
+        yield ask
+    finally:
+        ours.send(None)
+        process.join(60.0)
+
+
+def _serve(pipe: Connection, model: str, directory: Path | None) -> None:
+    from vllm import LLM, SamplingParams  # noqa: PLC0415 - only this process needs it
+    from vllm.config import KVTransferConfig  # noqa: PLC0415
+
+    more = {} if directory is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(directory))}
+    llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, **more)
+    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    llm.generate([{"prompt_token_ids": _prompt(64, 0)}], sampling, use_tqdm=False)
+    pipe.send("ready")
+    while (prompts := pipe.recv()) is not None:
+        start = time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        pipe.send({"seconds": time.perf_counter() - start, "ttft_s": outputs[0].metrics.first_token_latency})
+    llm.llm_engine.engine_core.shutdown()
+
+
+def _transfer_settings(directory: Path) -> dict[str, Any]:
+    return {
+        "kv_connector": "KVTierConnector",
+        "kv_connector_module_path": "kvtier.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "tiers": [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]
+        },
+    }
