@@ -83,7 +83,7 @@ def repeat(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     rounds = []
     for together in settings.get("rounds", [False, False, True]):
         llm.reset_prefix_cache()
-        texts = prompts()
+        texts = prompts()[: settings.get("num_prompts", 8)]
         rounds.append(generate(llm, texts) if together else [generate(llm, [text])[0] for text in texts])
     return {"rounds": rounds, "metrics": metrics(llm)}
 

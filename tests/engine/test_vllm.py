@@ -135,13 +135,16 @@ def test_what_is_refused_says_why() -> None:
     assert "tiers[0].capacity" in messages[2]
 
 
+@pytest.mark.timeout(900)
 def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
     """Two workers share the arena, each with its heads of every block: the same tokens as two workers without kvtier."""
     model = make_tiny_model(tmp_path / "tiny")
     engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "KVTIER_TEST_MODEL": str(model)}
-    alone = run("repeat", rounds=[False], engine=engine, environment=environment)["rounds"][0]
-    result = run("repeat", kvtier=host_and_disk(tmp_path / "tier"), engine=engine, environment=environment, rounds=[False, True])
+    # Few prompts: two workers that wait for each other in spin loops on two busy cores are slow.
+    more = {"engine": engine, "environment": environment, "num_prompts": 3, "timeout_s": 400.0}
+    alone = run("repeat", rounds=[False], **more)["rounds"][0]
+    result = run("repeat", kvtier=host_and_disk(tmp_path / "tier"), rounds=[False, True], **more)
     for answers in result["rounds"]:
         assert_same(alone, answers)
-    assert loaded_tokens(result["rounds"][1])["host_tokens"] > EVERY_SECOND_PROMPT_HITS
+    assert loaded_tokens(result["rounds"][1])["host_tokens"] > 3 * 200

@@ -1,6 +1,6 @@
 """A small Llama with random weights and an even number of heads, since the real model's nine do not divide by two.
 
-    python tests/engine/tiny.py DIRECTORY TOKENIZER_DIRECTORY
+python tests/engine/tiny.py DIRECTORY TOKENIZER_DIRECTORY
 """
 
 from __future__ import annotations

@@ -303,7 +303,8 @@ def test_a_restart_finds_the_disk(tmp_path: Path) -> None:
     def tier() -> DiskTier:
         return DiskTier(tmp_path / "disk", 8 << 20, segment_bytes=1 << 20, durable=False)
 
-    system = FakeSystem(tmp_path, NAMESPACE, FakeSystemOptions(num_ranks=2, host_blocks=24), tiers=[tier()])
+    # Room for all of it, so that nothing is evicted before it was written.
+    system = FakeSystem(tmp_path, NAMESPACE, FakeSystemOptions(num_ranks=2, host_blocks=64), tiers=[tier()])
     for number in range(5):
         ask(system.engine, f"r{number}", prompt(number, 37))
     system.settle()
