@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ("What is this text about?", "Name one detail of it.")
 LAST_QUESTION = "What must one not do?"
-MAX_TOKENS = 12
+MAX_TOKENS = 6
 BLOCK_TOKENS = 32
 KV_BLOCKS = 96
 """the engine's own KV memory: 3,072 tokens, prefix caching on"""
@@ -33,12 +33,12 @@ ENGINE = {"dtype": "float32", "block_size": BLOCK_TOKENS, "num_gpu_blocks_overri
 
 
 def documents() -> dict[str, str]:
-    """Real texts that are at hand everywhere: the licence, and chapters of Python's own reference. about 1,600 tokens each."""
+    """Real texts that are at hand everywhere: the licence, and chapters of Python's own reference. about 1,500 tokens each."""
     topics = pydoc_data.topics.topics
     return {
-        "Apache License": (ROOT / "LICENSE").read_text()[:8200],
-        "Python: format strings": topics["formatstrings"][:6200],
-        "Python: the import system": topics["import"][:6800],
+        "Apache License": (ROOT / "LICENSE").read_text()[:7800],
+        "Python: format strings": topics["formatstrings"][:6000],
+        "Python: the import system": topics["import"][:6500],
     }
 
 
@@ -76,19 +76,12 @@ class Conversation:
         self._text += f"{answer}<|im_end|>\n<|im_start|>user\n"
 
 
-def ask(question: str, talks: dict[str, Conversation], engines: tuple[Engine, Engine]) -> None:
-    """Puts one question on every document to both engines, which answer one after the other. Each engine has a core of its own."""
-    prompts = [talk.ask(question) for talk in talks.values()]
-    for engine in engines:
-        for prompt in prompts:
-            engine.ask(prompt, MAX_TOKENS)
-
-
-def answers(stage: str, talks: dict[str, Conversation], engines: tuple[Engine, Engine]) -> Iterator[Exchange]:
-    """The answers to what was asked, document by document."""
+def answers(stage: str, question: str, talks: dict[str, Conversation], engines: tuple[Engine, Engine]) -> Iterator[Exchange]:
+    """Puts one question on every document to both engines, one after the other, so that neither slows the other down."""
     alone, kvtier = engines
     for name, talk in talks.items():
-        exchange = Exchange(stage, name, alone=alone.answer(), kvtier=kvtier.answer())
+        prompt = talk.ask(question)
+        exchange = Exchange(stage, name, alone=alone.ask(prompt, MAX_TOKENS), kvtier=kvtier.ask(prompt, MAX_TOKENS))
         talk.answered(exchange.alone.text)
         yield exchange
 
@@ -111,17 +104,15 @@ def run(model: str, work: Path, console: Console) -> list[Exchange]:
             engine.wait_until_ready()
             progress.advance(starting)
         for number, question in enumerate(QUESTIONS, start=1):
-            ask(question, talks, (alone, kvtier))
             asking = progress.add_task(f"round {number}: {question}", total=len(talks))
-            exchanges += progress.track(answers(f"round {number}", talks, (alone, kvtier)), task_id=asking)
+            exchanges += progress.track(answers(f"round {number}", question, talks, (alone, kvtier)), task_id=asking)
         restarting = progress.add_task("killing the engine, starting a new one", total=1)
         kvtier.kill()
         successor.start(model=model, **ENGINE, **kvtier_arguments(tier))
-        ask(LAST_QUESTION, talks, (alone, successor))  # alone need not wait for the new one
         successor.wait_until_ready()
         progress.advance(restarting)
         asking = progress.add_task(f"after the restart: {LAST_QUESTION}", total=len(talks))
-        exchanges += progress.track(answers("restarted", talks, (alone, successor)), task_id=asking)
+        exchanges += progress.track(answers("restarted", LAST_QUESTION, talks, (alone, successor)), task_id=asking)
     alone.kill()
     successor.kill()
     return exchanges

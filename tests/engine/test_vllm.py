@@ -6,6 +6,7 @@ Each test starts one engine or two, each in a process of its own.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,7 +143,7 @@ def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
     engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "KVTIER_TEST_MODEL": str(model)}
     # Few prompts: two workers that wait for each other in spin loops on two busy cores are slow.
-    more = {"engine": engine, "environment": environment, "num_prompts": 3, "timeout_s": 400.0}
+    more: dict[str, Any] = {"engine": engine, "environment": environment, "num_prompts": 3, "timeout_s": 400.0}
     alone = run("repeat", rounds=[False], **more)["rounds"][0]
     result = run("repeat", kvtier=host_and_disk(tmp_path / "tier"), rounds=[False, True], **more)
     for answers in result["rounds"]:
