@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -60,11 +61,12 @@ def first_tokens(model: str, rounds: int, directory: Path) -> Iterator[Record]:
     host: dict[int, list[float]] = {}
     with _engine(model, directory) as ask:
         for size in sizes:
-            answers = [(ask([_prompt(size, number)]), ask([_prompt(size, number)])) for number in range(rounds)]
+            prompts = [_prompt(size, size // 10 + number) for number in range(rounds)]  # no size is a prefix of another one
+            answers = [(ask([prompt]), ask([prompt])) for prompt in prompts]
             computed[size] = [cold["ttft_s"] for cold, _ in answers]
             host[size] = [warm["ttft_s"] for _, warm in answers]
     with _engine(model, directory) as ask:
-        disk = {size: [ask([_prompt(size, number)])["ttft_s"] for number in range(rounds)] for size in sizes}
+        disk = {size: [ask([_prompt(size, size // 10 + number)])["ttft_s"] for number in range(rounds)] for size in sizes}
     for size in sizes:
         yield record("time to first token, computed", {"tokens": size}, computed[size], "ms")
         for source, times in (("host", host[size]), ("disk", disk[size])):
@@ -77,7 +79,7 @@ def first_tokens(model: str, rounds: int, directory: Path) -> Iterator[Record]:
 def overhead(model: str, rounds: int, directory: Path) -> Record:
     """Eight new prompts of 500 tokens a round and 16 tokens each, by turns without and with kvtier, which stores everything."""
     ratios = []
-    with _engine(model, None) as alone, _engine(model, directory) as kvtier:
+    with _engine(model, directory, has_kvtier=False) as alone, _engine(model, directory) as kvtier:
         for number in range(rounds + 1):
             prompts = [_prompt(500, 1000 + 8 * number + index) for index in range(8)]
             seconds = [ask(prompts)["seconds"] for ask in ((alone, kvtier) if number % 2 else (kvtier, alone))]
@@ -96,11 +98,11 @@ def _prompt(num_tokens: int, number: int) -> list[int]:
 
 
 @contextmanager
-def _engine(model: str, directory: Path | None) -> Iterator[Any]:
+def _engine(model: str, directory: Path, *, has_kvtier: bool = True) -> Iterator[Any]:
     """An engine in a process of its own; yields a function from prompts to what was measured."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, model, directory), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, model, directory, has_kvtier), daemon=True)
     process.start()
     theirs.close()
     ours.recv()
@@ -117,11 +119,14 @@ def _engine(model: str, directory: Path | None) -> Iterator[Any]:
         process.join(60.0)
 
 
-def _serve(pipe: Connection, model: str, directory: Path | None) -> None:
+def _serve(pipe: Connection, model: str, directory: Path, has_kvtier: bool) -> None:
+    with (directory / "engines.log").open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
     from vllm import LLM, SamplingParams  # noqa: PLC0415 - only this process needs it
     from vllm.config import KVTransferConfig  # noqa: PLC0415
 
-    more = {} if directory is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(directory))}
+    more = {"kv_transfer_config": KVTransferConfig(**_transfer_settings(directory))} if has_kvtier else {}
     llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, **more)
     sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     llm.generate([{"prompt_token_ids": _prompt(64, 0)}], sampling, use_tqdm=False)

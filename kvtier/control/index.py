@@ -57,22 +57,22 @@ class Index:
     def match(self, keys: Iterable[BlockKey], visible: int) -> PrefixMatch:
         """The leading run held by the ``visible`` tiers. Stops at the first miss, so ``keys`` may be lazy."""
         get = self._entries.get
-        hits = 0
         ready = 0
-        pending = False
-        for key in keys:
+        remaining = iter(keys)
+        for key in remaining:
             entry = get(key)
-            if entry is None:
+            if entry is None or not entry.readable & HOST:
                 break
-            readable = entry.readable & visible
-            if readable & HOST:
-                if ready == hits:
-                    ready += 1
-            elif not readable:
-                break
-            elif entry.busy & HOST:
-                pending = True
+            ready += 1
+        else:
+            return PrefixMatch(ready, ready, False)
+        hits = ready
+        pending = False
+        while entry is not None and entry.readable & visible:
+            pending = pending or not entry.readable & HOST and bool(entry.busy & HOST)
             hits += 1
+            key = next(remaining, None)
+            entry = None if key is None else get(key)
         return PrefixMatch(hits, ready, pending)
 
     def run(self, keys: Sequence[BlockKey], start: int, mask: int) -> list[Entry]:

@@ -214,7 +214,7 @@ def test_many_small_blocks_are_bounded_by_the_index(tmp_path: Path) -> None:
     metas = [meta_of(number, 100) for number in range(bound + 100)]
     outcomes = store(tier, metas)
     assert (Outcome.OK,) * bound + (Outcome.REJECTED,) * 100 == outcomes
-    for start in range(0, bound - 100, 100):
+    for start in range(0, bound - 200, 100):
         tier.remove([meta.key for meta in metas[start : start + 200 : 2]])
         assert {Outcome.OK} == set(store(tier, metas[start : start + 200 : 2]))
     assert {Outcome.OK} == set(load(tier, metas[:bound]))
