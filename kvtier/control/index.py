@@ -69,7 +69,7 @@ class Index:
         hits = ready
         pending = False
         while entry is not None and entry.readable & visible:
-            pending = pending or not entry.readable & HOST and bool(entry.busy & HOST)
+            pending = pending or (not entry.readable & HOST and bool(entry.busy & HOST))
             hits += 1
             key = next(remaining, None)
             entry = None if key is None else get(key)
