@@ -12,12 +12,11 @@ from pathlib import Path
 
 from cupy.cuda import nvrtc
 
+from kvtier.copy.cuda_params import BULK_CAPABILITY
+
 _INSTALLED = Path(__file__).resolve().parent / "cuda_sources"
 SOURCES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 """where the texts lie: inside an installed package, or in the checkout"""
-
-BULK_CAPABILITY = 90
-"""the first compute capability with the bulk copy engine, as 10 * major + minor"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ from kvtier.layout import KVLayout, Segment
 MAX_BLOCKS = 128
 """of one launch of a copy kernel"""
 
+BULK_CAPABILITY = 90
+"""the first compute capability with the bulk copy engine, as 10 * major + minor"""
+
 MAX_SPANS = 64
 """of one launch of a rotation"""
 

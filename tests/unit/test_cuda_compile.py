@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("cupy", reason="cupy is not installed: no CUDA kernel was compiled")
 from cupy.cuda import nvrtc
 
-from kvtier.copy.cuda_kernels import BULK_CAPABILITY, MODULES, KernelError, Resources, compile_module, resources_in, source_of
+from kvtier.copy.cuda_kernels import MODULES, KernelError, Resources, compile_module, resources_in, source_of
+from kvtier.copy.cuda_params import BULK_CAPABILITY
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 MAX_REGISTERS = {"paged_copy": 64, "bulk_copy": 64, "rope_shift": 40}
