@@ -7,7 +7,7 @@ stores. What a way submits to a lane is in order with everything that was submit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -73,8 +73,13 @@ class Bound:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one engine block."""
+        """Bytes of one engine block, as far as the table goes."""
         return int(self.table.rows["num_bytes"].sum())
+
+    def part(self, first: int, stop: int) -> Bound:
+        """The same for some neighbouring segments: of every block their bytes alone."""
+        moved = int(self.table.rows["slot_offset"][first] - self.table.rows["slot_offset"][0])
+        return replace(self, table=self.table.part(first, stop), arena_address=self.arena_address + moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +105,6 @@ class CopyWay(Protocol):
     def submit(self, batch: Batch, direction: Direction, after: DeviceEvent) -> DeviceEvent:
         """Starts the copies; the returned event is their end. They touch paged memory only after ``after``."""
 
-    def close(self) -> None:
-        """Gives device memory back; nothing may be running. Idempotent."""
-
 
 class DmaCopies:
     """The copy engines, told of all runs at once. The best for large runs; costs no multiprocessor."""
@@ -119,9 +121,6 @@ class DmaCopies:
         for part in runs.slices(self._bound.settings.slice_bytes):
             runtime.copy(stream, *_ends(part, direction), part.num_bytes)
         return runtime.record(stream)
-
-    def close(self) -> None:
-        pass
 
 
 class BulkCopies:
@@ -171,8 +170,49 @@ class BulkCopies:
             bound.runtime.launch(stream, Launch("bulk_copy", params, bound.settings.num_blocks, BULK_THREADS, self._shared_bytes))
         return bound.runtime.record(stream)
 
+
+class Buffer:
+    """One staging buffer, and when it may be filled again."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+        self.freed: DeviceEvent | None = None
+
+
+class Ring:
+    """Buffers that are used by turns."""
+
+    def __init__(self, address: int, size: int, count: int) -> None:
+        self._buffers = [Buffer(address + index * size) for index in range(count)]
+        self._next = 0
+
+    def take(self) -> Buffer:
+        """The buffer that was taken the longest ago."""
+        buffer = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        return buffer
+
+
+class Staging:
+    """The staging buffers of both directions, in device memory.
+
+    Raises:
+        MemoryError: they do not fit; says how much they take and how much there is.
+    """
+
+    def __init__(self, runtime: CudaRuntime, settings: CopySettings) -> None:
+        size, count = settings.slice_bytes, settings.num_buffers
+        try:
+            self._memory: DeviceMemory = runtime.allocate(2 * count * size)
+        except MemoryError as error:
+            needed = f"num_buffers={count} staging buffers of slice_bytes={size} for each direction take {2 * count * size} bytes"
+            raise MemoryError(f"{needed}: {error}") from error
+        first = self._memory.address
+        self.rings: Mapping[Direction, Ring] = {"load": Ring(first, size, count), "store": Ring(first + count * size, size, count)}
+
     def close(self) -> None:
-        pass
+        """Gives the memory back; nothing may be running. Idempotent."""
+        self._memory.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,22 +238,14 @@ class StagedCopies:
 
     Raises:
         ValueError: one segment is larger than a buffer; says by how much.
-        MemoryError: the buffers do not fit into the device's memory.
     """
 
     way = Way.STAGED
 
-    def __init__(self, bound: Bound) -> None:
+    def __init__(self, bound: Bound, staging: Staging) -> None:
         self._bound = bound
+        self._staging = staging
         self._groups = list(_groups(bound.table, bound.settings.slice_bytes))
-        size, count = bound.settings.slice_bytes, bound.settings.num_buffers
-        try:
-            self._memory: DeviceMemory = bound.runtime.allocate(2 * count * size)
-        except MemoryError as error:
-            needed = f"num_buffers={count} staging buffers of slice_bytes={size} for each direction take {2 * count * size} bytes"
-            raise MemoryError(f"{needed}: {error}") from error
-        first = self._memory.address
-        self._rings = {"load": _Ring(first, size, count), "store": _Ring(first + count * size, size, count)}
 
     def submit(self, batch: Batch, direction: Direction, after: DeviceEvent) -> DeviceEvent:
         step = self._load_slice if direction == "load" else self._store_slice
@@ -223,13 +255,10 @@ class StagedCopies:
         for group in self._groups:
             blocks = min(MAX_BLOCKS, self._bound.settings.slice_bytes // group.padded_bytes)
             for start in range(0, len(batch), blocks):
-                event = step(group, batch.part(start, start + blocks), self._rings[direction])
+                event = step(group, batch.part(start, start + blocks), self._staging.rings[direction])
         return event
 
-    def close(self) -> None:
-        self._memory.close()
-
-    def _load_slice(self, group: _Group, batch: Batch, ring: _Ring) -> DeviceEvent:
+    def _load_slice(self, group: _Group, batch: Batch, ring: Ring) -> DeviceEvent:
         runtime, lane = self._bound.runtime, self._bound.lanes["load"]
         buffer = ring.take()
         if buffer.freed is not None:
@@ -241,7 +270,7 @@ class StagedCopies:
         buffer.freed = runtime.record(lane.kernel)
         return buffer.freed
 
-    def _store_slice(self, group: _Group, batch: Batch, ring: _Ring) -> DeviceEvent:
+    def _store_slice(self, group: _Group, batch: Batch, ring: Ring) -> DeviceEvent:
         runtime, lane = self._bound.runtime, self._bound.lanes["store"]
         buffer = ring.take()
         if buffer.freed is not None:
@@ -253,12 +282,12 @@ class StagedCopies:
         buffer.freed = runtime.record(lane.transfer)
         return buffer.freed
 
-    def _kernel(self, group: _Group, batch: Batch, buffer: _Buffer, *, to_paged: bool) -> Launch:
+    def _kernel(self, group: _Group, batch: Batch, buffer: Buffer, *, to_paged: bool) -> Launch:
         places = np.arange(len(batch), dtype=np.int64) * group.padded_bytes
         params = paged_copy(group.table, buffer.address, batch.block_ids, places, to_paged=to_paged)
         return Launch("paged_copy", params, self._bound.settings.num_blocks, COPY_THREADS)
 
-    def _staged_runs(self, group: _Group, batch: Batch, buffer: _Buffer) -> Runs:
+    def _staged_runs(self, group: _Group, batch: Batch, buffer: Buffer) -> Runs:
         """Between a staging buffer, in ``paged``'s place, and the arena."""
         staged = buffer.address + np.arange(len(batch), dtype=np.uint64) * np.uint64(group.padded_bytes)
         arena = (self._bound.arena_address + group.slot_offset + batch.offsets).astype(np.uint64)
@@ -272,31 +301,9 @@ def _groups(table: DeviceTable, slice_bytes: int) -> Iterator[_Group]:
     first = total = 0
     for index, size in enumerate([*sizes, slice_bytes + 1]):
         if total + size > slice_bytes and total:
-            yield _Group(table.part(first, index), int(table.rows["slot_offset"][first]), total, min(-(-total // 16) * 16, slice_bytes))
+            yield _Group(table.part(first, index), int(table.rows["slot_offset"][first] - table.rows["slot_offset"][0]), total, min(-(-total // 16) * 16, slice_bytes))
             first, total = index, 0
         total += size
-
-
-class _Buffer:
-    """One staging buffer, and when it may be filled again."""
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-        self.freed: DeviceEvent | None = None
-
-
-class _Ring:
-    """Buffers that are used by turns."""
-
-    def __init__(self, address: int, size: int, count: int) -> None:
-        self._buffers = [_Buffer(address + index * size) for index in range(count)]
-        self._next = 0
-
-    def take(self) -> _Buffer:
-        """The buffer that was taken the longest ago."""
-        buffer = self._buffers[self._next]
-        self._next = (self._next + 1) % len(self._buffers)
-        return buffer
 
 
 def _ends(runs: Runs, direction: Direction) -> tuple[Addresses, Addresses]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cuda_choice import CopyTable, Measured, Way
-from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
+from kvtier.copy.cuda_copier import ArenaPlace, CopierOptions, CudaCopier
 from kvtier.copy.cuda_ways import CopySettings
 from kvtier.layout import KVLayout, Segment
 from kvtier.testing.simulated_cuda import RaceError, SimulatedCuda
@@ -24,9 +24,9 @@ class Rig:
     """An engine's pages on a simulated device, an arena, and a copier between them."""
 
     def __init__(
-        self, sizes: list[int], num_blocks: int = 6, *, forced: Way | None = None, seed: int = 0, fail_at: int | None = None, **more: Any
+        self, sizes: list[int], num_blocks: int = 6, *, forced: Way | None = None, fail_at: int | None = None, layers: list[range] | None = None, **more: Any
     ) -> None:
-        self.device = SimulatedCuda(seed=seed, **more)
+        self.device = SimulatedCuda(**more)
         random = np.random.default_rng(5)
         self.strides = [size + 16 for size in sizes]
         self.sizes = sizes
@@ -44,8 +44,7 @@ class Rig:
             self.device,
             ArenaPlace(self.arena.ctypes.data, len(self.arena)),
             compute_stream=lambda: self.device.compute,
-            settings=SMALL,
-            forced=forced,
+            options=CopierOptions(SMALL, forced=forced, layers=layers),
         )
         if fail_at is not None:
             self.device.fail_at = len(self.device.log) + fail_at
@@ -229,13 +228,45 @@ def test_batches_go_the_way_that_was_measured() -> None:
         rig.device,
         ArenaPlace(rig.arena.ctypes.data, len(rig.arena)),
         compute_stream=lambda: rig.device.compute,
-        settings=SMALL,
-        table=rig.copier.table,
+        options=CopierOptions(SMALL, CopyTable(measured, {Way.BULK: "not now"})),
     )
     copier.scatter([BlockCopy(block, 4096 * block) for block in range(6)]).wait()
     assert "copy" == rig.device.log[-1].name
     copier.scatter([BlockCopy(block, 4096 * (5 - block)) for block in range(6)]).wait()
     assert "paged_copy" == rig.device.log[-1].name
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.sampled_from(list(Way)), st.integers(0, 10_000))
+def test_layers_arrive_one_after_the_other(segments_of_layers: list[int], way: Way, seed: int) -> None:
+    """Waiting for a layer's event is enough for what is computed from that layer; all together are the whole blocks."""
+    layers, total = [], 0
+    for count in segments_of_layers:
+        layers.append(range(total, total + count))
+        total += count
+    rig = Rig([[4096, 6144, 48][index % 3] for index in range(total)], forced=way, seed=seed, layers=layers)
+    pairs = [(4, 0), (1, 3)]
+    expected = {block: rig.slot(slot) for block, slot in pairs}
+    events = rig.copier.scatter_layers(rig.copies(pairs))
+    assert rig.copier.num_layers == len(layers) == len(events)
+    seen: dict[tuple[int, int], bytes] = {}
+    for number, (layer, event) in enumerate(zip(layers, events, strict=True)):
+        event.order_compute()
+        reads = [rig.ranges(block)[index] for block, _ in pairs for index in layer]
+
+        def attend(number: int = number, layer: range = layer) -> None:
+            for block, _ in pairs:
+                start, stop = sum(rig.sizes[: layer.start]), sum(rig.sizes[: layer.stop])
+                seen[number, block] = rig.block(block)[start:stop]
+
+        rig.device.submit("attention", rig.device.compute, attend, reads=reads)
+    rig.device.finish()
+    assert expected == {block: b"".join(seen[number, block] for number in range(len(layers))) for block, _ in pairs}
+
+
+def test_layers_that_do_not_divide_the_segments() -> None:
+    """Are refused."""
+    with pytest.raises(ValueError, match=r"layers \[range\(0, 1\)\] do not divide 2 segments"):
+        Rig([4096, 4096], layers=[range(0, 1)])
 
 
 class TestRefusals:
