@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
-from kvtier.copy.cuda_params import SEGMENT, DeviceTable, Record, merged, segment_table
+from kvtier.copy.cuda_params import SEGMENT, DeviceTable, merged, segment_table
 from kvtier.copy.cuda_runs import runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory
 from kvtier.copy.cuda_ways import Batch, Bound, BulkCopies, CopySettings, CopyWay, DmaCopies, Lane, StagedCopies, Staging
@@ -208,7 +209,7 @@ def upload_segments(segments: Sequence[Segment], runtime: CudaRuntime, stream: i
     return memory, DeviceTable(rows, memory.address, chunk_bytes)
 
 
-def upload(rows: Record, runtime: CudaRuntime, stream: int) -> DeviceMemory:
+def upload(rows: np.ndarray[Any, np.dtype[Any]], runtime: CudaRuntime, stream: int) -> DeviceMemory:
     """A copy of ``rows`` in device memory, complete on return."""
     memory = runtime.allocate(rows.nbytes)
     target, source = (np.array([address], np.uint64) for address in (memory.address, rows.ctypes.data))

@@ -108,9 +108,18 @@ class SimulatedCuda:
         memory_bytes: what can be allocated
         seed: of the order in which streams are served
         fail_at: number of the operation whose submission fails, counted from 0; None for none
+        kernels: what plays the kernels other than the copies; nothing is known of the bytes that these touch
     """
 
-    def __init__(self, *, capability: int = 90, memory_bytes: int = 1 << 30, seed: int = 0, fail_at: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        capability: int = 90,
+        memory_bytes: int = 1 << 30,
+        seed: int = 0,
+        fail_at: int | None = None,
+        kernels: Callable[[Launch], None] | None = None,
+    ) -> None:
         self.capability = capability
         self.reads_host_memory = True
         self.free_bytes = memory_bytes
@@ -119,6 +128,7 @@ class SimulatedCuda:
         self.log: list[_Operation] = []
         """all operations ever submitted, in that order"""
         self.fail_at = fail_at
+        self._kernels = kernels
         self._random = random.Random(seed)
         self._host_clock: dict[int, int] = {}
         self.compute = self.open_stream(is_urgent=False)
@@ -162,6 +172,10 @@ class SimulatedCuda:
         self.submit("copy", stream, lambda: _move(runs), reads, writes)
 
     def launch(self, stream: int, launch: Launch) -> None:
+        play = self._kernels
+        if PAGED_COPY != launch.params.dtype and play is not None:
+            self.submit(launch.kernel, stream, lambda: play(launch))
+            return
         assert PAGED_COPY == launch.params.dtype
         paged, contiguous = _sides(launch.params[0])
         to_paged = bool(launch.params[0]["to_paged"])
