@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -99,7 +99,7 @@ class GpuBench:
         self._lanes: dict[Direction, Lane] = open_lanes(runtime)
         self._engine = runtime.open_stream(is_urgent=False)
 
-    def __enter__(self) -> GpuBench:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -243,7 +243,9 @@ def beside_a_matrix_product(bench: GpuBench, *, size: int = 8192, products: int 
                 times[is_loading].append(elapsed)
     ratios = [with_load / alone for with_load, alone in zip(times[True], times[False], strict=True)]
     value = statistics.median(ratios)
-    yield Record("matrix product beside a load", {"size": size, "dtype": "bf16"}, value, "ratio", max(ratios) - min(ratios), 1.02, value / 1.02)
+    yield Record(
+        "matrix product beside a load", {"size": size, "dtype": "bf16"}, value, "ratio", max(ratios) - min(ratios), 1.02, value / 1.02
+    )
 
 
 def _record(name: str, params: dict[str, Any], rates: Sequence[float], limit: float) -> Record:

@@ -19,13 +19,13 @@ _PREFER_OVERLAP_WITH_COMPUTE = 1
 class Location(ctypes.Structure):
     """``CUmemLocation``."""
 
-    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]  # noqa: RUF012 - ctypes asks for a list
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
 
 
 class Attributes(ctypes.Structure):
     """``CUmemcpyAttributes``."""
 
-    _fields_ = [  # noqa: RUF012 - as above
+    _fields_ = [
         ("source_order", ctypes.c_int),
         ("source_hint", Location),
         ("target_hint", Location),

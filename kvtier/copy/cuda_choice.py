@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -79,7 +80,7 @@ class CopyTable:
             return None
         if piece_bytes <= points[0][0]:
             return points[0][1]
-        for (left, left_rate), (right, right_rate) in zip(points, points[1:], strict=False):
+        for (left, left_rate), (right, right_rate) in itertools.pairwise(points):
             if piece_bytes <= right:
                 share = math.log(piece_bytes / left) / math.log(right / left)
                 return left_rate + share * (right_rate - left_rate)

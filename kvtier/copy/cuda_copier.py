@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
-from kvtier.copy.cuda_params import SEGMENT, DeviceTable, merged, segment_table
+from kvtier.copy.cuda_params import DeviceTable, merged, segment_table
 from kvtier.copy.cuda_runs import runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory
 from kvtier.copy.cuda_ways import Batch, Bound, BulkCopies, CopySettings, CopyWay, DmaCopies, Lane, StagedCopies, Staging
@@ -54,9 +54,9 @@ class DeviceCopyEvent:
 class CopierOptions:
     """How a :class:`CudaCopier` copies."""
 
-    settings: CopySettings = CopySettings()
+    settings: CopySettings = field(default_factory=CopySettings)
     """what a copy may take of the device"""
-    table: CopyTable = CopyTable()
+    table: CopyTable = field(default_factory=CopyTable)
     """what was measured; without it the choice is by piece size alone"""
     forced: Way | None = None
     """the way to go whatever was measured"""
@@ -88,8 +88,9 @@ class CudaCopier:
         arena: ArenaPlace,
         *,
         compute_stream: Callable[[], int],
-        options: CopierOptions = CopierOptions(),
+        options: CopierOptions | None = None,
     ) -> None:
+        options = options or CopierOptions()
         self._runtime = runtime
         self._arena = arena
         self._compute_stream = compute_stream

@@ -109,9 +109,7 @@ def num_chunks(num_bytes: int, chunk_bytes: int) -> int:
     return -(-num_bytes // chunk_bytes)
 
 
-def paged_copy(
-    table: DeviceTable, contiguous: int, block_ids: Ints, offsets: Ints, *, to_paged: bool, num_stages: int = 0
-) -> Record:
+def paged_copy(table: DeviceTable, contiguous: int, block_ids: Ints, offsets: Ints, *, to_paged: bool, num_stages: int = 0) -> Record:
     """The parameters of a copy kernel.
 
     Args:

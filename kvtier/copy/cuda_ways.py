@@ -140,7 +140,9 @@ class BulkCopies:
         rows = bound.table.rows
         for name in ("num_bytes", "slot_offset", "stride", "base"):
             if (rows[name] % 16).any():
-                raise ValueError(f"bulk copies need multiples of 16 bytes, and a segment's {name} is {int(rows[name][rows[name] % 16 != 0][0])}")
+                raise ValueError(
+                    f"bulk copies need multiples of 16 bytes, and a segment's {name} is {int(rows[name][rows[name] % 16 != 0][0])}"
+                )
         if bound.arena_address % 16:
             raise ValueError(f"bulk copies need multiples of 16 bytes, and the arena is at {bound.arena_address}")
         self._bound = bound
@@ -301,7 +303,12 @@ def _groups(table: DeviceTable, slice_bytes: int) -> Iterator[_Group]:
     first = total = 0
     for index, size in enumerate([*sizes, slice_bytes + 1]):
         if total + size > slice_bytes and total:
-            yield _Group(table.part(first, index), int(table.rows["slot_offset"][first] - table.rows["slot_offset"][0]), total, min(-(-total // 16) * 16, slice_bytes))
+            yield _Group(
+                table.part(first, index),
+                int(table.rows["slot_offset"][first] - table.rows["slot_offset"][0]),
+                total,
+                min(-(-total // 16) * 16, slice_bytes),
+            )
             first, total = index, 0
         total += size
 

@@ -24,7 +24,9 @@ class Device:
     """the stream that the engine computes on at the time of the call"""
 
 
-def cuda_copier(layout: KVLayout, device: Device, arena: ArenaPlace, *, layers: Sequence[range] | None, forced: Way | None = None) -> CudaCopier | None:
+def cuda_copier(
+    layout: KVLayout, device: Device, arena: ArenaPlace, *, layers: Sequence[range] | None, forced: Way | None = None
+) -> CudaCopier | None:
     """A copier that was measured on this device; None, after one warning that says what to install, where CuPy is missing.
 
     The arena must be registered with CUDA. The table of what was measured is logged and is the copier's ``table``.

@@ -9,7 +9,7 @@ and repeated moves do not add up the rounding of a way back and forth.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,11 @@ Pairs = Literal["neox", "interleaved"]
 """which dimensions form a pair: i and i + rotary_dim / 2 (neox: Llama, Qwen), or 2i and 2i + 1 (interleaved: GPT-J, DeepSeek)"""
 
 Storage = Literal["bf16", "fp16", "fp32"]
-NUMPY_OF_STORAGE = {"bf16": np.dtype(np.uint16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+NUMPY_OF_STORAGE: Mapping[Storage, np.dtype[Any]] = {
+    "bf16": np.dtype(np.uint16),
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+}
 """numpy has no bf16: its bits are taken as uint16"""
 
 
@@ -39,7 +43,7 @@ class TokenShift:
 def plain_frequencies(theta: float, rotary_dim: int) -> Floats:
     """Radians per position of each pair, as the original paper and most models have them."""
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    return (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
+    return _floats(1.0 / np.power(np.float32(theta), exponents))
 
 
 def llama3_frequencies(
@@ -50,13 +54,13 @@ def llama3_frequencies(
     turns = original_max_positions * plain / np.float32(2 * math.pi)
     """of each pair over the original context"""
     blend = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0).astype(np.float32)
-    return ((1.0 - blend) * plain / np.float32(factor) + blend * plain).astype(np.float32)
+    return _floats((1.0 - blend) * plain / np.float32(factor) + blend * plain)
 
 
 def yarn_frequencies(
     theta: float, rotary_dim: int, *, factor: float, original_max_positions: int, beta_fast: float = 32.0, beta_slow: float = 1.0
 ) -> Floats:
-    """YaRN (Qwen, DeepSeek): pairs that turn often are kept, those that turn seldom are slowed down, with a ramp over the pairs' indices."""
+    """YaRN (Qwen, DeepSeek): pairs that turn often are kept, those seldom are slowed down, with a ramp over their indices."""
 
     def pair_with(turns: float) -> float:
         return rotary_dim * math.log(original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -67,7 +71,11 @@ def yarn_frequencies(
         high += 0.001
     ramp = np.clip((np.arange(rotary_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0).astype(np.float32)
     plain = plain_frequencies(theta, rotary_dim)
-    return (plain / np.float32(factor) * ramp + plain * (1.0 - ramp)).astype(np.float32)
+    return _floats(plain / np.float32(factor) * ramp + plain * (1.0 - ramp))
+
+
+def _floats(values: np.ndarray[Any, Any]) -> Floats:
+    return values.astype(np.float32)
 
 
 def shift_table(frequencies: Floats, deltas: Sequence[int]) -> Floats:
@@ -131,7 +139,9 @@ def from_floats(values: Floats, storage: Storage) -> Keys:
     """What is stored for fp32 values: to nearest, ties to even."""
     if storage != "bf16":
         with np.errstate(over="ignore"):
-            return values.astype(NUMPY_OF_STORAGE[storage])
+            converted: Keys = values.astype(NUMPY_OF_STORAGE[storage])
+        return converted
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))) >> 16
-    return np.where(np.isnan(values), bits >> 16 | np.uint32(0x40), rounded).astype(np.uint16)
+    result: Keys = np.where(np.isnan(values), bits >> 16 | np.uint32(0x40), rounded).astype(np.uint16)
+    return result

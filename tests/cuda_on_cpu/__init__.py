@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unused-function",
+    "-Wno-unknown-pragmas",
+)
 ROPE_KERNELS = tuple(f"rope_{pairs}_{storage}" for pairs in ("neox", "interleaved") for storage in ("bf16", "fp16", "fp32"))
 Record = np.ndarray[Any, np.dtype[np.void]]
 

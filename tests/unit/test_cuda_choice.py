@@ -70,7 +70,11 @@ def test_without_figures_the_size_decides() -> None:
 
 def test_wrong_and_refused_ways_are_never_chosen() -> None:
     """However fast; and where nothing is left that is an error, not a guess."""
-    fast = (Measured("load", Way.BULK, 4096, 99.0, is_right=False), Measured("load", Way.BULK, 8192, 99.0), Measured("load", Way.DMA, 4096, 1.0))
+    fast = (
+        Measured("load", Way.BULK, 4096, 99.0, is_right=False),
+        Measured("load", Way.BULK, 8192, 99.0),
+        Measured("load", Way.DMA, 4096, 1.0),
+    )
     assert Way.DMA is CopyTable(fast).choose("load", 8192)
     assert Way.STAGED is CopyTable(fast, {Way.DMA: "forbidden"}).choose("store", 8192, forced=Way.STAGED)
     with pytest.raises(ValueError, match="copying by dma was asked for, but forbidden"):
@@ -79,7 +83,10 @@ def test_wrong_and_refused_ways_are_never_chosen() -> None:
         CopyTable((), dict.fromkeys(Way, "forbidden")).choose("load", 8192)
 
 
-@given(st.dictionaries(st.tuples(st.sampled_from(DIRECTIONS), st.sampled_from(list(Way)), st.integers(1, 1 << 20)), st.floats(1.0, 1e12)), st.integers(1, 1 << 22))
+@given(
+    st.dictionaries(st.tuples(st.sampled_from(DIRECTIONS), st.sampled_from(list(Way)), st.integers(1, 1 << 20)), st.floats(1.0, 1e12)),
+    st.integers(1, 1 << 22),
+)
 def test_the_choice_is_never_much_slower(rates: dict[Any, float], size: int) -> None:
     """Whatever was measured: what is chosen reaches 95 % of the best figure for the size."""
     table = table_of(rates)
@@ -151,19 +158,20 @@ LIBRARY = r"""
 struct Location { int type, id; };
 struct Attributes { int order; struct Location source, target; unsigned flags; };
 size_t attributes_size(void) { return sizeof(struct Attributes); }
-static int copy(void** to, void** from, size_t* sizes, size_t count, struct Attributes* attributes, size_t* first, size_t num, void* stream) {
+typedef struct Attributes A;
+static int copy(void** to, void** from, size_t* sizes, size_t count, A* attributes, size_t* first, size_t num, void* stream) {
   if (stream == (void*)13) return 801;
   if (num != 1 || first[0] != 0 || attributes->order != 1 || attributes->flags != 1 || stream != (void*)7) return 1;
   for (size_t i = 0; i < count; ++i) memcpy(to[i], from[i], sizes[i]);
   return 0;
 }
 #ifdef OLD
-int cuMemcpyBatchAsync(void** to, void** from, size_t* sizes, size_t count, struct Attributes* a, size_t* f, size_t n, size_t* fail, void* s) {
+int cuMemcpyBatchAsync(void** to, void** from, size_t* sizes, size_t count, A* a, size_t* f, size_t n, size_t* fail, void* s) {
   *fail = 5;
   return copy(to, from, sizes, count, a, f, n, s);
 }
 #else
-int cuMemcpyBatchAsync_v2(void** to, void** from, size_t* sizes, size_t count, struct Attributes* a, size_t* f, size_t n, void* s) {
+int cuMemcpyBatchAsync_v2(void** to, void** from, size_t* sizes, size_t count, A* a, size_t* f, size_t n, void* s) {
   return copy(to, from, sizes, count, a, f, n, s);
 }
 #endif

@@ -56,7 +56,8 @@ def test_accesses_are_wide(name: str, accesses: list[str]) -> None:
 def test_a_spill_is_seen() -> None:
     """The report of a kernel that needs more than it gets says so: the check above can fail."""
     body = "\n".join(f"float v{i} = in[threadIdx.x + {i} * 32];" for i in range(200))
-    source = f'extern "C" __global__ void greedy(float* in) {{ {body} __syncthreads(); {" ".join(f"in[{i}] = v{199 - i};" for i in range(200))} }}'
+    rest = " ".join(f"in[{i}] = v{199 - i};" for i in range(200))
+    source = f'extern "C" __global__ void greedy(float* in) {{ {body} __syncthreads(); {rest} }}'
     program = nvrtc.createProgram(source, "greedy.cu", (), ())
     nvrtc.compileProgram(program, ("-arch=sm_80", "--ptxas-options=-v", "-maxrregcount=32"))
     found = resources_in(nvrtc.getProgramLog(program))

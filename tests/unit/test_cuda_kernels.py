@@ -29,7 +29,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelsOnCpu:
 def test_structs_lie_alike_on_both_sides(kernels: KernelsOnCpu, name: str) -> None:
     """Python writes each member where the kernels read it."""
     dtype: np.dtype[Any] = getattr(cuda_params, name.upper())
-    assert dtype.names is not None and dtype.fields is not None
+    assert dtype.names is not None
+    assert dtype.fields is not None
     assert [*(dtype.fields[field][1] for field in dtype.names), dtype.itemsize] == kernels.struct_layout(name)
 
 
@@ -52,7 +53,9 @@ class Memory:
     def __init__(self, segments: list[tuple[int, int, int]], num_blocks: int, num_slots: int, *, align: int = 1, shift: int = 0) -> None:
         self.pages = [aligned(gap + num_blocks * stride, seed) for seed, (gap, stride, _) in enumerate(segments)]
         self.layout = KVLayout(
-            tuple(Segment(page.ctypes.data + gap, stride, length) for page, (gap, stride, length) in zip(self.pages, segments, strict=True)),
+            tuple(
+                Segment(page.ctypes.data + gap, stride, length) for page, (gap, stride, length) in zip(self.pages, segments, strict=True)
+            ),
             num_blocks,
         )
         self.slot_bytes = -(-self.layout.block_bytes // align) * align
@@ -210,7 +213,9 @@ def test_neighbours_become_one_run() -> None:
     rows = segment_table(merged(layout).segments, 64)
     assert 1 == len(rows)
     runs = runs_of(rows, np.array([3, 4, 6]), np.array([0, 96, 192]), 0)
-    assert [(1288, 0, 192), (1576, 192, 96)] == list(zip(runs.paged.tolist(), runs.contiguous.tolist(), runs.num_bytes.tolist(), strict=True))
+    assert [(1288, 0, 192), (1576, 192, 96)] == list(
+        zip(runs.paged.tolist(), runs.contiguous.tolist(), runs.num_bytes.tolist(), strict=True)
+    )
     apart = KVLayout((Segment(1000, 64, 32), Segment(1032, 96, 64)), 8)
     assert apart == merged(apart)
 
@@ -231,7 +236,7 @@ class TestRotation:
         table = shift_table(plain_frequencies(10_000.0, 2 * num_pairs), [7, -3, 100_000])
         expected, actual = (self.keys((*shape, head_dim), order, storage) for _ in range(2))
         for layer in expected:
-            shift_keys(layer, shifts, table, pairs=pairs, storage=storage)
+            shift_keys(layer, shifts, table, pairs=pairs, storage=storage)  # type: ignore[arg-type]
         for params in self.launches(actual, shifts, table):
             kernels.rope_shift(kernel, params)
         assert [layer.tobytes() for layer in expected] == [layer.tobytes() for layer in actual]
@@ -255,7 +260,11 @@ class TestRotation:
         layers = []
         for _ in range(2):
             values = random.standard_normal(inner).astype(np.float32)
-            stored = (values.view(np.uint32) >> 16).astype(np.uint16) if storage == "bf16" else values.astype(storage.replace("fp", "f4")[:2] if storage == "fp32" else "f2")
+            stored = (
+                (values.view(np.uint32) >> 16).astype(np.uint16)
+                if storage == "bf16"
+                else values.astype(storage.replace("fp", "f4")[:2] if storage == "fp32" else "f2")
+            )
             room = aligned(stored.nbytes, 1)
             room[:] = stored.reshape(-1).view(np.uint8)
             layers.append(room.view(stored.dtype).reshape(inner).transpose(back))

@@ -37,7 +37,11 @@ def at_position(keys: Any, position: int, frequencies: Any, *, pairs: Pairs, sca
     """The formula of the paper, with complex numbers, in fp64."""
     turn = scale * np.exp(1j * position * frequencies.astype(np.float64))
     half = len(frequencies)
-    left, right = (keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]) if pairs == "interleaved" else (keys[..., :half], keys[..., half : 2 * half])
+    left, right = (
+        (keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2])
+        if pairs == "interleaved"
+        else (keys[..., :half], keys[..., half : 2 * half])
+    )
     turned = (left + 1j * right) * turn
     out = keys.astype(np.float64).copy()
     if pairs == "interleaved":
@@ -90,7 +94,7 @@ def test_a_difference_of_zero_keeps_every_bit() -> None:
         keys = keys.view(np.float16) if storage == "fp16" else keys if storage == "bf16" else to_floats(keys)
         assert dtype == keys.dtype
         before = keys.tobytes()
-        shift_keys(keys, [TokenShift(0, 0, 2, 0)], shift_table(FREQUENCIES["yarn"], [0]), pairs="neox", storage=storage)  # type: ignore[arg-type]
+        shift_keys(keys, [TokenShift(0, 0, 2, 0)], shift_table(FREQUENCIES["yarn"], [0]), pairs="neox", storage=storage)
         assert before == keys.tobytes()
 
 
