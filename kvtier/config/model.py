@@ -140,6 +140,13 @@ class ConnectorConfig(Section):
     max_pinned_fraction: float = setting(
         0.5, kind="number", allowed="0 to 1", about="Share of host memory that pinned blocks may take.", ge=0, le=1
     )
+    gpu_copy: Literal["auto", "dma", "bulk", "staged"] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `dma`, `bulk`, `staged`",
+        about="How blocks are copied to and from a GPU. `auto`: for each direction and size the way that was the fastest at start. "
+        "`dma`: the copy engines alone. `bulk`: a kernel straight to host memory (Hopper and later). `staged`: a kernel and a buffer.",
+    )
 
 
 TierConfig = Annotated[HostTierConfig | DiskTierConfig, Field(discriminator="type")]

@@ -24,8 +24,13 @@ class Device:
     """the stream that the engine computes on at the time of the call"""
 
 
+def way_of(name: str) -> Way | None:
+    """The way of a setting: ``auto`` is none in particular."""
+    return None if name == "auto" else Way(name)
+
+
 def cuda_copier(
-    layout: KVLayout, device: Device, arena: ArenaPlace, *, layers: Sequence[range] | None, forced: Way | None = None
+    layout: KVLayout, device: Device, arena: ArenaPlace, *, layers: Sequence[range] | None = None, forced: Way | None = None
 ) -> CudaCopier | None:
     """A copier that was measured on this device; None, after one warning that says what to install, where CuPy is missing.
 

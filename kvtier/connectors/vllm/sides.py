@@ -15,6 +15,8 @@ from kvtier.connectors.vllm.geometry import BlockSizes, layout_of
 from kvtier.connectors.worker import WorkerHalf
 from kvtier.copy.base import BlockCopier
 from kvtier.copy.cpu import NativeCopier
+from kvtier.copy.cuda_copier import ArenaPlace
+from kvtier.copy.device import Device, cuda_copier, way_of
 from kvtier.copy.torch_copier import TorchCopier
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
@@ -23,6 +25,7 @@ from kvtier.memory.arena import Arena, remove_stale
 
 _LOG = logging.getLogger(__name__)
 PREFAULT_TIMEOUT_S = 600.0
+REGISTER_MAPPED = 2  # kernels may use its addresses
 _DIRECTORY, _PREFIX = "/dev/shm", "kvtier-"
 
 
@@ -78,6 +81,7 @@ class WorkerSide:
     def __init__(self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int) -> None:
         self._sizes = sizes
         self._num_blocks = num_blocks
+        self._config = config
         self._arena = open_arena(arena_path, config)
         self._half: WorkerHalf | None = None
 
@@ -109,13 +113,22 @@ class WorkerSide:
     def _copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
         if views[0].device.type == "cpu":
             return NativeCopier(layout, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
-        pin_arena(self._arena)
+        pinned_bytes = pin_arena(self._arena)
+        if pinned_bytes:
+            device = Device(views[0].device.index, lambda: torch.cuda.current_stream(views[0].device).cuda_stream)
+            place = ArenaPlace(self._arena.address, pinned_bytes)
+            copier = cuda_copier(layout, device, place, forced=way_of(self._config.connector.gpu_copy))
+            if copier is not None:
+                return copier
         return TorchCopier(views, self._arena.buffer)
 
 
-def pin_arena(arena: Arena) -> None:
-    """Registers host memory with CUDA, so that copies are direct and asynchronous. Slower, but right, where that fails."""
+def pin_arena(arena: Arena) -> int:
+    """Registers host memory with CUDA, for direct and asynchronous copies. Returns how much; 0 (slower, but right) where that fails."""
     arena.wait_prefaulted(PREFAULT_TIMEOUT_S)
-    error = torch.cuda.cudart().cudaHostRegister(arena.address, arena.ready_bytes, 0)
+    num_bytes = arena.ready_bytes
+    error = torch.cuda.cudart().cudaHostRegister(arena.address, num_bytes, REGISTER_MAPPED)
     if int(error) != 0:
-        _LOG.warning("kvtier: cudaHostRegister of %d bytes failed (%s); copies go through pageable memory", arena.ready_bytes, error)
+        _LOG.warning("kvtier: cudaHostRegister of %d bytes failed (%s); copies go through pageable memory", num_bytes, error)
+        return 0
+    return num_bytes
