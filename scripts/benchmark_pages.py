@@ -101,7 +101,10 @@ def demo_figures() -> str:
         cells = (stage, f"{alone:.0f} ms", f"{kvtier:.0f} ms", f"{alone / kvtier:.1f}", ", ".join(sources) or "nowhere yet", same)
         rows.append("| " + " | ".join(cells) + " |")
     sizes = [one["kvtier"]["prompt_tokens"] for one in exchanges]
-    return f"Time to first token of `make demo`, prompts of {min(sizes)} to {max(sizes)} tokens. {about(document['environment'])}\n\n" + "\n".join(rows)
+    return (
+        f"Time to first token of `make demo`, prompts of {min(sizes)} to {max(sizes)} tokens. {about(document['environment'])}\n\n"
+        + "\n".join(rows)
+    )
 
 
 def engine_figures() -> str:

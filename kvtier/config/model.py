@@ -130,6 +130,12 @@ class ConnectorConfig(Section):
     async_load: bool = setting(
         False, kind="boolean", allowed="`true`, `false`", about="Load while other requests run. false: in the step that needs the blocks."
     )
+    layerwise: bool = setting(
+        True,
+        kind="boolean",
+        allowed="`true`, `false`",
+        about="Where a load is waited for, each layer waits for its own part only. false: everything before the first layer.",
+    )
     promote_wait_s: Duration = setting(
         2.0,
         key="promote_wait",

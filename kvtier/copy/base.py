@@ -24,6 +24,9 @@ class CopyEvent(Protocol):
     def wait(self) -> None:
         """Waits until the copy has finished. Raises what the copy raised."""
 
+    def order_compute(self) -> None:
+        """Orders what the engine submits to its compute stream from now on after the copy; waits where there is no stream."""
+
 
 class BlockCopier(Protocol):
     """Moves whole engine blocks between an engine's paged KV tensors and the arena.
@@ -40,3 +43,18 @@ class BlockCopier(Protocol):
 
     def scatter(self, copies: Sequence[BlockCopy]) -> CopyEvent:
         """arena -> engine. The engine's later work on the blocks must be ordered after the event."""
+
+
+class LayerLoader(Protocol):
+    """Loads blocks layer by layer. Bound like a :class:`BlockCopier`."""
+
+    num_layers: int
+
+    def scatter_layers(self, copies: Sequence[BlockCopy]) -> Sequence[CopyEvent]:
+        """arena -> engine, in the order of the forward pass: one event a layer, the last of which ends last.
+
+        The events of the layers behind a failed one raise too.
+        """
+
+    def close(self) -> None:
+        """Waits for running copies and ends what the loader keeps for them. Idempotent."""

@@ -37,6 +37,10 @@ class CudaCopyEvent:
         """Waits until the copy has finished."""
         self._event.synchronize()
 
+    def order_compute(self) -> None:
+        """Makes the current stream wait, not the caller."""
+        torch.cuda.current_stream().wait_event(self._event)
+
 
 class TorchCopier:
     """A :class:`~kvtier.copy.base.BlockCopier` for KV tensors on any one device. On CUDA it is asynchronous, with one stream per direction.

@@ -6,17 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from kvtier.config import Config
 from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
-from kvtier.connectors.worker import WorkerHalf
+from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.copy.base import LayerLoader
 from kvtier.copy.cpu import NativeCopier
+from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
-from kvtier.testing.copiers import FaultyCopier
+from kvtier.testing.copiers import FaultyCopier, LateLayerLoader
 from kvtier.testing.fake_engine import FakeEngine
 from kvtier.testing.fake_kv import FakeKVMemory
 from kvtier.tiers.base import Tier
@@ -36,6 +39,8 @@ class FakeSystemOptions:
     token_budget: int = 24
     prefix_caching: bool = False
     recompute: bool = True
+    by_layer: Literal["", "thread", "late"] = ""
+    """sync loads layer by layer: copied by a thread, or when they are waited for"""
     settings: DefaultSettings = field(default_factory=DefaultSettings)
 
 
@@ -72,6 +77,7 @@ class FakeSystem:
             )
             for rank in range(options.num_ranks)
         ]
+        self.loaders = [self._loader(memory, rank, options) for rank in range(options.num_ranks)]
         self.half = SchedulerHalf(
             self.cache,
             Geometry(
@@ -90,13 +96,11 @@ class FakeSystem:
             WorkerHalf(
                 self.arena,
                 copier,
-                rank=rank,
-                num_workers=options.num_ranks,
-                engine_block_bytes=memory.engine_block_bytes,
-                blocks_per_slot=options.blocks_per_slot,
+                SlotPart(rank, options.num_ranks, memory.engine_block_bytes, options.blocks_per_slot),
+                loader=loader,
                 strict=strict,
             )
-            for rank, copier in enumerate(self.copiers)
+            for rank, (copier, loader) in enumerate(zip(self.copiers, self.loaders, strict=True))
         ]
         self.engine = FakeEngine(
             self.half,
@@ -106,6 +110,14 @@ class FakeSystem:
             prefix_caching=options.prefix_caching,
             recompute=options.recompute,
         )
+        self.engine.by_layer = bool(options.by_layer)
+
+    def _loader(self, memory: FakeKVMemory, rank: int, options: FakeSystemOptions) -> LayerLoader | None:
+        if not options.by_layer:
+            return None
+        layers = [range(layer, layer + 1) for layer in range(memory.num_layers)]
+        loader = ThreadedLayerLoader(memory.layout(rank), layers, arena_address=self.arena.address, arena_bytes=self.arena.capacity_bytes)
+        return LateLayerLoader(loader) if options.by_layer == "late" else loader
 
     def settle(self, max_steps: int = 2000) -> None:
         """Runs until no request, copy or transfer is left. Raises HangError."""

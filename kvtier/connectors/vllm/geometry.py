@@ -125,6 +125,16 @@ def layout_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, sizes: Blo
     return layout, views
 
 
+def layers_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[list[range], dict[str, int]]:
+    """The segments of ``layout_of`` that belong to each tensor, in the same order; and each layer's place in that order."""
+    ranges: list[range] = []
+    names = sorted(kv_caches, key=_natural)
+    for name in names:
+        start = ranges[-1].stop if ranges else 0
+        ranges.append(range(start, start + len(_views(name, kv_caches[name], num_blocks))))
+    return ranges, {name: index for index, name in enumerate(names)}
+
+
 def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
     """One layer's block as contiguous runs of bytes: one, or two where K and V lie apart."""
     item = tensor.element_size()

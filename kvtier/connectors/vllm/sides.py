@@ -11,10 +11,11 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from kvtier.config import Config
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
-from kvtier.connectors.vllm.geometry import BlockSizes, layout_of
-from kvtier.connectors.worker import WorkerHalf
-from kvtier.copy.base import BlockCopier
+from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
+from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.copy.base import BlockCopier, LayerLoader
 from kvtier.copy.cpu import NativeCopier
+from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.copy.torch_copier import TorchCopier
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
@@ -76,17 +77,21 @@ class WorkerSide:
         self._num_blocks = num_blocks
         self._arena = open_arena(arena_path, config)
         self._half: WorkerHalf | None = None
+        self._layer_indices: dict[str, int] = {}
+        self._is_on_cpu = True
+        self._by_layer = config.connector.layerwise
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
+        layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
+        self._is_on_cpu = views[0].device.type == "cpu"
+        rank = get_tensor_model_parallel_rank()
         self._half = WorkerHalf(
             self._arena,
             self._copier(layout, views),
-            rank=get_tensor_model_parallel_rank(),
-            num_workers=self._sizes.num_workers,
-            engine_block_bytes=self._sizes.engine_block_bytes,
-            blocks_per_slot=self._sizes.blocks_per_slot,
+            SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot),
+            loader=self._loader(layout, layers),
         )
 
     @property
@@ -96,6 +101,16 @@ class WorkerSide:
             raise RuntimeError("the engine has not registered its KV memory")
         return self._half
 
+    def start_loads(self, *, calls_layers: bool) -> None:
+        """Starts the step's loads. ``calls_layers``: the forward pass of this step will call ``wait_for_layer``."""
+        self.half.start_loads(by_layer=calls_layers and self._by_layer)
+        if not calls_layers or not self._by_layer:
+            self.half.wait_for_loads()
+
+    def wait_for_layer(self, name: str) -> None:
+        """Before a layer reads its KV. A layer without KV of its own reads that of another one: all are waited for."""
+        self.half.wait_for_layer(self._layer_indices.get(name))
+
     def close(self) -> None:
         """Waits for running copies. Idempotent."""
         if self._half is not None:
@@ -103,10 +118,16 @@ class WorkerSide:
         self._arena.close()
 
     def _copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
-        if views[0].device.type == "cpu":
+        if self._is_on_cpu:
             return NativeCopier(layout, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
         pin_arena(self._arena)
         return TorchCopier(views, self._arena.buffer)
+
+    def _loader(self, layout: KVLayout, layers: list[range]) -> LayerLoader | None:
+        """Loads by layer, on the CPU."""
+        if not self._by_layer or not self._is_on_cpu:
+            return None
+        return ThreadedLayerLoader(layout, layers, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
 
 
 def pin_arena(arena: Arena) -> None:
