@@ -20,9 +20,9 @@ HEAD = """<!-- printed by scripts/generate_reference.py from the JSON beside it;
 
 # Benchmarks
 
-Every figure is a median of one run of the command above its table. *Spread* is the distance between the quartiles. A *limit* was measured in the
-same run: what the hardware gives to the plainest program that moves the same bytes. A *target* is what the project set itself. What no
-machine has shown is not here.
+Every figure is a median of one run of the command above its table. *Spread* is the distance between the quartiles. A *limit* was measured
+in the same run: what the hardware gives to the plainest program that moves the same bytes. A *target* is what the project set itself. What
+no machine has shown is not here.
 """
 
 COMMANDS: Mapping[str, str] = {
@@ -101,10 +101,8 @@ def demo_figures() -> str:
         cells = (stage, f"{alone:.0f} ms", f"{kvtier:.0f} ms", f"{alone / kvtier:.1f}", ", ".join(sources) or "nowhere yet", same)
         rows.append("| " + " | ".join(cells) + " |")
     sizes = [one["kvtier"]["prompt_tokens"] for one in exchanges]
-    return (
-        f"Time to first token of `make demo`, prompts of {min(sizes)} to {max(sizes)} tokens. {about(document['environment'])}\n\n"
-        + "\n".join(rows)
-    )
+    title = f"Time to first token of `make demo`, prompts of {min(sizes)} to {max(sizes)} tokens."
+    return f"{title} {about(document['environment'])}\n\n" + "\n".join(rows)
 
 
 def engine_figures() -> str:
