@@ -130,11 +130,12 @@ class ConnectorConfig(Section):
     async_load: bool = setting(
         False, kind="boolean", allowed="`true`, `false`", about="Load while other requests run. false: in the step that needs the blocks."
     )
-    layerwise: bool = setting(
-        True,
-        kind="boolean",
-        allowed="`true`, `false`",
-        about="Where a load is waited for, each layer waits for its own part only. false: everything before the first layer.",
+    layerwise: Annotated[Literal["auto", "on", "off"], ON_OFF] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `on`, `off`",
+        about="Loads that are waited for: each layer waits for its own part only (`on`), or the first layer for everything (`off`). "
+        "`auto`: on where a GPU copies beside the computation, off on a CPU.",
     )
     promote_wait_s: Duration = setting(
         2.0,

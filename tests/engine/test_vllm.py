@@ -90,7 +90,7 @@ def test_loads_while_requests_wait(alone: list[Result], tmp_path: Path) -> None:
 @pytest.mark.parametrize("async_load", [False, True])
 def test_failed_loads_are_computed(alone: list[Result], async_load: bool) -> None:
     """Copies that fail, all or some, sync or async: the engine computes those blocks and ends with the same tokens."""
-    result = run("failing", kvtier=host(connector={"async_load": async_load}))
+    result = run("failing", kvtier=host(connector={"async_load": async_load, "layerwise": "on"}))
     for answers in result["rounds"]:
         assert_same(alone, answers)
 

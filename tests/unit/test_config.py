@@ -47,6 +47,7 @@ def test_one_capacity_is_enough(tmp_path: Path) -> None:
     connector = {
         "store_decode_blocks": True,
         "async_load": False,
+        "layerwise": "auto",
         "promote_wait_s": 2.0,
         "store": True,
         "load": True,
@@ -67,7 +68,7 @@ tiers:
   - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1}
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
      io_threads: 3, max_in_flight: 1MiB, durable: false}
-connector: {store_decode_blocks: false, async_load: true, promote_wait: 250ms, store: false, load: false, max_pinned_fraction: 1}
+connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false, max_pinned_fraction: 1}
 log_level: debug
 """,
         )
@@ -78,7 +79,7 @@ log_level: debug
     disk |= {"ttl_mode": "fixed", "write": WriteMode.ON_EVICT, "direct_io": "on", "io_threads": 3, "max_in_flight_bytes": 1 << 20}
     assert config.disk is not None
     assert {**disk, "durable": False} == config.disk.model_dump()
-    connector = {"store_decode_blocks": False, "async_load": True, "promote_wait_s": 0.25, "store": False, "load": False}
+    connector = {"store_decode_blocks": False, "async_load": True, "layerwise": "on", "promote_wait_s": 0.25, "store": False, "load": False}
     assert {**connector, "max_pinned_fraction": 1.0} == config.connector.model_dump()
     assert (64, "a", "debug") == (config.block_tokens, config.namespace_salt, config.log_level)
 

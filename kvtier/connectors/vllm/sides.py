@@ -79,13 +79,15 @@ class WorkerSide:
         self._half: WorkerHalf | None = None
         self._layer_indices: dict[str, int] = {}
         self._is_on_cpu = True
-        self._by_layer = config.connector.layerwise
+        self._layerwise = config.connector.layerwise
+        self._by_layer = False
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
         layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
         self._is_on_cpu = views[0].device.type == "cpu"
+        self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and not self._is_on_cpu)
         rank = get_tensor_model_parallel_rank()
         self._half = WorkerHalf(
             self._arena,
