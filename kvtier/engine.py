@@ -144,11 +144,11 @@ class CacheEngine:
 
     def begin_load(self, keys: Sequence[BlockKey]) -> LoadPlan:
         """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``."""
-        return self._planner.begin_load(keys)
+        return self._planner.begin_load(keys, self._clock())
 
     def end_load(self, job_id: int, failed: Collection[int] = ()) -> None:
         """Ends a load. Blocks at the positions ``failed`` are forgotten in host memory and counted."""
-        self._planner.end_load(job_id, failed)
+        self._planner.end_load(job_id, failed, self._clock())
 
     def begin_store(self, keys: Sequence[BlockKey], first: int) -> StorePlan:
         """Slots for those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far."""

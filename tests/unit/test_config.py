@@ -68,7 +68,8 @@ tiers:
   - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1}
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
      io_threads: 3, max_in_flight: 1MiB, durable: false}
-connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false, max_pinned_fraction: 1}
+connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false,
+    max_pinned_fraction: 1}
 log_level: debug
 """,
         )
