@@ -132,13 +132,13 @@ class WorkerHalf:
         if self._loads_started:
             return
         self._loads_started = True
-        is_layered = by_layer and self._layers.is_usable
-        for job in self._orders.loads:
-            self._sync_loads.append(self._prepare(job) if is_layered else self._start(job, is_load=True))
-        if is_layered:
-            self._start_by_layer()
-        elif by_layer:
+        # What passes through the device pool is not divided by layers.
+        layered = [job for job in self._orders.loads if by_layer and self._layers.is_usable and not job.device_slots]
+        self._sync_loads += [self._start(job, is_load=True) for job in self._orders.loads if job not in layered]
+        if by_layer:
             self.wait_for_loads()
+        if layered:
+            self._start_by_layer([self._prepare(job) for job in layered])
         for job in self._orders.async_loads:
             self._async_loads.append(self._start(job, is_load=True))
 
@@ -201,7 +201,7 @@ class WorkerHalf:
                 self._end(copy)
             else:
                 self._stores.append(copy)
-        sent = self._held - {copy.job.request_id for copy in self._stores} if self._held else set()
+        sent = self._held - {copy.job.request_id for copy in self._stores if not self._is_released(copy)} if self._held else set()
         self._held -= sent
         received, self._received = self._received, set()
         return Transferred(sent, received)
@@ -236,14 +236,15 @@ class WorkerHalf:
             copy.failed.update(copy.positions)
         return copy
 
-    def _start_by_layer(self) -> None:
-        """Starts all sync loads of the step as one load, layer after layer."""
+    def _start_by_layer(self, loads: list[_Copy]) -> None:
+        """Starts the loads as one, layer after layer."""
         event: CopyEvent | None = None
         with self._copying.at("scatter by layer"):
-            copies = [block for copy in self._sync_loads for block in self._block_copies(copy)]
+            copies = [block for copy in loads for block in self._block_copies(copy)]
             if copies:
                 event = self._layers.start(copies)
-        for copy in self._sync_loads:
+        self._sync_loads += loads
+        for copy in loads:
             copy.event = event if copy.positions else None
             if copy.event is None:
                 copy.failed.update(copy.positions)
@@ -272,6 +273,14 @@ class WorkerHalf:
             copy.event = None
             copy.failed.update(copy.positions)
         return is_over is not False
+
+    def _is_released(self, copy: _Copy) -> bool:
+        """Whether a store that still runs no longer reads the engine's blocks. One that cannot be asked does."""
+        is_released = False
+        if copy.event is not None:
+            with self._copying.at("copy"):
+                is_released = copy.event.released()
+        return is_released
 
     def _end_load(self, copy: _Copy) -> None:
         """Ends a load; a slot that got a new tenant during the copy may have given anything."""
@@ -306,7 +315,11 @@ class WorkerHalf:
 
     def _block_copy(self, job: MoveJob, position: int) -> BlockCopy:
         slot, index = divmod(job.first_index + position, self._part.blocks_per_slot)
-        return BlockCopy(job.block_ids[position], job.slots[slot] * PAGE_BYTES + self._part.offset_of(index))
+        arena_offset = job.slots[slot] * PAGE_BYTES + self._part.offset_of(index)
+        if not job.device_slots or job.device_slots[slot] < 0:
+            return BlockCopy(job.block_ids[position], arena_offset)
+        pool_offset = (job.device_slots[slot] * self._part.blocks_per_slot + index) * self._part.engine_block_bytes
+        return BlockCopy(job.block_ids[position], arena_offset, pool_offset, bool(job.device_ready) and job.device_ready[slot])
 
     def _stale_positions(self, job: MoveJob) -> set[int]:
         """Positions whose slot has another tenant than planned."""

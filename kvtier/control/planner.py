@@ -196,15 +196,18 @@ class Planner:
         self._loads[job_id] = LoadInFlight(entries, slots, device_slots, device_ready)
         return LoadPlan(job_id, tuple(self._space.ref(slot) for slot in slots), device_slots, device_ready)
 
-    def end_load(self, job_id: int, failed: Collection[int], now: float) -> None:
-        """The copies of a load are done; blocks at the indexes ``failed`` are forgotten in host memory."""
+    def end_load(self, job_id: int, failed: Collection[int], now: float, *, partial: Collection[int] = ()) -> None:
+        """The copies of a load are done; blocks at the indexes ``failed`` are forgotten in host memory.
+
+        ``partial``: blocks of which not all was copied; what the device pool got of them is not whole.
+        """
         plan = self._loads.pop(job_id)
         for position in failed:
             entry = plan.entries[position]
             if entry.slot == plan.slots[position]:
                 self._host.give_up(entry)
         if self._host.device is not None:
-            self._end_device_load(job_id, plan, failed, now)
+            self._end_device_load(job_id, plan, [*failed, *partial], now)
         self._space.release(plan.slots, job_id)
         self._stats.add("load.failed_blocks", len(failed))
         self._stats.add("host.loaded_blocks", len(plan.entries) - len(failed) - sum(plan.device_ready))

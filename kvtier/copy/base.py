@@ -13,6 +13,10 @@ class BlockCopy:
 
     block_id: int
     arena_offset: int
+    pool_offset: int = -1
+    """where the block passes through the device pool; -1: past it"""
+    in_pool: bool = False
+    """loads only: the pool has the bytes already, the arena is not read"""
 
 
 class CopyEvent(Protocol):
@@ -23,6 +27,9 @@ class CopyEvent(Protocol):
 
     def wait(self) -> None:
         """Waits until the copy has finished. Raises what the copy raised."""
+
+    def released(self) -> bool:
+        """Stores: whether the engine's blocks are no longer read; never waits. True at the latest when ``done``."""
 
     def order_compute(self) -> None:
         """Orders what the engine submits to its compute stream from now on after the copy; waits where there is no stream."""

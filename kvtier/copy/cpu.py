@@ -20,6 +20,10 @@ class FinishedCopy:
     def wait(self) -> None:
         """Returns at once."""
 
+    def released(self) -> bool:
+        """True."""
+        return True
+
     def order_compute(self) -> None:
         """Returns at once."""
 

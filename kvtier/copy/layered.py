@@ -76,6 +76,10 @@ class LayerCopy:
         if self._error is not None:
             raise self._error
 
+    def released(self) -> bool:
+        """As ``done``: a load reads nothing of the engine's."""
+        return self.done()
+
     def order_compute(self) -> None:
         """Waits: a CPU has no stream that could do it."""
         self.wait()

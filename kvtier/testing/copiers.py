@@ -79,6 +79,9 @@ class _LateCopy:
             self._run().wait()
             self._run = None
 
+    def released(self) -> bool:
+        return self._run is None
+
     def order_compute(self) -> None:
         self.wait()
 

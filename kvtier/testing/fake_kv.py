@@ -7,6 +7,7 @@ before it: on wrong KV it computes wrong KV, as a model would.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,13 @@ class FakeKVMemory:
             tuple(Segment(base + layer * self.num_blocks * num_bytes, num_bytes, num_bytes) for layer in range(memory.shape[0])),
             self.num_blocks,
         )
+
+    def tensors(self, rank: int) -> list[Any]:
+        """The same memory as torch tensors, int8 ``[num_blocks, bytes]``, one a layer."""
+        import torch  # noqa: PLC0415 - heavy, and few tests need it
+
+        shape = (self.num_layers, self.num_blocks, self.block_tokens * TOKEN_BYTES)
+        return list(torch.from_numpy(self.ranks[rank].view(np.int8)).view(shape))
 
     def scribble(self, block_ids: Sequence[int]) -> None:
         """Overwrites blocks that were given to a new owner, so that nothing works by accident."""

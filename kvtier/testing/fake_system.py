@@ -12,7 +12,7 @@ from kvtier.config import Config
 from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.worker import SlotPart, WorkerHalf
-from kvtier.copy.base import LayerLoader
+from kvtier.copy.base import BlockCopier, LayerLoader
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.engine import CacheEngine
@@ -39,6 +39,8 @@ class FakeSystemOptions:
     token_budget: int = 24
     prefix_caching: bool = False
     recompute: bool = True
+    device_slots: int = 0
+    """slots of the pool in front of host memory; 0: no pool"""
     by_layer: Literal["", "thread", "late"] = ""
     """sync loads layer by layer: copied by a thread, or when they are waited for"""
     settings: DefaultSettings = field(default_factory=DefaultSettings)
@@ -66,13 +68,22 @@ class FakeSystem:
         block_bytes = memory.engine_block_bytes * options.blocks_per_slot * options.num_ranks
         slot_bytes = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
         capacity_bytes = options.host_blocks * slot_bytes
-        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": capacity_bytes}]})
+        pool = [{"type": "gpu", "capacity": 1}] if options.device_slots else []
+        config = Config.from_mapping({"tiers": [*pool, {"type": "host", "capacity": capacity_bytes}]})
         self.arena = Arena.open(str(directory / "arena"), capacity_bytes, huge_pages=False)
         self.arena.unlink()
-        self.cache = CacheEngine.open(config, namespace=namespace, block_bytes=block_bytes, arena=self.arena, tiers=tiers, clock=clock)
+        self.cache = CacheEngine.open(
+            config,
+            namespace=namespace,
+            block_bytes=block_bytes,
+            arena=self.arena,
+            device_slots=options.device_slots,
+            tiers=tiers,
+            clock=clock,
+        )
         self.copiers = [
             FaultyCopier(
-                NativeCopier(memory.layout(rank), arena_address=self.arena.address, arena_bytes=self.arena.capacity_bytes),
+                self._copier(memory, rank, options),
                 num_polls=options.num_polls + 2 * rank if options.num_polls else 0,
             )
             for rank in range(options.num_ranks)
@@ -111,6 +122,15 @@ class FakeSystem:
             recompute=options.recompute,
         )
         self.engine.by_layer = bool(options.by_layer)
+
+    def _copier(self, memory: FakeKVMemory, rank: int, options: FakeSystemOptions) -> BlockCopier:
+        copier = NativeCopier(memory.layout(rank), arena_address=self.arena.address, arena_bytes=self.arena.capacity_bytes)
+        if not options.device_slots:
+            return copier
+        from kvtier.copy.pool import PoolCopier  # noqa: PLC0415 - torch is needed for this only
+
+        pool_bytes = options.device_slots * options.blocks_per_slot * memory.engine_block_bytes
+        return PoolCopier(copier, memory.tensors(rank), self.arena.buffer, pool_bytes)
 
     def _loader(self, memory: FakeKVMemory, rank: int, options: FakeSystemOptions) -> LayerLoader | None:
         if not options.by_layer:

@@ -88,17 +88,17 @@ log_level: debug
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", ["kvtier.yaml:1: tiers: missing", "one tier of type host first"]),
+        ("", ["kvtier.yaml:1: tiers: missing", "then one of type host"]),
         ("- 1\n", ["kvtier.yaml:1: a list is not a mapping"]),
         ("block_tokens: 16\n", ["kvtier.yaml:1: tiers: missing"]),
         ("tiers: 3\n", ["kvtier.yaml:1: tiers: 3 is wrong", "allowed: a list"]),
         ("tiers: []\n", ["kvtier.yaml:1: tiers: there is no tier of type host"]),
         ("tiers:\n  - type: host\n", ["kvtier.yaml:2: tiers[0].capacity: missing", "8GiB"]),
-        ("tiers:\n  - capacity: 1\n", ["kvtier.yaml:2: tiers[0]: type is missing; allowed: host, disk"]),
-        ("tiers:\n  - type: [host]\n", ["kvtier.yaml:2: tiers[0]: type a list is unknown; allowed: host, disk"]),
+        ("tiers:\n  - capacity: 1\n", ["kvtier.yaml:2: tiers[0]: type is missing; allowed: gpu, host, disk"]),
+        ("tiers:\n  - type: [host]\n", ["kvtier.yaml:2: tiers[0]: type a list is unknown; allowed: gpu, host, disk"]),
         ("tiers:\n  - host\n", ['kvtier.yaml:2: tiers[0]: "host" is not a mapping']),
-        (HOST + "  - type: ssd\n", ['kvtier.yaml:4: tiers[1]: type "ssd" is unknown; allowed: host, disk']),
-        (HOST + "  - type: dsk\n", ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: host, disk; did you mean disk?']),
+        (HOST + "  - type: ssd\n", ['kvtier.yaml:4: tiers[1]: type "ssd" is unknown; allowed: gpu, host, disk']),
+        (HOST + "  - type: dsk\n", ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk; did you mean disk?']),
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
         (
             DISK + "  - {type: disk, path: /b, capacity: 1GiB}\n",
@@ -107,7 +107,7 @@ log_level: debug
         ("tiers:\n  - {type: disk, path: /a, capacity: 1GiB}\n", ["kvtier.yaml:1: tiers: there is no tier of type host"]),
         (
             "tiers:\n  - {type: disk, path: /a, capacity: 1GiB}\n  - {type: host, capacity: 1}\n",
-            ["kvtier.yaml:3: tiers[1]: the tier of type host must be the first"],
+            ["kvtier.yaml:3: tiers[1]: the tier of type host must stand before tiers[0]"],
         ),
         (HOST.replace("8GiB", "8G"), ['yaml:3: tiers[0].capacity: "8G" is wrong', "did you mean 8GB or 8GiB?"]),
         (HOST.replace("8GiB", "8gib"), ['yaml:3: tiers[0].capacity: "8gib" is wrong', "did you mean 8GiB?"]),
@@ -302,7 +302,7 @@ def test_settings_are_frozen() -> None:
 def test_exports_are_sorted() -> None:
     """The package names exactly what others use."""
     assert sorted(kvtier.config.__all__) == kvtier.config.__all__
-    exports = {"Config", "ConnectorConfig", "DiskTierConfig", "HostTierConfig", "WriteMode", "commented_defaults"}
+    exports = {"Config", "ConnectorConfig", "DiskTierConfig", "GpuTierConfig", "HostTierConfig", "WriteMode", "commented_defaults"}
     assert exports == set(kvtier.config.__all__)
     assert DiskTierConfig.__doc__
 

@@ -38,9 +38,14 @@ class BlockSizes:
         return self.block_tokens // self.engine_block_tokens
 
     @property
+    def part_bytes(self) -> int:
+        """Bytes of one kvtier block on one rank."""
+        return self.blocks_per_slot * self.engine_block_bytes
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one kvtier block over all ranks."""
-        return self.blocks_per_slot * self.engine_block_bytes * self.num_workers
+        return self.part_bytes * self.num_workers
 
 
 def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

@@ -16,6 +16,7 @@ from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.copy.base import BlockCopier, LayerLoader
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.layered import ThreadedLayerLoader
+from kvtier.copy.pool import PoolCopier
 from kvtier.copy.torch_copier import TorchCopier
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
@@ -44,7 +45,14 @@ class SchedulerSide:
         self.sizes = sizes
         self._arena = open_arena(arena_path, config)
         self._has_name = True
-        engine = CacheEngine.open(config, namespace=namespace, block_bytes=sizes.block_bytes, arena=self._arena, events=events)
+        engine = CacheEngine.open(
+            config,
+            namespace=namespace,
+            block_bytes=sizes.block_bytes,
+            arena=self._arena,
+            device_slots=pool_slots(config, sizes),
+            events=events,
+        )
         geometry = Geometry(
             namespace=namespace.digest,
             block_tokens=sizes.block_tokens,
@@ -79,6 +87,7 @@ class WorkerSide:
         self._half: WorkerHalf | None = None
         self._layer_indices: dict[str, int] = {}
         self._is_on_cpu = True
+        self._config = config
         self._layerwise = config.connector.layerwise
         self._by_layer = False
 
@@ -120,6 +129,13 @@ class WorkerSide:
         self._arena.close()
 
     def _copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
+        copier = self._direct_copier(layout, views)
+        num_slots = pool_slots(self._config, self._sizes)
+        if not num_slots:
+            return copier
+        return PoolCopier(copier, views, self._arena.buffer, num_slots * self._sizes.part_bytes)
+
+    def _direct_copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
         if self._is_on_cpu:
             return NativeCopier(layout, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
         pin_arena(self._arena)
@@ -130,6 +146,11 @@ class WorkerSide:
         if not self._by_layer or not self._is_on_cpu:
             return None
         return ThreadedLayerLoader(layout, layers, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
+
+
+def pool_slots(config: Config, sizes: BlockSizes) -> int:
+    """How many blocks fit into the pool on each device; 0: no pool."""
+    return 0 if config.gpu is None else config.gpu.capacity_bytes // sizes.part_bytes
 
 
 def pin_arena(arena: Arena) -> None:
