@@ -98,7 +98,7 @@ class CacheEngine:
         capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
         if capacity_bytes < _page_align(block_bytes):
             raise ConfigError(
-                f"capacity of the tier of type host: {config.host.capacity_bytes} bytes hold no block; "
+                f"tiers[{config.tiers.index(config.host)}].capacity: {config.host.capacity_bytes} bytes hold no block; "
                 f"one block of this model has {block_bytes} bytes. "
                 f"Allowed: at least {_page_align(block_bytes)} bytes; some thousand blocks are sensible"
             )

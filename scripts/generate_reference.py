@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
 from benchmark_pages import benchmarks_page, readme  # noqa: E402 - after the line above, like the next ones
 from pydantic import BaseModel  # noqa: E402
+from version_pages import versions_page  # noqa: E402
 
 from kvtier.config import Config, ConnectorConfig, DiskTierConfig, GpuTierConfig, HostTierConfig  # noqa: E402
 from kvtier.config.fields import text_of  # noqa: E402
@@ -158,6 +159,7 @@ def first_line(path: Path) -> str:
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/configuration.md": configuration_page,
+    "docs/reference/vllm-versions.md": versions_page,
     "docs/structure.md": structure_page,
     "docs/benchmarks/README.md": benchmarks_page,
     "README.md": readme,

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvtier.testing.disk_machine import STEPS, DiskMachine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def parent_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The machines' directories go where pytest cleans up, whatever ends this process."""
+    DiskMachine.parent_directory = tmp_path_factory.mktemp("disk-machine")
+
 
 TestDisk = DiskMachine.TestCase
 TestDisk.settings = STEPS

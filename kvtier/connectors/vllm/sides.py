@@ -45,14 +45,18 @@ class SchedulerSide:
         self.sizes = sizes
         self._arena = open_arena(arena_path, config)
         self._has_name = True
-        engine = CacheEngine.open(
-            config,
-            namespace=namespace,
-            block_bytes=sizes.block_bytes,
-            arena=self._arena,
-            device_slots=pool_slots(config, sizes),
-            events=events,
-        )
+        try:
+            engine = CacheEngine.open(
+                config,
+                namespace=namespace,
+                block_bytes=sizes.block_bytes,
+                arena=self._arena,
+                device_slots=pool_slots(config, sizes),
+                events=events,
+            )
+        except BaseException:
+            self._arena.unlink()  # or an engine that does not start would leave its host memory taken
+            raise
         geometry = Geometry(
             namespace=namespace.digest,
             block_tokens=sizes.block_tokens,

@@ -80,7 +80,8 @@ class IndexFile:
                 cursor.putmulti(((row[:PLACE_BYTES], row[PLACE_BYTES:]) for row in rows), append=True)
                 cursor.put(SEQUENCE_KEY, pack_sequence(next_sequence))
             preallocate(new_path, map_bytes)  # so that the index itself never meets a full disk
-            environment.sync(True)
+            if durable:  # else a power cut may leave anything here, and the next opening will see that it is not vouched for
+                environment.sync(True)
             os.rename(new_path, path)
             if durable:
                 sync_directory(directory)

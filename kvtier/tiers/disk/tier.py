@@ -14,8 +14,9 @@ from kvtier.tiers.disk.check import check_names, check_records
 from kvtier.tiers.disk.committer import Committer
 from kvtier.tiers.disk.health import Health
 from kvtier.tiers.disk.index_file import IndexFile
-from kvtier.tiers.disk.ledger import Ledger, PendingRead, PendingStore
+from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.lock import DirectoryLock
+from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.places import metas
 from kvtier.tiers.disk.record_io import RecordIO
 from kvtier.tiers.disk.recovery import prepare_directory, probe, rebuild_index, recover, settle_geometry
@@ -181,12 +182,10 @@ class DiskTier:
 
     def _take_runnable(self) -> tuple[list[PendingStore], list[PendingRead]]:
         """With the lock held; what it returns is to be launched without it."""
-        ledger = self._ledger
-        writes, reads = ledger.writes, ledger.reads
-        if writes:
-            ledger.writes = []
-        if reads:
-            ledger.reads = []
+        ledger, turns = self._ledger, self._ledger.turns
+        # Empty lists change hands as well: one that stayed the ledger's might fill up before it is launched, and be launched twice.
+        writes, turns.runnable = turns.runnable, []
+        reads, ledger.reads = ledger.reads, []
         return writes, reads
 
     def _launch(self, writes: list[PendingStore], reads: list[PendingRead]) -> None:
