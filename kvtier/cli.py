@@ -25,6 +25,7 @@ OK, DAMAGED, UNUSABLE = 0, 1, 2
 
 BENCHMARKS = {
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
+    "gpu": ("kvtier.bench.gpu", "copies between host memory and a GPU, beside large pinned copies"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
 }
 """name -> the module with ``add_arguments`` and ``run``, what it measures"""

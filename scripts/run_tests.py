@@ -81,7 +81,7 @@ def lint() -> list[Outcome]:
 
 
 def unit() -> list[Outcome]:
-    return [run_pytest("unit tests", DEV, "-n", "2", "tests", "--ignore=tests/engine")]
+    return [run_pytest("unit tests", DEV, "-n", "2", "tests", "--ignore=tests/engine", "--ignore=tests/gpu")]
 
 
 def engine() -> list[Outcome]:
