@@ -12,19 +12,13 @@ from kvtier.config import Config
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
+from kvtier.connectors.vllm.movers import movers_of
 from kvtier.connectors.worker import SlotPart, WorkerHalf
-from kvtier.copy.base import BlockCopier, LayerLoader
-from kvtier.copy.cpu import NativeCopier
-from kvtier.copy.layered import ThreadedLayerLoader
-from kvtier.copy.pool import PoolCopier
-from kvtier.copy.torch_copier import TorchCopier
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
-from kvtier.layout import KVLayout
 from kvtier.memory.arena import Arena, remove_stale
 
 _LOG = logging.getLogger(__name__)
-PREFAULT_TIMEOUT_S = 600.0
 _DIRECTORY, _PREFIX = "/dev/shm", "kvtier-"
 
 
@@ -90,7 +84,6 @@ class WorkerSide:
         self._arena = open_arena(arena_path, config)
         self._half: WorkerHalf | None = None
         self._layer_indices: dict[str, int] = {}
-        self._is_on_cpu = True
         self._config = config
         self._layerwise = config.connector.layerwise
         self._by_layer = False
@@ -99,15 +92,12 @@ class WorkerSide:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
         layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
-        self._is_on_cpu = views[0].device.type == "cpu"
-        self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and not self._is_on_cpu)
+        self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and views[0].device.type != "cpu")
+        pool_bytes = pool_slots(self._config, self._sizes) * self._sizes.part_bytes
+        copier, loader = movers_of(self._arena, layout, views, layers=layers if self._by_layer else None, pool_bytes=pool_bytes)
         rank = get_tensor_model_parallel_rank()
-        self._half = WorkerHalf(
-            self._arena,
-            self._copier(layout, views),
-            SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot),
-            loader=self._loader(layout, layers),
-        )
+        part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
+        self._half = WorkerHalf(self._arena, copier, part, loader=loader)
 
     @property
     def half(self) -> WorkerHalf:
@@ -132,34 +122,7 @@ class WorkerSide:
             self._half.close()
         self._arena.close()
 
-    def _copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
-        copier = self._direct_copier(layout, views)
-        num_slots = pool_slots(self._config, self._sizes)
-        if not num_slots:
-            return copier
-        return PoolCopier(copier, views, self._arena.buffer, num_slots * self._sizes.part_bytes)
-
-    def _direct_copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
-        if self._is_on_cpu:
-            return NativeCopier(layout, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
-        pin_arena(self._arena)
-        return TorchCopier(views, self._arena.buffer)
-
-    def _loader(self, layout: KVLayout, layers: list[range]) -> LayerLoader | None:
-        """Loads by layer, on the CPU."""
-        if not self._by_layer or not self._is_on_cpu:
-            return None
-        return ThreadedLayerLoader(layout, layers, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
-
 
 def pool_slots(config: Config, sizes: BlockSizes) -> int:
     """How many blocks fit into the pool on each device; 0: no pool."""
     return 0 if config.gpu is None else config.gpu.capacity_bytes // sizes.part_bytes
-
-
-def pin_arena(arena: Arena) -> None:
-    """Registers host memory with CUDA, so that copies are direct and asynchronous. Slower, but right, where that fails."""
-    arena.wait_prefaulted(PREFAULT_TIMEOUT_S)
-    error = torch.cuda.cudart().cudaHostRegister(arena.address, arena.ready_bytes, 0)
-    if int(error) != 0:
-        _LOG.warning("kvtier: cudaHostRegister of %d bytes failed (%s); copies go through pageable memory", arena.ready_bytes, error)
