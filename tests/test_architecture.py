@@ -51,7 +51,7 @@ MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench")
 
 THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
-    "torch": ("kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu"),
+    "torch": ("kvtier.copy.pool", "kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu", "kvtier.testing"),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
     "xxhash": ("kvtier.tiers.disk", "kvtier.codecs"),

@@ -45,6 +45,10 @@ class DeviceCopyEvent:
         """Waits until the copy has finished."""
         self._event.wait()
 
+    def released(self) -> bool:
+        """As ``done``."""
+        return self.done()
+
     def order_compute(self) -> None:
         """Makes the engine's compute stream wait, not the caller."""
         self._runtime.wait(self._compute_stream(), self._event)

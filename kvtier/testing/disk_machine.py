@@ -21,6 +21,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvtier.io import DirectMode
 from kvtier.testing.tiers import assert_right_bytes, load_job, meta_of, store_job, wait_for
 from kvtier.tiers.disk import DiskTier, check_path
 from kvtier.tiers.disk.format import record_bytes_for
@@ -53,7 +54,7 @@ class DiskMachine(RuleBasedStateMachine):
     """After every wait the tier holds exactly what it acknowledged; after every crash at least that, and nothing torn."""
 
     durable = False
-    """syncing changes nothing that a process could see, and costs most of the time"""
+    """syncing, and going past the page cache, changes nothing that a process could see, and costs most of the time"""
     parent_directory: Path | None = None
     """where the directories are made; one that is cleaned up by others, too, lest a test that is ended by force leave some behind"""
 
@@ -73,7 +74,8 @@ class DiskMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         """Opens the tier in its directory."""
-        self.tier = DiskTier(self.directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, durable=self.durable)
+        direct_io: DirectMode = "auto" if self.durable else "off"
+        self.tier = DiskTier(self.directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, direct_io=direct_io, durable=self.durable)
 
     @rule(numbers=numbers)
     def store(self, numbers: list[int]) -> None:

@@ -53,8 +53,14 @@ def some(choose: random.Random, stored: set[BlockKey]) -> list[BlockKey]:
 def main(directory: str, seed: str, capacity_bytes: str, segment_bytes: str) -> None:
     """Works until killed."""
     choose = random.Random(int(seed))
-    is_durable = int(seed) % 4 == 0  # a kill cannot tell the difference; syncing costs most of the time
-    tier = DiskTier(directory, int(capacity_bytes), segment_bytes=int(segment_bytes), durable=is_durable)
+    is_durable = int(seed) % 4 == 0  # a kill cannot tell the difference; waiting for the disk costs most of the time
+    tier = DiskTier(
+        directory,
+        int(capacity_bytes),
+        segment_bytes=int(segment_bytes),
+        direct_io="auto" if is_durable else "off",
+        durable=is_durable,
+    )
     stored = {meta.key for meta in tier.entries()}
     say("open")
     for job_id in range(1 << 30):

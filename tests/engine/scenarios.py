@@ -125,24 +125,30 @@ def abort_in_flight(llm: Any) -> None:
 def failing(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Copies to the engine fail: all of them, then every second one, then none."""
     from kvtier.copy.cpu import NativeCopier  # noqa: PLC0415
+    from kvtier.copy.layered import ThreadedLayerLoader  # noqa: PLC0415
 
-    scatter = NativeCopier.scatter
+    originals = NativeCopier.scatter, ThreadedLayerLoader.copy_layer
     calls = 0
 
-    def never(self: Any, copies: Any) -> Any:
+    def never(*arguments: Any) -> Any:
         raise RuntimeError("injected: this copy fails")
 
-    def sometimes(self: Any, copies: Any) -> Any:
+    def sometimes(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls % 2:
             raise RuntimeError("injected: this copy fails")
-        return scatter(self, copies)
+        return originals[0](*arguments)
+
+    def behind_layer_10(self: Any, layer: int, *arguments: Any) -> Any:
+        if layer > 10:
+            raise RuntimeError("injected: this layer fails")
+        return originals[1](self, layer, *arguments)
 
     texts = prompts()[: settings.get("num_prompts", 8)]
     rounds = [generate(llm, texts)]
-    for replacement in (never, sometimes, scatter):
-        NativeCopier.scatter = replacement  # type: ignore[method-assign]
+    for whole, by_layer in ((never, never), (sometimes, behind_layer_10), originals):
+        NativeCopier.scatter, ThreadedLayerLoader.copy_layer = whole, by_layer  # type: ignore[assignment,method-assign]
         rounds.append([generate(llm, [text])[0] for text in texts])
     rounds.append(generate(llm, texts))
     return {"rounds": rounds}

@@ -89,8 +89,13 @@ def test_a_damaged_disk_gives_the_same_tokens(alone: list[Result], filled_disk: 
 
 
 def test_with_the_engines_own_prefix_cache(alone: list[Result]) -> None:
-    """Prefix caching on: the engine's hits and kvtier's add up, before and after the engine forgets its own."""
-    result = run("repeat", kvtier=host(), engine={"enable_prefix_caching": True})
+    """Prefix caching on: the engine's hits and kvtier's add up, before and after the engine forgets its own.
+
+    With a pool in front of host memory, on this machine's own device.
+    """
+    settings = host()
+    settings["tiers"].insert(0, {"type": "gpu", "capacity": "48MiB"})
+    result = run("repeat", kvtier=settings, engine={"enable_prefix_caching": True})
     for answers in result["rounds"]:
         assert_same(alone, answers)
     assert loaded_tokens(result["rounds"][1])["host_tokens"] > NEARLY_ALL // 2
@@ -119,7 +124,8 @@ def test_loads_while_requests_wait(alone: list[Result], filled_disk: Path) -> No
 @pytest.mark.parametrize("async_load", [False, True])
 def test_failed_loads_are_computed(alone: list[Result], async_load: bool) -> None:
     """Copies that fail, all or some, sync or async: the engine computes those blocks and ends with the same tokens."""
-    result = run("failing", kvtier=host(connector={"async_load": async_load}), num_prompts=4)
+    connector = {"async_load": async_load, "layerwise": "on"}
+    result = run("failing", kvtier=host(connector=connector), num_prompts=4)
     for answers in result["rounds"]:
         assert_same(alone[:4], answers)
     assert loaded_tokens(result["rounds"][-1])["host_tokens"] > 0

@@ -27,8 +27,8 @@ FILES = ("format", "clean", "lock", "index.mdb", "segment-000000.kv", "segment-0
 
 
 def open_tier(directory: Path) -> DiskTier:
-    """The tier of these tests."""
-    return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, durable=False)
+    """The tier of these tests. In the page cache: some hundred directories are damaged, and a busy disk would make that minutes."""
+    return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, direct_io="off", durable=False)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
         is_early = choose.random() < 0.2
         account.hear(run_victim(tmp_path, seed, -choose.uniform(0.02, 0.2) if is_early else choose.uniform(0.0, 0.06)))
         if choose.random() < 0.5 or account.doubtful:
-            tier = DiskTier(tmp_path, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, durable=False)
+            tier = DiskTier(tmp_path, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, direct_io="off", durable=False)
             verify(tier, account)
             num_verified += 1
             if choose.random() < 0.5:

@@ -18,7 +18,7 @@ TestDisk.settings = STEPS
 
 
 class DurableDiskMachine(DiskMachine):
-    """The same with every acknowledgement synced."""
+    """The same with every acknowledgement synced, and past the page cache."""
 
     durable = True
 

@@ -31,8 +31,8 @@ DIFFERENCES: tuple[Difference, ...] = (
         "when loads start",
         "Up to 0.28 `start_load_kv` runs before every forward pass. Since 0.29 it runs after the pass where no request of the step waits "
         "for a load (`has_sync_kv_loads`).",
-        "A load that the step computes with is complete when `start_load_kv` returns; only loads of requests outside the batch may come "
-        "late.",
+        "What a step computes with is there before it is read: when `start_load_kv` returns or, layer by layer, when `wait_for_layer_load` "
+        "does. Only loads of requests outside the batch may come late.",
         "test_vllm_versions.py::test_loads_are_there_before_the_forward_pass",
     ),
     Difference(

@@ -38,9 +38,14 @@ class BlockSizes:
         return self.block_tokens // self.engine_block_tokens
 
     @property
+    def part_bytes(self) -> int:
+        """Bytes of one kvtier block on one rank."""
+        return self.blocks_per_slot * self.engine_block_bytes
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one kvtier block over all ranks."""
-        return self.blocks_per_slot * self.engine_block_bytes * self.num_workers
+        return self.part_bytes * self.num_workers
 
 
 def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -130,6 +135,16 @@ def layout_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, sizes: Blo
             f"the KV tensors hold {layout.block_bytes} bytes a block, the engine's configuration says {sizes.engine_block_bytes}"
         )
     return layout, views
+
+
+def layers_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[list[range], dict[str, int]]:
+    """The segments of ``layout_of`` that belong to each tensor, in the same order; and each layer's place in that order."""
+    ranges: list[range] = []
+    names = sorted(kv_caches, key=_natural)
+    for name in names:
+        start = ranges[-1].stop if ranges else 0
+        ranges.append(range(start, start + len(_views(name, kv_caches[name], num_blocks))))
+    return ranges, {name: index for index, name in enumerate(names)}
 
 
 def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:

@@ -11,21 +11,14 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from kvtier.config import Config
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
-from kvtier.connectors.vllm.geometry import BlockSizes, layout_of
-from kvtier.connectors.worker import WorkerHalf
-from kvtier.copy.base import BlockCopier
-from kvtier.copy.cpu import NativeCopier
-from kvtier.copy.cuda_copier import ArenaPlace
-from kvtier.copy.device import Device, cuda_copier, way_of
-from kvtier.copy.torch_copier import TorchCopier
+from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
+from kvtier.connectors.vllm.movers import movers_of
+from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
-from kvtier.layout import KVLayout
 from kvtier.memory.arena import Arena, remove_stale
 
 _LOG = logging.getLogger(__name__)
-PREFAULT_TIMEOUT_S = 600.0
-REGISTER_MAPPED = 2  # kernels may use its addresses
 _DIRECTORY, _PREFIX = "/dev/shm", "kvtier-"
 
 
@@ -47,7 +40,14 @@ class SchedulerSide:
         self._arena = open_arena(arena_path, config)
         self._has_name = True
         try:
-            engine = CacheEngine.open(config, namespace=namespace, block_bytes=sizes.block_bytes, arena=self._arena, events=events)
+            engine = CacheEngine.open(
+                config,
+                namespace=namespace,
+                block_bytes=sizes.block_bytes,
+                arena=self._arena,
+                device_slots=pool_slots(config, sizes),
+                events=events,
+            )
         except BaseException:
             self._arena.unlink()  # or an engine that does not start would leave its host memory taken
             raise
@@ -81,21 +81,30 @@ class WorkerSide:
     def __init__(self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int) -> None:
         self._sizes = sizes
         self._num_blocks = num_blocks
-        self._config = config
         self._arena = open_arena(arena_path, config)
         self._half: WorkerHalf | None = None
+        self._layer_indices: dict[str, int] = {}
+        self._config = config
+        self._layerwise = config.connector.layerwise
+        self._by_layer = False
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
-        self._half = WorkerHalf(
+        layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
+        self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and views[0].device.type != "cpu")
+        pool_bytes = pool_slots(self._config, self._sizes) * self._sizes.part_bytes
+        copier, loader = movers_of(
             self._arena,
-            self._copier(layout, views),
-            rank=get_tensor_model_parallel_rank(),
-            num_workers=self._sizes.num_workers,
-            engine_block_bytes=self._sizes.engine_block_bytes,
-            blocks_per_slot=self._sizes.blocks_per_slot,
+            layout,
+            views,
+            layers=layers if self._by_layer else None,
+            pool_bytes=pool_bytes,
+            gpu_copy=self._config.connector.gpu_copy,
         )
+        rank = get_tensor_model_parallel_rank()
+        part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
+        self._half = WorkerHalf(self._arena, copier, part, loader=loader)
 
     @property
     def half(self) -> WorkerHalf:
@@ -104,31 +113,23 @@ class WorkerSide:
             raise RuntimeError("the engine has not registered its KV memory")
         return self._half
 
+    def start_loads(self, *, calls_layers: bool) -> None:
+        """Starts the step's loads. ``calls_layers``: the forward pass of this step will call ``wait_for_layer``."""
+        self.half.start_loads(by_layer=calls_layers and self._by_layer)
+        if not calls_layers or not self._by_layer:
+            self.half.wait_for_loads()
+
+    def wait_for_layer(self, name: str) -> None:
+        """Before a layer reads its KV. A layer without KV of its own reads that of another one: all are waited for."""
+        self.half.wait_for_layer(self._layer_indices.get(name))
+
     def close(self) -> None:
         """Waits for running copies. Idempotent."""
         if self._half is not None:
             self._half.close()
         self._arena.close()
 
-    def _copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
-        if views[0].device.type == "cpu":
-            return NativeCopier(layout, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
-        pinned_bytes = pin_arena(self._arena)
-        if pinned_bytes:
-            device = Device(views[0].device.index, lambda: torch.cuda.current_stream(views[0].device).cuda_stream)
-            place = ArenaPlace(self._arena.address, pinned_bytes)
-            copier = cuda_copier(layout, device, place, forced=way_of(self._config.connector.gpu_copy))
-            if copier is not None:
-                return copier
-        return TorchCopier(views, self._arena.buffer)
 
-
-def pin_arena(arena: Arena) -> int:
-    """Registers host memory with CUDA, for direct and asynchronous copies. Returns how much; 0 (slower, but right) where that fails."""
-    arena.wait_prefaulted(PREFAULT_TIMEOUT_S)
-    num_bytes = arena.ready_bytes
-    error = torch.cuda.cudart().cudaHostRegister(arena.address, num_bytes, REGISTER_MAPPED)
-    if int(error) != 0:
-        _LOG.warning("kvtier: cudaHostRegister of %d bytes failed (%s); copies go through pageable memory", num_bytes, error)
-        return 0
-    return num_bytes
+def pool_slots(config: Config, sizes: BlockSizes) -> int:
+    """How many blocks fit into the pool on each device; 0: no pool."""
+    return 0 if config.gpu is None else config.gpu.capacity_bytes // sizes.part_bytes

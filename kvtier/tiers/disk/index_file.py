@@ -118,7 +118,7 @@ class IndexFile:
     def close(self, *, leave_proof: bool) -> None:
         """Closes the file and, if asked, leaves the ``clean`` file that lets the next opening trust it."""
         used_bytes = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
-        if leave_proof:
+        if leave_proof and self._durable:
             self._environment.sync(True)
         self._environment.close()
         if leave_proof:
