@@ -140,6 +140,14 @@ class ConnectorConfig(Section):
     max_pinned_fraction: float = setting(
         0.5, kind="number", allowed="0 to 1", about="Share of host memory that pinned blocks may take.", ge=0, le=1
     )
+    copy_threads: int = setting(
+        2,
+        kind="integer",
+        allowed="a whole number from 1 to 16",
+        about="Threads that share a large copy between the engine's memory and host memory on a CPU; not more than it has CPUs.",
+        ge=1,
+        le=16,
+    )
 
 
 TierConfig = Annotated[HostTierConfig | DiskTierConfig, Field(discriminator="type")]

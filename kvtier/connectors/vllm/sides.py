@@ -76,6 +76,7 @@ class WorkerSide:
         self._num_blocks = num_blocks
         self._arena = open_arena(arena_path, config)
         self._half: WorkerHalf | None = None
+        self._copy_threads = config.connector.copy_threads
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
@@ -104,7 +105,12 @@ class WorkerSide:
 
     def _copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
         if views[0].device.type == "cpu":
-            return NativeCopier(layout, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
+            return NativeCopier(
+                layout,
+                arena_address=self._arena.address,
+                arena_bytes=self._arena.capacity_bytes,
+                num_threads=self._copy_threads,
+            )
         pin_arena(self._arena)
         return TorchCopier(views, self._arena.buffer)
 
