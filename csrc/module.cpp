@@ -2,15 +2,13 @@
 // what each function does.
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 #include <vector>
 
-#include "block_copy.h"
+#include "copy_calls.h"
 #include "key_chain.h"
-#include "prefault.h"
 #include "python.h"
 #include "token_ids.h"
 
@@ -18,25 +16,9 @@ namespace kvtier {
 namespace {
 
 constexpr long kAbiVersion =
-    1;  // kvtier/_native.py asks for this one; change both with any signature or meaning
+    2;  // kvtier/_native.py asks for this one; change both with any signature or meaning
 
 constexpr Py_ssize_t kTokensAtATime = 8192;  // read, then hashed while they are in the L1 cache
-constexpr size_t kCopyWithGilBytes = size_t{1} << 18;  // about 30 us
-
-bool ExpectArguments(const char* function, Py_ssize_t num_given, Py_ssize_t num_expected) noexcept {
-  if (num_given == num_expected) return true;
-  PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", function, num_expected,
-               num_given);
-  return false;
-}
-
-bool ReadSize(PyObject* object, const char* name, Py_ssize_t at_least, Py_ssize_t* size) noexcept {
-  *size = PyNumber_AsSsize_t(object, PyExc_OverflowError);
-  if (*size == -1 && PyErr_Occurred()) return false;
-  if (*size >= at_least) return true;
-  PyErr_Format(PyExc_ValueError, "%s is %zd, not %zd or more", name, *size, at_least);
-  return false;
-}
 
 // --- chain_keys ---
 
@@ -129,126 +111,11 @@ PyObject* ChainKeysOf(PyObject* const* args, Py_ssize_t num_args) {
                        num_blocks, block_tokens, extras);
 }
 
-// --- copy_blocks ---
-
-bool ReadInt64s(PyObject* object, const char* name, std::vector<int64_t>* values) {
-  BufferView view;
-  if (!view.Acquire(object, PyBUF_ND | PyBUF_FORMAT)) return false;
-  const char* format = view->format == nullptr ? "B" : view->format;
-  if (*format == '@' || *format == '=' || *format == '<') ++format;
-  if (view->ndim != 1 || view->itemsize != 8 ||
-      (std::strcmp(format, "q") != 0 && std::strcmp(format, "l") != 0)) {
-    PyErr_Format(PyExc_TypeError, "%s must be a one-dimensional contiguous array of int64", name);
-    return false;
-  }
-  values->resize(static_cast<size_t>(view->len) / 8);
-  if (view->len > 0) std::memcpy(values->data(), view->buf, static_cast<size_t>(view->len));
-  return true;
-}
-
-struct PagedMemory {
-  std::vector<Segment> segments;
-  int64_t num_blocks = 0;
-  int64_t block_bytes = 0;
-};
-
-bool ReadPagedMemory(PyObject* object, PagedMemory* paged) {
-  std::vector<int64_t> words;
-  if (!ReadInt64s(object, "paged", &words)) return false;
-  bool is_valid = words.size() >= 4 && words.size() % 3 == 1 && words[0] > 0;
-  for (size_t i = 1; is_valid && i < words.size(); i += 3) {
-    const int64_t base = words[i], stride = words[i + 1], num_bytes = words[i + 2];
-    int64_t extent, end;
-    is_valid = base > 0 && num_bytes > 0 && stride >= num_bytes &&
-               !__builtin_mul_overflow(stride, words[0], &extent) &&
-               !__builtin_add_overflow(base, extent, &end) &&
-               !__builtin_add_overflow(paged->block_bytes, num_bytes, &paged->block_bytes);
-    paged->segments.push_back({reinterpret_cast<uint8_t*>(base), static_cast<size_t>(stride),
-                               static_cast<size_t>(num_bytes)});
-  }
-  if (!is_valid) {
-    PyErr_SetString(PyExc_ValueError,
-                    "paged is [num_blocks, (base, stride, num_bytes) of each segment]");
-    return false;
-  }
-  paged->num_blocks = words[0];
-  return true;
-}
-
-bool ReadCopies(PyObject* const* args, const PagedMemory& paged, std::vector<BlockCopy>* copies) {
-  Py_ssize_t arena_address, arena_bytes;
-  std::vector<int64_t> block_ids, offsets;
-  if (!ReadSize(args[1], "arena_address", 1, &arena_address) ||
-      !ReadSize(args[2], "arena_bytes", 0, &arena_bytes) ||
-      !ReadInt64s(args[3], "block_ids", &block_ids) ||
-      !ReadInt64s(args[4], "arena_offsets", &offsets)) {
-    return false;
-  }
-  if (block_ids.size() != offsets.size()) {
-    PyErr_Format(PyExc_ValueError, "%zu block ids and %zu arena offsets", block_ids.size(),
-                 offsets.size());
-    return false;
-  }
-  copies->reserve(block_ids.size());
-  for (size_t i = 0; i < block_ids.size(); ++i) {
-    if (block_ids[i] < 0 || block_ids[i] >= paged.num_blocks) {
-      PyErr_Format(PyExc_IndexError, "block id %lld is outside [0, %lld)",
-                   static_cast<long long>(block_ids[i]), static_cast<long long>(paged.num_blocks));
-      return false;
-    }
-    if (offsets[i] < 0 || paged.block_bytes > arena_bytes ||
-        offsets[i] > arena_bytes - paged.block_bytes) {
-      PyErr_Format(PyExc_IndexError,
-                   "a block of %lld bytes at arena offset %lld is outside the arena of %zd bytes",
-                   static_cast<long long>(paged.block_bytes), static_cast<long long>(offsets[i]),
-                   arena_bytes);
-      return false;
-    }
-    copies->push_back({static_cast<size_t>(block_ids[i]),
-                       reinterpret_cast<uint8_t*>(arena_address + offsets[i])});
-  }
-  return true;
-}
-
-PyObject* CopyBlocksOf(PyObject* const* args, Py_ssize_t num_args) {
-  PagedMemory paged;
-  std::vector<BlockCopy> copies;
-  if (!ExpectArguments("copy_blocks", num_args, 6) || !ReadPagedMemory(args[0], &paged) ||
-      !ReadCopies(args, paged, &copies)) {
-    return nullptr;
-  }
-  const int to_arena = PyObject_IsTrue(args[5]);
-  if (to_arena < 0) return nullptr;
-  const size_t total_bytes = static_cast<size_t>(paged.block_bytes) * copies.size();
-  if (total_bytes <= kCopyWithGilBytes) {
-    CopyBlocks(paged.segments, copies, total_bytes, to_arena != 0);
-  } else {
-    WithoutGIL([&] { CopyBlocks(paged.segments, copies, total_bytes, to_arena != 0); });
-  }
-  return PyLong_FromSize_t(total_bytes);
-}
-
-// --- prefault ---
-
-PyObject* PrefaultOf(PyObject* const* args, Py_ssize_t num_args) {
-  Py_ssize_t address, num_bytes;
-  if (!ExpectArguments("prefault", num_args, 2) || !ReadSize(args[0], "address", 1, &address) ||
-      !ReadSize(args[1], "num_bytes", 0, &num_bytes)) {
-    return nullptr;
-  }
-  int error = 0;
-  WithoutGIL(
-      [&] { error = Prefault(static_cast<uintptr_t>(address), static_cast<size_t>(num_bytes)); });
-  if (error == 0) Py_RETURN_NONE;
-  errno = error;
-  return PyErr_SetFromErrno(PyExc_OSError);
-}
-
 // --- the module ---
 
-// No C++ exception may cross into C.
+// No C++ exception may cross into C. (Not noexcept: see WithoutGIL.)
 template <PyObject* (*function)(PyObject* const*, Py_ssize_t)>
-PyObject* Guarded(PyObject*, PyObject* const* args, Py_ssize_t num_args) noexcept {
+PyObject* Guarded(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   try {
     return function(args, num_args);
   } catch (const std::bad_alloc&) {
@@ -288,8 +155,7 @@ PyMODINIT_FUNC PyInit__core() {
                                 "of the interpreter; for tests"),
       Method<CopyBlocksOf>("copy_blocks",
                            "copy_blocks(paged, arena_address, arena_bytes, block_ids, "
-                           "arena_offsets, to_arena) -> int"),
-      Method<PrefaultOf>("prefault", "prefault(address, num_bytes) -> None"),
+                           "arena_offsets, to_arena, num_threads=1) -> int"),
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(&Execute)},
                                      {0, nullptr}};

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import mmap
+import itertools
 import operator
-import os
 import struct
 from collections.abc import Sequence
-from errno import EAGAIN, EINTR, EINVAL
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 KEY_BYTES = 16
 TOKEN_ID_LIMIT = 2**32
 INT64_BYTES = 8
-MADV_POPULATE_WRITE = 23
 
 
 def chain_keys(
@@ -65,32 +62,35 @@ def chain_keys(
     return keys
 
 
-def copy_blocks(paged: Buffer, arena_address: int, arena_bytes: int, block_ids: Buffer, arena_offsets: Buffer, to_arena: bool, /) -> int:
-    """Copies engine blocks from paged memory to the arena, or back, one after the other. Returns how many bytes it copied.
+def copy_blocks(
+    paged: Buffer, arena_address: int, arena_bytes: int, block_ids: Buffer, arena_offsets: Buffer, to_arena: bool, num_threads: int = 1, /
+) -> int:
+    """Copies engine blocks from paged memory to the arena, or back. Returns how many bytes it copied.
 
     ``paged`` is an int64 array: the number of blocks, then base address, stride and length of each segment
     (:class:`~kvtier.layout.KVLayout`). Block ``block_ids[i]`` lies at ``arena_address + arena_offsets[i]``. Neither side may
-    overlap the other.
+    overlap the other. The compiled core shares large batches among up to ``num_threads`` threads, one per CPU at most; here
+    it is one.
 
     Raises:
         IndexError: a block id or an arena offset is out of bounds. Nothing was copied.
-        ValueError: ``paged`` is malformed, or there are not as many block ids as offsets.
+        ValueError: ``paged`` is malformed, there are not as many block ids as offsets, two blocks would go to the same place,
+            or their places in the arena overlap. Nothing was copied.
         TypeError: an argument is no one-dimensional contiguous array of int64.
     """
     words = _int64s("paged", paged)
     if len(words) < 4 or len(words) % 3 != 1 or not _paged_is_valid(words):
         raise ValueError("paged is [num_blocks, (base, stride, num_bytes) of each segment]")
-    num_blocks, block_bytes = words[0], sum(words[3::3])
-    if arena_address < 1 or arena_bytes < 0:
-        raise ValueError(f"an arena of {arena_bytes} bytes at address {arena_address}")
+    block_bytes = sum(words[3::3])
+    if arena_address < 1 or arena_bytes < 0 or num_threads < 1:
+        raise ValueError(f"an arena of {arena_bytes} bytes at address {arena_address}, {num_threads} threads")
     ids, offsets = _int64s("block_ids", block_ids), _int64s("arena_offsets", arena_offsets)
     if len(ids) != len(offsets):
-        raise ValueError(f"{len(ids)} block ids and {len(offsets)} arena offsets")
-    for block_id, offset in zip(ids, offsets, strict=True):
-        if not 0 <= block_id < num_blocks:
-            raise IndexError(f"block id {block_id} is outside [0, {num_blocks})")
-        if not 0 <= offset <= arena_bytes - block_bytes:
-            raise IndexError(f"a block of {block_bytes} bytes at arena offset {offset} is outside the arena of {arena_bytes} bytes")
+        raise ValueError(f"{len(ids)} block_ids and {len(offsets)} arena_offsets")
+    _check_range("block_ids", ids, words[0])
+    _check_range("arena_offsets", offsets, max(0, arena_bytes - block_bytes + 1))
+    _check_distances("block_ids", ids, 1, may_be_equal=to_arena)
+    _check_distances("arena_offsets", offsets, block_bytes, may_be_equal=not to_arena)
     for block_id, offset in zip(ids, offsets, strict=True):
         in_arena = arena_address + offset
         for base, stride, num_bytes in zip(words[1::3], words[2::3], words[3::3], strict=True):
@@ -98,35 +98,6 @@ def copy_blocks(paged: Buffer, arena_address: int, arena_bytes: int, block_ids: 
             ctypes.memmove(in_arena if to_arena else in_pages, in_pages if to_arena else in_arena, num_bytes)
             in_arena += num_bytes
     return block_bytes * len(ids)
-
-
-def prefault(address: int, num_bytes: int, /) -> None:
-    """Has the kernel back ``num_bytes`` at ``address`` with memory now. Changes no byte, whoever else writes there.
-
-    On a kernel older than 5.14 the compiled core writes to every page; here nothing happens, for Python has no write that
-    leaves a byte as it is.
-
-    Raises:
-        OSError: there is no memory for it, or no writable mapping.
-        ValueError: a negative size, or no address.
-    """
-    if address < 1 or num_bytes < 0:
-        raise ValueError(f"{num_bytes} bytes at address {address}")
-    if num_bytes == 0:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    first = address // mmap.PAGESIZE * mmap.PAGESIZE
-
-    def populate(length: int) -> int:
-        if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(MADV_POPULATE_WRITE)) == 0:
-            return 0
-        return ctypes.get_errno()
-
-    while (error := populate(address + num_bytes - first)) in (EINTR, EAGAIN):
-        pass
-    is_old_kernel = error == EINVAL and populate(0) != 0
-    if error != 0 and not is_old_kernel:
-        raise OSError(error, os.strerror(error))
 
 
 def _tokens_between(token_ids: Sequence[int] | Buffer, first: int, end: int) -> Sequence[int]:
@@ -163,3 +134,17 @@ def _int64s(name: str, values: Buffer) -> list[int]:
 def _paged_is_valid(words: list[int]) -> bool:
     segments = zip(words[1::3], words[2::3], words[3::3], strict=True)
     return words[0] > 0 and all(base > 0 and num_bytes > 0 and stride >= num_bytes for base, stride, num_bytes in segments)
+
+
+def _check_range(name: str, values: list[int], end: int) -> None:
+    for index, value in enumerate(values):
+        if not 0 <= value < end:
+            raise IndexError(f"{name}[{index}] is {value}, outside [0, {end})")
+
+
+def _check_distances(name: str, values: list[int], distance: int, *, may_be_equal: bool) -> None:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    for left, right in itertools.pairwise(order):
+        gap = values[right] - values[left]
+        if gap < distance and not (gap == 0 and may_be_equal):
+            raise ValueError(f"{name}[{left}] is {values[left]} and {name}[{right}] is {values[right]}: not {distance} apart")

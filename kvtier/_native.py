@@ -12,7 +12,7 @@ from types import ModuleType
 
 from kvtier import _fallback
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """what this package expects of ``kvtier._core``; grows with every change of a signature or a meaning"""
 
 
@@ -41,10 +41,9 @@ is_native = _core_or_none is not None
 if _core_or_none is not None:
     chain_keys = _core_or_none.chain_keys
     copy_blocks = _core_or_none.copy_blocks
-    prefault = _core_or_none.prefault
 else:
     chain_keys = _fallback.chain_keys
     copy_blocks = _fallback.copy_blocks
-    prefault = _fallback.prefault
 
-__all__ = ["ABI_VERSION", "chain_keys", "copy_blocks", "is_native", "prefault"]
+
+__all__ = ["ABI_VERSION", "chain_keys", "copy_blocks", "is_native"]

@@ -24,6 +24,7 @@ OK, DAMAGED, UNUSABLE = 0, 1, 2
 """exit statuses: all is well; the answer is no; the question could not be asked (argparse's own choice too)"""
 
 BENCHMARKS = {
+    "copy": ("kvtier.bench.copy", "moving blocks to host memory and back, and hashing prompts"),
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
     "gpu": ("kvtier.bench.gpu", "copies between host memory and a GPU, beside large pinned copies"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),

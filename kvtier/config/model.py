@@ -167,6 +167,14 @@ class ConnectorConfig(Section):
         about="How blocks are copied to and from a GPU. `auto`: for each direction and size the way that was the fastest at start. "
         "`dma`: the copy engines alone. `bulk`: a kernel straight to host memory (Hopper and later). `staged`: a kernel and a buffer.",
     )
+    copy_threads: int = setting(
+        2,
+        kind="integer",
+        allowed="a whole number from 1 to 16",
+        about="Threads that share a large copy between the engine's memory and host memory on a CPU; not more than it has CPUs.",
+        ge=1,
+        le=16,
+    )
 
 
 TierConfig = Annotated[GpuTierConfig | HostTierConfig | DiskTierConfig, Field(discriminator="type")]

@@ -30,19 +30,25 @@ class FinishedCopy:
 
 FINISHED = FinishedCopy()
 
+DEFAULT_THREADS = 2
+"""one cannot use up what the memory gives; two nearly can"""
+
 
 class NativeCopier:
     """A synchronous :class:`~kvtier.copy.base.BlockCopier` for memory that the CPU can address. Large copies give up the GIL.
 
+    Large copies are shared among up to ``num_threads`` threads, but not more than there are CPUs that the caller may run on.
+    The block ids of one scatter must differ from each other, and the places of two blocks in the arena must not overlap (ValueError).
     The caller keeps alive, for as long as it uses the copier, what ``layout`` and ``arena_address`` point to.
     """
 
     is_async = False
 
-    def __init__(self, layout: KVLayout, *, arena_address: int, arena_bytes: int) -> None:
+    def __init__(self, layout: KVLayout, *, arena_address: int, arena_bytes: int, num_threads: int = DEFAULT_THREADS) -> None:
         self._paged = packed_segments(layout)
         self._arena_address = arena_address
         self._arena_bytes = arena_bytes
+        self._num_threads = num_threads
 
     def gather(self, copies: Sequence[BlockCopy]) -> FinishedCopy:
         """Engine -> arena. See :class:`~kvtier.copy.base.BlockCopier`."""
@@ -55,7 +61,7 @@ class NativeCopier:
     def _copy(self, copies: Sequence[BlockCopy], *, to_arena: bool) -> FinishedCopy:
         block_ids = array("q", [copy.block_id for copy in copies])
         offsets = array("q", [copy.arena_offset for copy in copies])
-        _native.copy_blocks(self._paged, self._arena_address, self._arena_bytes, block_ids, offsets, to_arena)
+        _native.copy_blocks(self._paged, self._arena_address, self._arena_bytes, block_ids, offsets, to_arena, self._num_threads)
         return FINISHED
 
 

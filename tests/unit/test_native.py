@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
 import os
 import subprocess
 import sys
@@ -214,42 +212,3 @@ def test_without_a_core_the_twins_stand_in() -> None:
     outcome = run_python(code, KVTIER_REQUIRE_NATIVE="0")
     assert ("True\n", "") == (outcome.stdout, outcome.stderr)
     assert "ImportError: kvtier's compiled core is required" in run_python(code, KVTIER_REQUIRE_NATIVE="1").stderr
-
-
-PREFAULTS = [_core.prefault, _fallback.prefault]
-
-
-def address_of(mapping: mmap.mmap) -> int:
-    """Where a writable mapping starts."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-
-
-@pytest.mark.parametrize("prefault", PREFAULTS)
-def test_prefault_backs_every_page_and_changes_no_byte(prefault: Callable[[int, int], None]) -> None:
-    """A range of any alignment has memory behind all of its pages afterwards, and holds what it held."""
-    pages = 40
-    descriptor = os.memfd_create("kvtier-test")
-    try:
-        os.ftruncate(descriptor, pages * mmap.PAGESIZE)
-        mapping = mmap.mmap(descriptor, pages * mmap.PAGESIZE)
-        mapping[mmap.PAGESIZE * 7 + 5] = 77
-        prefault(address_of(mapping) + mmap.PAGESIZE + 100, mmap.PAGESIZE * 20)
-        assert 21 * mmap.PAGESIZE == os.fstat(descriptor).st_blocks * 512
-        prefault(address_of(mapping), len(mapping))
-        prefault(address_of(mapping), 0)
-        assert pages * mmap.PAGESIZE == os.fstat(descriptor).st_blocks * 512
-        assert [77] == [byte for byte in mapping[:] if byte]
-    finally:
-        os.close(descriptor)
-
-
-@pytest.mark.parametrize("prefault", PREFAULTS)
-def test_prefault_reports_what_cannot_be_written(prefault: Callable[[int, int], None]) -> None:
-    """Memory that is not there or read-only is an OSError, no signal."""
-    read_only = np.frombuffer(mmap.mmap(-1, 4 * mmap.PAGESIZE, prot=mmap.PROT_READ), np.uint8)
-    with pytest.raises(OSError, match=r"Invalid argument|Bad address"):
-        prefault(read_only.ctypes.data, 2 * mmap.PAGESIZE)
-    with pytest.raises(OSError, match="Cannot allocate memory"):
-        prefault(mmap.PAGESIZE, mmap.PAGESIZE)
-    with pytest.raises(ValueError, match="-1"):
-        prefault(read_only.ctypes.data, -1)

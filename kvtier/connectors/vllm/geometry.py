@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import platform
 import re
 from collections.abc import Mapping
@@ -17,7 +15,7 @@ from kvtier.config import Config
 from kvtier.connectors.vllm.versions import vllm_version
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
-from kvtier.layout import KVLayout, Segment
+from kvtier.layout import Axis, KVLayout, Segment, StrideTable
 
 _SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 
@@ -148,21 +146,17 @@ def layers_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[l
 
 
 def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
-    """One layer's block as contiguous runs of bytes: one, or two where K and V lie apart."""
+    """One layer's block as contiguous runs of bytes: as a rule one, or two where K and V lie apart."""
     tensor, dim = _by_blocks(name, tensor, num_blocks)
     item = tensor.element_size()
-    shape, strides = list(tensor.shape), [stride * item for stride in tensor.stride()]
-    block_stride = strides[dim]
-    rest = [d for d in range(len(shape)) if d != dim and shape[d] > 1]
-    inner = [d for d in rest if strides[d] < block_stride]
-    outer = [d for d in rest if strides[d] >= block_stride]
-    num_bytes = math.prod(shape[d] for d in inner) * item
-    if item + sum((shape[d] - 1) * strides[d] for d in inner) != num_bytes:
-        raise UnsupportedModelError(f"layer {name}: a block is not contiguous (shape {tuple(shape)}, strides {tuple(tensor.stride())})")
-    start = int(tensor.storage_offset()) * item
-    places = itertools.product(*(range(shape[d]) for d in outer))
-    offsets = [start + sum(index * strides[d] for index, d in zip(place, outer, strict=True)) for place in places]
-    return [_bytes_view(tensor, offset, (num_blocks, num_bytes), block_stride) for offset in offsets]
+    axes = [Axis(size, stride * item) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    try:
+        segments = StrideTable(tensor.data_ptr(), axes[dim], (*axes[:dim], *axes[dim + 1 :]), item).segments()
+    except ValueError as error:
+        what = f"shape {tuple(tensor.shape)}, strides {tuple(tensor.stride())}"
+        raise UnsupportedModelError(f"layer {name}: kvtier cannot say where its blocks lie ({what}): {error}") from error
+    start = tensor.untyped_storage().data_ptr()
+    return [_bytes_view(tensor, s.base_address - start, (num_blocks, s.num_bytes), s.stride_bytes) for s in segments]
 
 
 def _by_blocks(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvtier.config import ConnectorConfig
 from kvtier.copy.base import BlockCopier, LayerLoader
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.cuda_copier import ArenaPlace
@@ -32,22 +33,26 @@ def movers_of(
     *,
     layers: Sequence[range] | None,
     pool_bytes: int,
-    gpu_copy: str = "auto",
+    settings: ConnectorConfig,
 ) -> Movers:
     """The copier of a worker and, where ``layers`` are given and the device can, what loads layer by layer.
 
     Args:
         layers: the segments of each layer; None: loads by layer are not wanted
         pool_bytes: what the pool in front of host memory takes on the device; 0: no pool
-        gpu_copy: how copies to and from a GPU go, as the setting of this name says
+        settings: ``copy_threads`` for a CPU, ``gpu_copy`` for a GPU
     """
-    copier, loader = _on_cpu(arena, layout, layers) if views[0].device.type == "cpu" else _on_cuda(arena, layout, views, layers, gpu_copy)
+    if views[0].device.type == "cpu":
+        copier, loader = _on_cpu(arena, layout, layers, settings.copy_threads)
+    else:
+        copier, loader = _on_cuda(arena, layout, views, layers, settings.gpu_copy)
     return (PoolCopier(copier, views, arena.buffer, pool_bytes) if pool_bytes else copier), loader
 
 
-def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None) -> Movers:
+def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None, num_threads: int) -> Movers:
     place = {"arena_address": arena.address, "arena_bytes": arena.capacity_bytes}
-    return NativeCopier(layout, **place), None if layers is None else ThreadedLayerLoader(layout, layers, **place)
+    copier = NativeCopier(layout, **place, num_threads=num_threads)
+    return copier, None if layers is None else ThreadedLayerLoader(layout, layers, **place)
 
 
 def _on_cuda(arena: Arena, layout: KVLayout, views: Sequence[torch.Tensor], layers: Sequence[range] | None, gpu_copy: str) -> Movers:

@@ -100,7 +100,7 @@ class WorkerSide:
             views,
             layers=layers if self._by_layer else None,
             pool_bytes=pool_bytes,
-            gpu_copy=self._config.connector.gpu_copy,
+            settings=self._config.connector,
         )
         rank = get_tensor_model_parallel_rank()
         part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
