@@ -72,6 +72,7 @@ connectors = st.fixed_dictionaries(
         "async_load": st.booleans(),
         "promote_wait": st.just(0) | durations,
         "max_pinned_fraction": st.floats(0, 1),
+        "copy_threads": st.integers(1, 16),
     },
 )
 levels = st.sampled_from(["debug", "info", "warning", "error"])
