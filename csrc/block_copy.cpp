@@ -9,8 +9,12 @@ namespace kvtier {
 
 namespace {
 
-// From here on a batch is too large to stay in the caches until somebody reads it.
-constexpr size_t kStreamBytes = size_t{4} << 20;
+// From here on a batch goes past the caches. They are larger; but what is stored is not read again
+// soon, what is loaded is read layer by layer between weights that fill every cache, and copying in
+// lanes is twice as fast as memcpy even at this size.
+constexpr size_t kStreamBytes = size_t{256} << 10;
+// From here on it is worth waking other threads.
+constexpr size_t kShareBytes = size_t{4} << 20;
 // What one thread takes at a time: long against taking it, short against the whole.
 constexpr size_t kTaskBytes = size_t{512} << 10;
 // No piece is longer, so that a batch of few long ones can be shared out, and copied in lanes.
@@ -129,7 +133,7 @@ void CopyBatch::Run(size_t num_threads) const noexcept {
     context->batch->RunTask(index, context->copy);
     EndStreaming();
   };
-  RunTasks(num_tasks(), num_threads, run, &context);
+  RunTasks(num_tasks(), num_bytes_ < kShareBytes ? 1 : num_threads, run, &context);
 }
 
 }  // namespace kvtier

@@ -73,7 +73,8 @@ class StrideTable:
 
     def segments(self) -> tuple[Segment, ...]:
         """A block's bytes in the fewest segments, in the order in which they lie in memory."""
-        num_bytes, outer = self.item_bytes, []
+        num_bytes = self.item_bytes
+        outer: list[Axis] = []
         for axis in sorted(self.axes, key=lambda axis: axis.stride_bytes):
             if axis.count == 1:
                 continue

@@ -29,7 +29,8 @@ from kvtier.hashing import KeyChain
 from kvtier.layout import Axis, KVLayout, Segment, StrideTable
 
 PROMPT_TOKENS = 131_072
-HASH_BLOCK_TOKENS = 32
+HASH_BLOCK_TOKENS = (16, 32, 256)
+GAINED_TOKENS = 32
 PIECE_BYTES = 1 << 20
 PAGE_BYTES = 4096
 Timed = Callable[[], object]
@@ -81,7 +82,8 @@ def copies(shape: ModelShape, num_bytes: int, num_threads: int, rounds: int) -> 
     """Storing and loading a batch, with block ids in a row, as a fresh engine gives them, and in random order."""
     num_blocks = max(1, num_bytes // shape.block_bytes)
     work = _Work(shape, num_blocks, num_threads)
-    orders = {"in a row": np.arange(num_blocks), "scattered": np.random.default_rng(1).permutation(2 * num_blocks)[:num_blocks]}
+    scattered = np.random.default_rng(1).permutation(2 * num_blocks)[:num_blocks].tolist()
+    orders: dict[str, Sequence[int]] = {"in a row": range(num_blocks), "scattered": scattered}
     ours: dict[tuple[str, str], Timed] = {}
     for order, block_ids in orders.items():
         ours["store", order] = work.gather(block_ids)
@@ -155,7 +157,7 @@ class _Work:
         return NativeCopier(layout, arena_address=self._arena.ctypes.data, arena_bytes=self._arena.nbytes, num_threads=num_threads)
 
     def _batch(self, block_ids: Sequence[int], slot_bytes: int) -> list[BlockCopy]:
-        return [BlockCopy(int(block), index * slot_bytes) for index, block in enumerate(block_ids)]
+        return [BlockCopy(block, index * slot_bytes) for index, block in enumerate(block_ids)]
 
 
 def hashing(rounds: int) -> Iterator[Record]:
@@ -168,27 +170,33 @@ def hashing(rounds: int) -> Iterator[Record]:
         "list": (ids.tolist(), 1.0),
     }
     packed = ids.astype(np.uint32).tobytes()
-    functions: dict[str, Timed] = {name: _hash(form) for name, (form, _) in forms.items()}
+    cases = [(name, size) for name in forms for size in HASH_BLOCK_TOKENS]
+    functions: dict[Any, Timed] = {(name, size): _hash(forms[name][0], size) for name, size in cases}
     times = _by_turns({**functions, "digest": lambda: hashlib.sha256(packed).digest()}, rounds)
     peers = {"one sha256": 1e3 * statistics.median(times["digest"])}
-    params = {"tokens": PROMPT_TOKENS, "block_tokens": HASH_BLOCK_TOKENS}
-    for name, (_, limit) in forms.items():
-        yield record("hash a prompt", {**params, "from": name}, times[name], "ms", limit=limit, peers=peers)
-    tokens = [*ids.tolist()]
-    chain = KeyChain(b"r" * 16, HASH_BLOCK_TOKENS)
-    chain.update(tokens, len(tokens))
+    for name, size in cases:
+        params = {"tokens": PROMPT_TOKENS, "block_tokens": size, "from": name}
+        yield record("hash a prompt", params, times[name, size], "ms", limit=forms[name][1], peers=peers)
+    for size in HASH_BLOCK_TOKENS:
+        yield _grown(ids.tolist(), size, rounds)
 
-    grown = []
+
+def _grown(tokens: list[int], block_tokens: int, rounds: int) -> Record:
+    """The keys of a long prompt after every 32 tokens that it gained."""
+    chain = KeyChain(b"r" * 16, block_tokens)
+    chain.update(tokens, len(tokens))
+    times = []
     for _ in range(rounds + 2):
-        tokens += range(HASH_BLOCK_TOKENS)
+        tokens += range(GAINED_TOKENS)
         start = time.perf_counter()
         chain.update(tokens, len(tokens))
-        grown.append(time.perf_counter() - start)
-    yield record("hash 32 tokens more", {**params, "from": "list"}, grown[2:], "us", limit=20.0)
+        times.append(time.perf_counter() - start)
+    params = {"tokens": PROMPT_TOKENS, "block_tokens": block_tokens, "from": "list"}
+    return record(f"hash {GAINED_TOKENS} tokens more", params, times[2:], "us", limit=20.0)
 
 
-def _hash(form: Any) -> Timed:
-    return lambda: KeyChain(b"r" * 16, HASH_BLOCK_TOKENS).update(form, PROMPT_TOKENS)
+def _hash(form: Any, block_tokens: int) -> Timed:
+    return lambda: KeyChain(b"r" * 16, block_tokens).update(form, PROMPT_TOKENS)
 
 
 def _by_turns(functions: Mapping[Any, Timed], rounds: int) -> dict[Any, list[float]]:

@@ -53,6 +53,7 @@ def test_one_capacity_is_enough(tmp_path: Path) -> None:
         "load": True,
         "max_pinned_fraction": 0.5,
         "gpu_copy": "auto",
+        "copy_threads": 2,
     }
     assert connector == config.connector.model_dump()
 
@@ -70,7 +71,7 @@ tiers:
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
      io_threads: 3, max_in_flight: 1MiB, durable: false}
 connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false,
-    max_pinned_fraction: 1, gpu_copy: staged}
+    max_pinned_fraction: 1, gpu_copy: staged, copy_threads: 3}
 log_level: debug
 """,
         )
@@ -82,7 +83,7 @@ log_level: debug
     assert config.disk is not None
     assert {**disk, "durable": False} == config.disk.model_dump()
     connector = {"store_decode_blocks": False, "async_load": True, "layerwise": "on", "promote_wait_s": 0.25, "store": False, "load": False}
-    assert {**connector, "max_pinned_fraction": 1.0, "gpu_copy": "staged"} == config.connector.model_dump()
+    assert {**connector, "max_pinned_fraction": 1.0, "gpu_copy": "staged", "copy_threads": 3} == config.connector.model_dump()
     assert (64, "a", "debug") == (config.block_tokens, config.namespace_salt, config.log_level)
 
 
@@ -139,6 +140,7 @@ log_level: debug
         (HOST + "connector:\n", ["yaml:4: connector: null is not a mapping"]),
         (HOST + "connector:\n  promote_wait: -1s\n", ['yaml:5: connector.promote_wait: "-1s" is wrong', "negative"]),
         (HOST + "connector:\n  max_pinned_fraction: 1.1\n", ["yaml:5: connector.max_pinned_fraction: 1.1 is wrong; allowed: 0 to 1"]),
+        (HOST + "connector:\n  copy_threads: 0\n", ["yaml:5: connector.copy_threads: 0 is wrong; allowed: a whole number from 1 to 16"]),
         (HOST + "connector:\n  max_pinned_fraction: .nan\n", ["yaml:5: connector.max_pinned_fraction:", "allowed: 0 to 1"]),
         (HOST + "connector:\n  async_load: 1\n", ["yaml:5: connector.async_load: 1 is wrong; allowed: true, false"]),
         (HOST + "block_tokens: 0\n", ["yaml:4: block_tokens: 0 is wrong; allowed: auto, or a whole number of at least 1"]),

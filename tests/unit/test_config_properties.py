@@ -73,6 +73,7 @@ connectors = st.fixed_dictionaries(
         "promote_wait": st.just(0) | durations,
         "max_pinned_fraction": st.floats(0, 1),
         "gpu_copy": st.sampled_from(["auto", "dma", "bulk", "staged"]),
+        "copy_threads": st.integers(1, 16),
     },
 )
 levels = st.sampled_from(["debug", "info", "warning", "error"])

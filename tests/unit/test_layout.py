@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,7 @@ def test_segments_are_as_few_as_can_be(case: Case) -> None:
     """No two neighbouring segments lie side by side in every block: they would be one."""
     segments = case.table(4096).segments()
     assert math.prod(case.counts[name] for name in NAMES if name != "block") * case.item_bytes == sum(s.num_bytes for s in segments)
-    for left, right in zip(segments, segments[1:], strict=False):
+    for left, right in itertools.pairwise(segments):
         assert left.base_address + left.num_bytes < right.base_address
 
 
