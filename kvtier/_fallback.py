@@ -12,7 +12,7 @@ import operator
 import os
 import struct
 from collections.abc import Sequence
-from errno import EAGAIN, EINTR, EINVAL
+from errno import EAGAIN, EINTR, EINVAL, ENOSYS
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -127,6 +127,40 @@ def prefault(address: int, num_bytes: int, /) -> None:
     is_old_kernel = error == EINVAL and populate(0) != 0
     if error != 0 and not is_old_kernel:
         raise OSError(error, os.strerror(error))
+
+
+def ring_open(num_entries: int, /) -> object:  # noqa: ARG001 - as below: the signatures of the core
+    """An io_uring. Not in Python; use threads.
+
+    Raises:
+        OSError: ENOSYS, always.
+    """
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_register(ring: object, slot: int, address: int, num_bytes: int, /) -> None:  # noqa: ARG001
+    """Lets the kernel know memory that a ring will use. There is no ring here to call it with; so below."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_submit(ring: object, token: int, is_read: bool, fd: int, offset: int, buffers: Sequence[Buffer], slot: int, /) -> None:  # noqa: ARG001
+    """Starts to move bytes between a file and buffers, which stay the caller's duty until ``token`` comes out of ``ring_wait``."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_wake(ring: object, /) -> None:  # noqa: ARG001
+    """Has ``ring_wait`` return, with token 0."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_wait(ring: object, timeout_us: int, /) -> list[tuple[int, int]]:  # noqa: ARG001
+    """Tokens of what is over, each with the bytes moved or a negative errno; waits for the first (-1: without end)."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_close(ring: object, /) -> None:  # noqa: ARG001
+    """Frees a ring on which nothing runs."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
 
 
 def _tokens_between(token_ids: Sequence[int] | Buffer, first: int, end: int) -> Sequence[int]:

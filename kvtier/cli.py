@@ -25,6 +25,7 @@ OK, DAMAGED, UNUSABLE = 0, 1, 2
 
 BENCHMARKS = {
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
+    "disk": ("kvtier.bench.disk", "the disk tier beside the disk it lies on"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
 }
 """name -> the module with ``add_arguments`` and ``run``, what it measures"""

@@ -35,7 +35,8 @@ class Clock:
 
 
 def open_tier(directory: Path, clock: Callable[[], float] = time.monotonic, **settings: Any) -> DiskTier:
-    """The tier of these tests."""
+    """The tier of these tests: on threads, whose system calls can be made to fail."""
+    settings.setdefault("io_engine", "threads")
     return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, clock=clock, **settings)
 
 
