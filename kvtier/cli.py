@@ -27,6 +27,7 @@ BENCHMARKS = {
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
     "disk": ("kvtier.bench.disk", "the disk tier beside the disk it lies on"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
+    "tier": ("kvtier.bench.tier", "storing and loading through the engine facade beside the bare copy"),
 }
 """name -> the module with ``add_arguments`` and ``run``, what it measures"""
 

@@ -1,8 +1,9 @@
 """``kvtier bench disk``: the disk tier beside the disk it lies on.
 
 By turns, the tier stores or loads a batch of blocks and ``fio`` writes or reads as many bytes with the same block size and queue depth in
-the same directory (a loop of plain direct I/O where there is no fio). Both overwrite places that were written before and end with a sync;
-the tier's time ends when the last block is durable, or verified. Both read past the page cache.
+the same files (a loop of plain direct I/O where there is no fio): a disk may be twice as fast in one file as in the next. What is written
+was written before, and both end with a sync; the tier's time ends when the last block is durable, or verified. Both read past the page
+cache. Each size is measured in several places on the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtier.bench.report import Record, publish
-from kvtier.io import PAGE_BYTES, AlignedFile, Scratch, address_of, preallocate
+from kvtier.bench.report import Record, in_turns, publish, rates
+from kvtier.io import PAGE_BYTES, AlignedFile, Scratch, address_of
 from kvtier.tiers.disk import DiskTier
 from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, TransferJob
 
@@ -33,10 +33,11 @@ TARGET = 0.9
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds per figure (default: 9)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per figure and place (default: 5)")
+    parser.add_argument("--places", type=int, default=3, help="times that the files are made anew (default: 3)")
     parser.add_argument("--directory", type=Path, default=None, help="where the temporary directory is made: the disk to measure")
     parser.add_argument("--block-mib", type=int, nargs="+", default=[2, 8, 32], help="block sizes in MiB (default: 2 8 32)")
-    parser.add_argument("--batch-mib", type=int, default=512, help="MiB moved per round (default: 512)")
+    parser.add_argument("--batch-mib", type=int, default=1024, help="MiB moved per round (default: 1024)")
     parser.add_argument("--queue-depth", type=int, default=8, help="transfers under way at once (default: 8)")
     parser.add_argument("--engine", choices=("auto", "io_uring", "threads"), default="auto", help="how the tier does its I/O")
     parser.add_argument("--buffered", action="store_true", help="through the page cache, dropped before each read")
@@ -46,62 +47,51 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes. Returns the exit status."""
     records: list[Record] = []
     for block_mib in args.block_mib:
-        directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=args.directory))
-        try:
-            records += measure(args, block_mib << 20, directory)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        records += measure(args, block_mib << 20)
     publish("kvtier bench disk", records, args.json)
     return 0
 
 
-def measure(args: argparse.Namespace, block_bytes: int, directory: Path) -> Iterator[Record]:
+def measure(args: argparse.Namespace, block_bytes: int) -> Iterator[Record]:
     """Writing and reading blocks of one size."""
-    num_blocks = max(args.queue_depth, (args.batch_mib << 20) // block_bytes)
-    batch = Batch(args, block_bytes, num_blocks, directory)
-    raw: Limit = Fio(args, block_bytes, num_blocks, directory) if shutil.which("fio") else Loop(args, block_bytes, num_blocks, directory)
-    try:
-        for name, own, limit in (("write", batch.store, raw.write), ("cold read", batch.load, raw.read)):
-            ours, theirs = in_turns([own, limit], args.rounds)
-            params = {"block_mib": block_bytes >> 20, "queue_depth": args.queue_depth, "io": batch.engine_name, "beside": raw.name}
-            yield rates(name, params, ours, theirs)
-    finally:
-        batch.close()
-
-
-def in_turns(functions: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """What each function returned in each round; the order changes from round to round, and the first round does not count."""
-    values: list[list[float]] = [[] for _ in functions]
-    for number in range(rounds + 1):
-        order = list(range(len(functions)))
-        for index in order if number % 2 else order[::-1]:
-            values[index].append(functions[index]())
-    return [each[1:] for each in values]
-
-
-def rates(name: str, params: dict[str, object], values: Sequence[float], limits: Sequence[float]) -> Record:
-    """A record of rates in bytes per second beside their limit."""
-    ordered = sorted(value / 1e9 for value in values)
-    value, limit = statistics.median(ordered), statistics.median(limits) / 1e9
-    spread = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
-    return Record(name, params, value, "GB/s", spread, limit, value / limit)
+    writes: list[list[float]] = [[], []]
+    reads: list[list[float]] = [[], []]
+    params: dict[str, object] = {}
+    for _ in range(args.places):
+        directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=args.directory))
+        batch = Batch(args, block_bytes, directory)
+        try:
+            batch.store()
+            limit = (Fio if shutil.which("fio") else Loop)(args, block_bytes, batch.files, batch.blocks_per_file)
+            params = {"block_mib": block_bytes >> 20, "queue_depth": args.queue_depth, "io": batch.io_engine, "beside": limit.name}
+            for values, more in zip(writes, in_turns([batch.store, limit.write], args.rounds), strict=True):
+                values += more
+            batch.store()  # the other has written over it
+            for values, more in zip(reads, in_turns([batch.load, limit.read], args.rounds), strict=True):
+                values += more
+        finally:
+            batch.close()
+            shutil.rmtree(directory, ignore_errors=True)
+    yield rates("write", params, *writes)
+    yield rates("cold read", params, *reads)
 
 
 class Batch:
     """Blocks in host memory, and a disk tier that holds little more than them."""
 
-    def __init__(self, args: argparse.Namespace, block_bytes: int, num_blocks: int, directory: Path) -> None:
-        segment_bytes = max(64 << 20, block_bytes + (1 << 20))
-        per_segment = segment_bytes // (block_bytes + PAGE_BYTES)
-        num_segments = -(-num_blocks // per_segment)
+    def __init__(self, args: argparse.Namespace, block_bytes: int, directory: Path) -> None:
+        segment_bytes = max(64 << 20, block_bytes + PAGE_BYTES)
+        self.blocks_per_file = segment_bytes // (block_bytes + PAGE_BYTES)
+        num_segments = max(1, (args.batch_mib << 20) // (block_bytes * self.blocks_per_file))
+        self._num_blocks = num_segments * self.blocks_per_file
         self._block_bytes = block_bytes
         scratch = Scratch()
-        scratch.reset(block_bytes * num_blocks)
-        self._memory = scratch.take(block_bytes * num_blocks)
+        scratch.reset(block_bytes * self._num_blocks)
+        self._memory = scratch.take(block_bytes * self._num_blocks)
         np.frombuffer(self._memory, np.uint64)[:] = np.random.default_rng(1).integers(0, 2**63, len(self._memory) // 8)
         self._tier = DiskTier(
-            directory / "tier",
-            (num_segments + 1) * segment_bytes * 128 // 126 + (4 << 20),
+            directory,
+            num_segments * segment_bytes * 128 // 126 + (4 << 20),
             segment_bytes=segment_bytes,
             direct_io="off" if args.buffered else "auto",
             io_engine=args.engine,
@@ -109,13 +99,17 @@ class Batch:
             max_in_flight_bytes=2 * len(self._memory),
             memory=(address_of(self._memory), len(self._memory)),
         )
-        self.engine_name = self._tier.io_engine
+        self.io_engine = self._tier.io_engine
         self._is_buffered = args.buffered
         self._directory = directory
         self._generation = 0
         self._num_jobs = 0
         self._keys: list[BlockKey] = []
-        self._num_blocks = num_blocks
+
+    @property
+    def files(self) -> list[Path]:
+        """The segment files, all full after a ``store``."""
+        return sorted(self._directory.glob("segment-*.kv"))
 
     def store(self) -> float:
         """Bytes per second until all blocks are durable."""
@@ -152,12 +146,12 @@ class Batch:
 
 
 class Limit:
-    """What the disk gives without kvtier."""
+    """What the disk gives without kvtier, in the same files."""
 
     name = ""
 
     def write(self) -> float:
-        """Bytes per second, the final sync included."""
+        """Bytes per second, a final sync included."""
         raise NotImplementedError
 
     def read(self) -> float:
@@ -166,22 +160,30 @@ class Limit:
 
 
 class Fio(Limit):
-    """The disk as fio sees it."""
+    """The disk as fio sees it, with memory registered before its clock starts."""
 
     name = "fio"
 
-    def __init__(self, args: argparse.Namespace, block_bytes: int, num_blocks: int, directory: Path) -> None:
+    def __init__(self, args: argparse.Namespace, block_bytes: int, files: Sequence[Path], blocks_per_file: int) -> None:
+        self._num_bytes = len(files) * blocks_per_file * block_bytes
+        self._files = files
         self._command = [
-            "fio", "--name=limit", f"--filename={directory / 'fio'}", f"--bs={block_bytes}", f"--size={block_bytes * num_blocks}",
-            f"--iodepth={args.queue_depth}", f"--direct={0 if args.buffered else 1}", "--invalidate=1", "--overwrite=1", "--end_fsync=1",
-            "--scramble_buffers=0", "--output-format=json",
+            "fio", "--name=limit", f"--filename={':'.join(map(str, files))}", "--file_service_type=sequential", f"--bs={block_bytes}",
+            f"--size={self._num_bytes}", f"--iodepth={args.queue_depth}", f"--direct={0 if args.buffered else 1}", "--invalidate=1",
+            "--overwrite=1", "--scramble_buffers=0", "--output-format=json",
         ]  # fmt: skip
         self._engine = ["--ioengine=io_uring", "--fixedbufs=1"]
         if not self._run("write"):
             self._engine = ["--ioengine=libaio"]
 
     def write(self) -> float:
-        return self._run("write")
+        seconds = self._num_bytes / self._run("write")
+        fd = os.open(self._files[0], os.O_RDWR)
+        start = time.perf_counter()
+        os.fdatasync(fd)  # one is enough: it flushes the disk
+        seconds += time.perf_counter() - start
+        os.close(fd)
+        return self._num_bytes / seconds
 
     def read(self) -> float:
         return self._run("read")
@@ -199,13 +201,11 @@ class Loop(Limit):
 
     name = "plain loop"
 
-    def __init__(self, args: argparse.Namespace, block_bytes: int, num_blocks: int, directory: Path) -> None:
-        path = directory / "loop"
-        preallocate(path, block_bytes * num_blocks)
-        self._file = AlignedFile(path, direct="off" if args.buffered else "auto")
-        self._directory = directory
-        self._num_blocks = num_blocks
-        self._block_bytes = block_bytes
+    def __init__(self, args: argparse.Namespace, block_bytes: int, files: Sequence[Path], blocks_per_file: int) -> None:
+        self._files = [AlignedFile(path, direct="off" if args.buffered else "auto") for path in files]
+        self._directory = files[0].parent
+        self._places = [(file, number * block_bytes) for file in self._files for number in range(blocks_per_file)]
+        self._num_bytes = len(self._places) * block_bytes
         self._pool = ThreadPoolExecutor(args.queue_depth)
         scratch = Scratch()
         scratch.reset(block_bytes * args.queue_depth)
@@ -214,21 +214,23 @@ class Loop(Limit):
             buffer[:] = np.random.default_rng(2).bytes(block_bytes)
 
     def write(self) -> float:
-        return self._run(lambda buffer, offset: self._file.writev([buffer], offset), self._file.sync)
+        return self._run(AlignedFile.writev, self._files[0].sync)
 
     def read(self) -> float:
         drop_from_page_cache(self._directory)
-        return self._run(lambda buffer, offset: self._file.readv([buffer], offset))
+        return self._run(AlignedFile.readv)
 
-    def _run(self, transfer: Callable[[memoryview, int], object], finish: Callable[[], None] = lambda: None) -> float:
+    def _run(
+        self, transfer: Callable[[AlignedFile, Sequence[memoryview], int], object], finish: Callable[[], None] = lambda: None
+    ) -> float:
         def lane(index: int) -> None:
-            for number in range(index, self._num_blocks, len(self._buffers)):
-                transfer(self._buffers[index], number * self._block_bytes)
+            for file, offset in self._places[index :: len(self._buffers)]:
+                transfer(file, [self._buffers[index]], offset)
 
         start = time.perf_counter()
         list(self._pool.map(lane, range(len(self._buffers))))
         finish()
-        return self._num_blocks * self._block_bytes / (time.perf_counter() - start)
+        return self._num_bytes / (time.perf_counter() - start)
 
 
 def drop_from_page_cache(directory: Path) -> None:

@@ -26,6 +26,7 @@ _MEMORY_SLOT_BYTES = 64 << 20
 _MAX_MEMORY_SLOTS = 1 << 14
 _NO_SLOT = -1
 _MAX_RETRIES = 100
+"""without progress"""
 _STALL_S = 0.01
 
 
@@ -59,7 +60,8 @@ class NativeRing:
         _native.ring_submit(self._ring, token, is_read, fd, offset, buffers, slot)
 
     def wait(self, timeout_us: int) -> list[tuple[int, int]]:
-        return _native.ring_wait(self._ring, timeout_us)
+        events: list[tuple[int, int]] = _native.ring_wait(self._ring, timeout_us)
+        return events
 
     def wake(self) -> None:
         _native.ring_wake(self._ring)
@@ -250,6 +252,7 @@ class RingEngine:
                 self._fail(piece, OSError(-result, os.strerror(-result), str(piece.work.transfer.file.path)))
             return
         piece.moved += result
+        piece.num_retries = 0
         if piece.moved >= piece.num_bytes or (is_read and (not result or result % PAGE_BYTES)):
             self._over(piece)  # all of it, or the end of the file
         elif not result:
@@ -280,6 +283,7 @@ class RingEngine:
         with self._lock:
             self._queue.finished(work.transfer)
             self._completions.append(work.completion())
+        work.pieces = []  # they name the work: a cycle would keep the buffers
 
 
 class _Memory:
