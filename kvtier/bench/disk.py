@@ -3,13 +3,15 @@
 By turns, the tier stores or loads a batch of blocks and ``fio`` writes or reads as many bytes with the same block size and queue depth in
 the same files (a loop of plain direct I/O where there is no fio): a disk may be twice as fast in one file as in the next. What is written
 was written before, and both end with a sync; the tier's time ends when the last block is durable, or verified. Both read past the page
-cache. Each size is measured in several places on the disk.
+cache, and have their buffers in huge pages where the system has some. Each size is measured in several places on the disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from kvtier.bench.report import Record, in_turns, publish, rates
-from kvtier.io import PAGE_BYTES, AlignedFile, Scratch, address_of
+from kvtier.io import PAGE_BYTES, AlignedFile, address_of
 from kvtier.tiers.disk import DiskTier
 from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, TransferJob
 
@@ -64,11 +66,11 @@ def measure(args: argparse.Namespace, block_bytes: int) -> Iterator[Record]:
             batch.store()
             limit = (Fio if shutil.which("fio") else Loop)(args, block_bytes, batch.files, batch.blocks_per_file)
             params = {"block_mib": block_bytes >> 20, "queue_depth": args.queue_depth, "io": batch.io_engine, "beside": limit.name}
-            for values, more in zip(writes, in_turns([batch.store, limit.write], args.rounds), strict=True):
-                values += more
+            for all_values, values in zip(writes, in_turns([batch.store, limit.write], args.rounds), strict=True):
+                all_values.extend(values)
             batch.store()  # the other has written over it
-            for values, more in zip(reads, in_turns([batch.load, limit.read], args.rounds), strict=True):
-                values += more
+            for all_values, values in zip(reads, in_turns([batch.load, limit.read], args.rounds), strict=True):
+                all_values.extend(values)
         finally:
             batch.close()
             shutil.rmtree(directory, ignore_errors=True)
@@ -85,9 +87,7 @@ class Batch:
         num_segments = max(1, (args.batch_mib << 20) // (block_bytes * self.blocks_per_file))
         self._num_blocks = num_segments * self.blocks_per_file
         self._block_bytes = block_bytes
-        scratch = Scratch()
-        scratch.reset(block_bytes * self._num_blocks)
-        self._memory = scratch.take(block_bytes * self._num_blocks)
+        self._memory = huge_pages(block_bytes * self._num_blocks)
         np.frombuffer(self._memory, np.uint64)[:] = np.random.default_rng(1).integers(0, 2**63, len(self._memory) // 8)
         self._tier = DiskTier(
             directory,
@@ -189,7 +189,9 @@ class Fio(Limit):
         return self._run("read")
 
     def _run(self, direction: str) -> float:
-        done = subprocess.run([*self._command, *self._engine, f"--rw={direction}"], capture_output=True, text=True, check=False)
+        command = [*self._command, *self._engine, f"--rw={direction}"]
+        huge = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=huge)
         start = done.stdout.find("{")
         if done.returncode or start < 0:
             return 0.0
@@ -207,9 +209,7 @@ class Loop(Limit):
         self._places = [(file, number * block_bytes) for file in self._files for number in range(blocks_per_file)]
         self._num_bytes = len(self._places) * block_bytes
         self._pool = ThreadPoolExecutor(args.queue_depth)
-        scratch = Scratch()
-        scratch.reset(block_bytes * args.queue_depth)
-        self._buffers = [scratch.take(block_bytes) for _ in range(args.queue_depth)]
+        self._buffers = [huge_pages(block_bytes) for _ in range(args.queue_depth)]
         for buffer in self._buffers:
             buffer[:] = np.random.default_rng(2).bytes(block_bytes)
 
@@ -231,6 +231,14 @@ class Loop(Limit):
         list(self._pool.map(lane, range(len(self._buffers))))
         finish()
         return self._num_bytes / (time.perf_counter() - start)
+
+
+def huge_pages(num_bytes: int) -> memoryview:
+    """Memory in huge pages where there are some. In small ones a disk's speed depends on how they happen to lie."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has small pages on many systems
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 def drop_from_page_cache(directory: Path) -> None:
