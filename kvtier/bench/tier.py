@@ -50,6 +50,7 @@ def measure(name: str, rounds: int, batch_bytes: int) -> Iterator[Record]:
     """Storing and loading prompts of one model's shape."""
     bench = Bench(*SHAPES[name], batch_bytes)
     try:
+        bench.store()  # slots for the bare copy
         params = {"model": name, "piece_kib": SHAPES[name][1] >> 10, "batch_mib": round(bench.batch_bytes / (1 << 20))}
         stores, gathers, loads, scatters = in_turns([bench.store, bench.gather, bench.load, bench.scatter], rounds)
         yield rates("store", params, stores, gathers)

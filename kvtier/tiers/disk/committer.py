@@ -22,7 +22,7 @@ _MAX_CHANGES = 256
 """of each kind in one transaction; the index file's size reckons with it"""
 _LINGER_S = 0.05
 """how long removals that nobody waits for are collected"""
-_GATHER_S = 0.02
+_GATHER_S = 0.05
 """how long written blocks wait for others that are being written: a sync holds up the writes beside it, so few are best"""
 
 
