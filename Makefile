@@ -9,7 +9,7 @@ MODEL = $(CURDIR)/.cache/smollm2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-engine lint format bench docs setup clean distclean
+.PHONY: help demo test test-unit test-engine gpu-check lint format bench docs setup clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -29,6 +29,9 @@ test-unit: ## unit tests only
 test-engine: ## tests in the real engine only
 	@$(SETUP) engine model engine-old
 	@$(PYTHON) scripts/run_tests.py engine engine-old
+
+gpu-check: ## tests and benchmarks on a GPU (needs Python with CuPy, numpy, pytest; builds and installs nothing)
+	@$(PYTHON) scripts/gpu_check.py $(ARGS)
 
 lint: ## ruff and mypy
 	@$(SETUP) dev

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.cpp"))
@@ -32,6 +34,16 @@ def source_digest() -> str:
 def readme() -> str:
     path = ROOT / "README.md"
     return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+class BuildPython(build_py):  # type: ignore[misc]
+    """Puts the text of the CUDA kernels into the package; a checkout reads it where it lies."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "kvtier" / "copy" / "cuda_sources"
+            shutil.copytree(ROOT / "csrc" / "cuda", target, dirs_exist_ok=True)
 
 
 core = Extension(
@@ -59,9 +71,14 @@ setup(
     packages=find_packages(include=["kvtier", "kvtier.*"]),
     package_data={"kvtier": ["py.typed", "*.pyi"]},
     ext_modules=[core],
+    cmdclass={"build_py": BuildPython},
     install_requires=["numpy>=1.26", "pyyaml>=6", "pydantic>=2", "lmdb>=1.4", "xxhash>=3.4", "rich>=13"],
     extras_require={
         "bench": ["matplotlib>=3.8"],
+        "cuda12": ["cupy-cuda12x>=13.6"],
+        "cuda13": ["cupy-cuda13x>=13.6"],
+        # compiling the CUDA kernels, which needs no GPU
+        "kernels": ['cupy-cuda13x>=13.6; platform_system == "Linux"', 'nvidia-cuda-nvrtc>=13; platform_system == "Linux"'],
         "torch": ["torch>=2.4"],
         "test": [
             "hypothesis>=6.100",

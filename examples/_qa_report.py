@@ -12,6 +12,8 @@ from _qa_engine import Answer
 from rich.console import Console
 from rich.table import Table
 
+from kvtier.bench.report import environment
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -53,7 +55,8 @@ def print_table(console: Console, exchanges: Sequence[Exchange]) -> None:
 
 def write_json(path: Path, exchanges: Sequence[Exchange]) -> None:
     """Everything that was measured."""
-    path.write_text(json.dumps([asdict(one) for one in exchanges], indent=1) + "\n")
+    document = {"environment": environment(), "exchanges": [asdict(one) for one in exchanges]}
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def write_chart(path: Path, exchanges: Sequence[Exchange]) -> None:

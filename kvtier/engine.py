@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvtier.config import Config
 from kvtier.control.commands import BlockEvent
+from kvtier.control.device_pool import DevicePool
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
@@ -65,13 +66,14 @@ class CacheEngine:
         self._grow()
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - by keyword
         cls,
         config: Config,
         *,
         namespace: Namespace,
         block_bytes: int,
         arena: Arena | None = None,
+        device_slots: int = 0,
         events: bool = False,
         clock: Callable[[], float] = time.monotonic,
         tiers: Sequence[Tier] | None = None,
@@ -83,6 +85,7 @@ class CacheEngine:
             namespace: what the blocks belong to; its digest is echoed in every record.
             block_bytes: bytes of one block over all layers and ranks.
             arena: host memory, owned by the caller; made (and owned) here where it is None.
+            device_slots: blocks that fit into each worker's pool in device memory, where the configuration asks for one.
             events: whether ``take_events`` is going to be called.
             clock: seconds that do not go backwards.
             tiers: the tiers below host memory instead of those that ``config`` names (for tests); owned by the engine.
@@ -95,7 +98,8 @@ class CacheEngine:
         capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
         if capacity_bytes < _page_align(block_bytes):
             raise ConfigError(
-                f"tiers[0].capacity: {config.host.capacity_bytes} bytes hold no block; one block of this model has {block_bytes} bytes. "
+                f"tiers[{config.tiers.index(config.host)}].capacity: {config.host.capacity_bytes} bytes hold no block; "
+                f"one block of this model has {block_bytes} bytes. "
                 f"Allowed: at least {_page_align(block_bytes)} bytes; some thousand blocks are sensible"
             )
         # Nothing is handed out before the arena has prepared it: see _grow.
@@ -109,11 +113,14 @@ class CacheEngine:
             )
             arena.prefault()
             arena.unlink()
-        lower = list(tiers) if tiers is not None else _open_tiers(config)
+        lower = list(tiers) if tiers is not None else _open_tiers(config, arena)
         stats = Stats()
         space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
         host = _residency("host", config.host.policy, config.host.ttl_s, config.host.ttl_mode)
         planner = Planner(space, host, [_spec(tier, config) for tier in lower], stats, events=events)
+        if config.gpu is not None and device_slots:
+            pool = _residency("gpu", config.gpu.policy, config.gpu.ttl_s, config.gpu.ttl_mode)
+            planner.use_device_pool(DevicePool(device_slots, block_bytes, pool, stats))
         now = clock()
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
@@ -144,11 +151,14 @@ class CacheEngine:
 
     def begin_load(self, keys: Sequence[BlockKey]) -> LoadPlan:
         """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``."""
-        return self._planner.begin_load(keys)
+        return self._planner.begin_load(keys, self._clock())
 
-    def end_load(self, job_id: int, failed: Collection[int] = ()) -> None:
-        """Ends a load. Blocks at the positions ``failed`` are forgotten in host memory and counted."""
-        self._planner.end_load(job_id, failed)
+    def end_load(self, job_id: int, failed: Collection[int] = (), *, partial: Collection[int] = ()) -> None:
+        """Ends a load. Blocks at the positions ``failed`` are forgotten in host memory and counted.
+
+        ``partial``: of these blocks only a part was copied, so a copy put into the device pool on the way is not whole.
+        """
+        self._planner.end_load(job_id, failed, self._clock(), partial=partial)
 
     def begin_store(self, keys: Sequence[BlockKey], first: int) -> StorePlan:
         """Slots for those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far."""
@@ -246,7 +256,7 @@ def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Re
     return Residency(name, lambda: create_policy(policy), expiry)
 
 
-def _open_tiers(config: Config) -> list[Tier]:
+def _open_tiers(config: Config, arena: Arena) -> list[Tier]:
     disk = config.disk
     if disk is None:
         return []
@@ -256,9 +266,12 @@ def _open_tiers(config: Config) -> list[Tier]:
             disk.capacity_bytes,
             segment_bytes=disk.segment_bytes,
             direct_io=disk.direct_io,
+            io_engine=disk.io_engine,
+            queue_depth=disk.queue_depth,
             io_threads=disk.io_threads,
             max_in_flight_bytes=disk.max_in_flight_bytes,
             durable=disk.durable,
+            memory=(arena.address, arena.capacity_bytes),
         )
     ]
 

@@ -138,6 +138,8 @@ class StorePlan:
     num_refused: int = 0
     """blocks at the end that found no slot; asking again later is fine"""
     broken: bool = False
+    device_slots: tuple[int, ...] = ()
+    """where each block passes through the device pool, -1: nowhere; empty without a pool"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +148,7 @@ class LoadPlan:
 
     job_id: int
     slots: tuple[SlotRef, ...] = field(default=())
+    device_slots: tuple[int, ...] = ()
+    """the slot of each block in the device pool, -1: none; empty without a pool"""
+    device_ready: tuple[bool, ...] = ()
+    """whether the block is in its device slot already; else it is to be put there on its way"""

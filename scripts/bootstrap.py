@@ -47,6 +47,8 @@ LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 WITHOUT_DEPENDENCIES = ("xgrammar",)
 XGRAMMAR_NEEDS = ("apache-tvm-ffi",)
 EXTRAS = ".[test,bench]"
+DEV_EXTRAS = ".[test,bench,kernels]"  # without a GPU too: the CUDA kernels are compiled in the tests
+GPU_EXTRAS = ".[test,bench,cuda13]"
 BUILD_TOOL = "setuptools>=77"
 
 # One editable install at a time: they build the native extension into the same place.
@@ -199,14 +201,15 @@ def install_torch(step: Step) -> None:
         step.run("checking that torch is the CPU build", str(step.venv.python), "-c", check)
 
 
-def install_kvtier(step: Step, *also: str) -> None:
+def install_kvtier(step: Step, *also: str, extras: str = "") -> None:
     """kvtier itself, editable, with what its tests need; again whenever setup.py or the C++ sources changed."""
-    stamp, wanted = step.venv.path / ".kvtier-project", digest(EXTRAS, project_digest(), *also)
+    extras = extras or (GPU_EXTRAS if device() == "cuda" else EXTRAS)
+    stamp, wanted = step.venv.path / ".kvtier-project", digest(extras, project_digest(), *also)
     if stamped(stamp, wanted):
         return
     with _build_lock:
         shutil.rmtree(ROOT / "build", ignore_errors=True)  # objects of older sources would be linked in silently
-        step.pip("building kvtier, installing what it needs", "-c", str(constraints()), "--no-build-isolation", *also, "-e", EXTRAS)
+        step.pip("building kvtier, installing what it needs", "-c", str(constraints()), "--no-build-isolation", *also, "-e", extras)
     stamp.write_text(wanted)
 
 
@@ -227,7 +230,7 @@ def set_up_dev(progress: Progress) -> None:
         install_torch(step)
         step.pip("installing the build tool", BUILD_TOOL)
         stamp.write_text(wanted)
-    install_kvtier(step)
+    install_kvtier(step, extras=DEV_EXTRAS)
 
 
 def set_up_engine(progress: Progress) -> None:

@@ -17,9 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
-from pydantic import BaseModel  # noqa: E402 - after the line above, like the next two
+from benchmark_pages import benchmarks_page, readme  # noqa: E402 - after the line above, like the next ones
+from pydantic import BaseModel  # noqa: E402
+from version_pages import versions_page  # noqa: E402
 
-from kvtier.config import Config, ConnectorConfig, DiskTierConfig, HostTierConfig  # noqa: E402
+from kvtier.config import Config, ConnectorConfig, DiskTierConfig, GpuTierConfig, HostTierConfig  # noqa: E402
 from kvtier.config.fields import text_of  # noqa: E402
 from kvtier.config.template import EXAMPLE  # noqa: E402
 from kvtier.units import DURATION_UNITS, SIZE_UNITS, format_duration, format_size  # noqa: E402
@@ -39,6 +41,7 @@ One YAML file. `kvtier config check FILE` reports everything that is wrong with 
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("Top of the file", Config),
+    ("`tiers`: `type: gpu`", GpuTierConfig),
     ("`tiers`: `type: host`", HostTierConfig),
     ("`tiers`: `type: disk`", DiskTierConfig),
     ("`connector`", ConnectorConfig),
@@ -156,7 +159,10 @@ def first_line(path: Path) -> str:
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/configuration.md": configuration_page,
+    "docs/reference/vllm-versions.md": versions_page,
     "docs/structure.md": structure_page,
+    "docs/benchmarks/README.md": benchmarks_page,
+    "README.md": readme,
 }
 """Page -> what prints it."""
 

@@ -51,7 +51,8 @@ MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench")
 
 THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
-    "torch": ("kvtier.copy.torch_copier", "kvtier.connectors"),
+    "torch": ("kvtier.copy.pool", "kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu", "kvtier.testing"),
+    "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
     "xxhash": ("kvtier.tiers.disk", "kvtier.codecs"),
     "pydantic": ("kvtier.config",),
@@ -65,7 +66,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
 }
 """package -> who may import it"""
 
-HEAVY = ("hypothesis", "lmdb", "matplotlib", "numpy", "pydantic", "rich", "torch", "vllm", "xxhash", "yaml")
+HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "pydantic", "rich", "torch", "vllm", "xxhash", "yaml")
 """what ``import kvtier`` must not bring"""
 
 STUB_ONLY = {"typing_extensions"}
@@ -87,8 +88,10 @@ RESERVED: Mapping[str, Sequence[str]] = {
 IMPURE = ("asyncio", "io", "multiprocessing", "os", "pathlib", "random", "secrets", "socket", "subprocess", "threading", "time")
 
 CATCH_ALL: Mapping[str, str] = {
+    "kvtier.io.thread_engine": "thread boundary: whoever waits for the transfer must hear of it",
     "kvtier.io.workers": "thread boundary: whatever went wrong must reach the waiting job",
     "kvtier.tiers.disk.committer": "thread boundary: without this thread every job would hang",
+    "kvtier.tiers.disk.mover": "thread boundary: without this thread every job would hang",
 }
 """who may say ``except Exception`` -> why"""
 
@@ -341,7 +344,7 @@ class TestSources:
         wrong = [
             f"{path.relative_to(ROOT)}:{number}"
             for path in files
-            if path.suffix in (".py", ".pyi", ".h", ".cpp", ".md", ".sh", ".yaml", ".yml")
+            if path.suffix in (".py", ".pyi", ".h", ".cpp", ".cu", ".md", ".sh", ".yaml", ".yml")
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
             if any(mark in line for mark in marks)
         ]

@@ -16,9 +16,6 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 import kvtier
 from kvtier import _native
 
@@ -102,24 +99,35 @@ def environment() -> dict[str, object]:
 
 def publish(title: str, records: Sequence[Record], json_path: Path | None) -> None:
     """Prints the table and, where a path is given, writes the JSON."""
-    table = Table(title=title)
-    for column in ("what", "parameters", "median", "spread", "unit", "target or limit", "of it", "peers"):
-        table.add_column(column, justify="left" if column in ("what", "parameters", "peers") else "right")
-    for item in records:
-        table.add_row(
-            item.name,
-            ", ".join(f"{key}={value}" for key, value in item.params.items()),
-            f"{item.value:.3g}",
-            f"{item.spread:.2g}",
-            item.unit,
-            "" if item.limit is None else f"{item.limit:.3g}",
-            "" if item.fraction is None else f"{item.fraction:.0%}",
-            ", ".join(f"{name} {value:.3g}" for name, value in item.peers.items()),
-        )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    rows = [_cells(item) for item in records]
+    try:
+        from rich.console import Console  # noqa: PLC0415 - a machine lent for its GPU may have nothing but numpy
+        from rich.table import Table  # noqa: PLC0415
+    except ImportError:
+        print("\n".join([title, *(" | ".join(row) for row in rows)]))
+    else:
+        table = Table(title=title)
+        for column in ("what", "parameters", "median", "spread", "unit", "target or limit", "of it", "peers"):
+            table.add_column(column, justify="left" if column in ("what", "parameters", "peers") else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
     if json_path is not None:
         document = {"environment": environment(), "records": [asdict(item) for item in records]}
         json_path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _cells(item: Record) -> tuple[str, ...]:
+    return (
+        item.name,
+        ", ".join(f"{key}={value}" for key, value in item.params.items()),
+        f"{item.value:.3g}",
+        f"{item.spread:.2g}",
+        item.unit,
+        "" if item.limit is None else f"{item.limit:.3g}",
+        "" if item.fraction is None else f"{item.fraction:.0%}",
+        ", ".join(f"{name} {value:.3g}" for name, value in item.peers.items()),
+    )
 
 
 def _lines(path: str) -> list[str]:

@@ -37,7 +37,8 @@ _TTL = "null, or more than 0: `30s`, `5min`, `2h`, or seconds"
 _TTL_ABOUT = "A block is dropped this long after it was stored or used (see `ttl_mode`). null: never."
 _TTL_MODE_ABOUT = "From when `ttl` counts. `sliding`: the last use. `fixed`: the time of storing."
 _POLICY_ABOUT = "Which block leaves a full tier first. `lru`: the one unused for longest. `fifo`: the oldest."
-_TIERS = "a list: one tier of type host first, then at most one of type disk"
+_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one of type disk"
+_TIER_ORDER = ("gpu", "host", "disk")
 
 
 class WriteMode(enum.Enum):
@@ -48,8 +49,20 @@ class WriteMode(enum.Enum):
     ON_EVICT = "on_evict"
 
 
+class GpuTierConfig(Section):
+    """Memory of each GPU: new blocks pass through it, and the latest stay, so that a hit need not cross the bus."""
+
+    type: Literal["gpu"] = setting("gpu", kind="name", allowed="`gpu`", about="Makes this tier memory of the engine's devices.")
+    capacity_bytes: Size = setting(
+        REQUIRED, key="capacity", kind="size", allowed=f"more than 0: {_SIZE}", about="Memory for blocks, on each GPU.", gt=0
+    )
+    policy: Literal["lru", "fifo"] = setting("lru", kind="name", allowed="`lru`, `fifo`", about=_POLICY_ABOUT)
+    ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=_TTL, about=_TTL_ABOUT, gt=0)
+    ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
+
+
 class HostTierConfig(Section):
-    """Host memory: the arena that engine and workers share. Always the first tier."""
+    """Host memory: the arena that engine and workers share. Always there."""
 
     type: Literal["host"] = setting("host", kind="name", allowed="`host`", about="Makes this tier host memory.")
     capacity_bytes: Size = setting(
@@ -101,7 +114,18 @@ class DiskTierConfig(Section):
         allowed="`auto`, `on`, `off`",
         about="Whether to bypass the page cache. `auto`: where the file system can. `on`: refuse to start where it cannot.",
     )
-    io_threads: int = setting(2, kind="integer", allowed="a whole number from 1 to 64", about="Threads that read and write.", ge=1, le=64)
+    io_engine: Literal["auto", "io_uring", "threads"] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `io_uring`, `threads`",
+        about="How to read and write. `auto`: io_uring where the system allows it, else threads. `io_uring`: refuse to start without it.",
+    )
+    queue_depth: int = setting(
+        8, kind="integer", allowed="a whole number from 1 to 256", about="Reads and writes under way at once.", ge=1, le=256
+    )
+    io_threads: int = setting(
+        2, kind="integer", allowed="a whole number from 1 to 64", about="Threads that compute and verify checksums.", ge=1, le=64
+    )
     max_in_flight_bytes: Size = setting(
         256 << 20, key="max_in_flight", kind="size", allowed=f"more than 0: {_SIZE}", about="Bytes being read or written at once.", gt=0
     )
@@ -130,6 +154,13 @@ class ConnectorConfig(Section):
     async_load: bool = setting(
         False, kind="boolean", allowed="`true`, `false`", about="Load while other requests run. false: in the step that needs the blocks."
     )
+    layerwise: Annotated[Literal["auto", "on", "off"], ON_OFF] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `on`, `off`",
+        about="Loads that are waited for: each layer waits for its own part only (`on`), or the first layer for everything (`off`). "
+        "`auto`: on where a GPU copies beside the computation, off on a CPU.",
+    )
     promote_wait_s: Duration = setting(
         2.0,
         key="promote_wait",
@@ -140,9 +171,16 @@ class ConnectorConfig(Section):
     max_pinned_fraction: float = setting(
         0.5, kind="number", allowed="0 to 1", about="Share of host memory that pinned blocks may take.", ge=0, le=1
     )
+    gpu_copy: Literal["auto", "dma", "bulk", "staged"] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `dma`, `bulk`, `staged`",
+        about="How blocks are copied to and from a GPU. `auto`: for each direction and size the way that was the fastest at start. "
+        "`dma`: the copy engines alone. `bulk`: a kernel straight to host memory (Hopper and later). `staged`: a kernel and a buffer.",
+    )
 
 
-TierConfig = Annotated[HostTierConfig | DiskTierConfig, Field(discriminator="type")]
+TierConfig = Annotated[GpuTierConfig | HostTierConfig | DiskTierConfig, Field(discriminator="type")]
 
 
 class Config(Section):
@@ -174,6 +212,11 @@ class Config(Section):
         if problems:
             raise PydanticCustomError(TIER_ORDER, "{reason}", {"reason": "; ".join(reason for _, reason in problems)})
         return tiers
+
+    @property
+    def gpu(self) -> GpuTierConfig | None:
+        """The tier in device memory, if there is one."""
+        return next((tier for tier in self.tiers if isinstance(tier, GpuTierConfig)), None)
 
     @property
     def host(self) -> HostTierConfig:
@@ -237,13 +280,14 @@ class Config(Section):
 def _order_problems(kinds: Sequence[object]) -> list[tuple[tuple[int, ...], str]]:
     """What is wrong with the order and number of tiers: (index, reason), unknown types (reported elsewhere) aside."""
     problems: list[tuple[tuple[int, ...], str]] = []
-    if "host" not in kinds and all(kind == "disk" for kind in kinds):
+    if "host" not in kinds and all(kind in _TIER_ORDER for kind in kinds):
         problems.append(((), f"there is no tier of type host; allowed: {_TIERS}"))
-    for kind in ("host", "disk"):
-        first, *again = [index for index, each in enumerate(kinds) if each == kind] or [0]
-        problems += [((index,), f"a second tier of type {kind}, after tiers[{first}]; allowed: {_TIERS}") for index in again]
-        if kind == "host" and first:
-            problems.append(((first,), f"the tier of type host must be the first; allowed: {_TIERS}"))
+    for rank, kind in enumerate(_TIER_ORDER):
+        places = [index for index, each in enumerate(kinds) if each == kind]
+        problems += [((index,), f"a second tier of type {kind}, after tiers[{places[0]}]; allowed: {_TIERS}") for index in places[1:]]
+        slower = [index for index, each in enumerate(kinds) if each in _TIER_ORDER[rank + 1 :]]
+        if places and slower and slower[0] < places[0]:
+            problems.append(((places[0],), f"the tier of type {kind} must stand before tiers[{slower[0]}]; allowed: {_TIERS}"))
     return problems
 
 

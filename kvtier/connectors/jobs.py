@@ -28,6 +28,11 @@ class LoadJob:
         """Indexes of the slots whose block could not be copied."""
         return {(self.move.first_index + position) // blocks_per_slot for position in self.failed}
 
+    def partial_slots(self, blocks_per_slot: int) -> set[int]:
+        """Indexes of the slots of which only a part was copied."""
+        end = self.move.first_index + len(self.move.block_ids)
+        return ({0} if self.move.first_index else set()) | ({end // blocks_per_slot} if end % blocks_per_slot else set())
+
     def first_failed_block(self, blocks_per_slot: int) -> int:
         """Place in the chain of the first block that is not in the engine."""
         return self.first_block + min(self.failed_slots(blocks_per_slot), default=len(self.move.slots))

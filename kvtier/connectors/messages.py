@@ -50,6 +50,10 @@ class MoveJob:
     """0 for stores; a load may begin in the middle of a slot"""
     missing: tuple[int, ...] = ()
     """loads only: engine blocks that were promised and whose source has vanished; failed without a copy"""
+    device_slots: tuple[int, ...] = ()
+    """slot of each of ``slots`` in the device pool, -1: none; empty where there is no pool"""
+    device_ready: tuple[bool, ...] = ()
+    """loads only: whether the block is in its device slot already"""
 
 
 @dataclass(frozen=True, slots=True)

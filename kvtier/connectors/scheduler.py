@@ -298,10 +298,13 @@ class SchedulerHalf:
         request.store_from = end // self._blocks_per_slot
         job_id = next(self._lost_ids)
         slots: tuple[SlotRef, ...] = ()
+        device_slots: tuple[int, ...] = ()
+        device_ready: tuple[bool, ...] = ()
         with self._boundary.at("begin_load"):
             limit = -(-end // self._blocks_per_slot)
             plan = self._engine.begin_load(request.keys(limit, self._block_tokens)[first_block:])
             job_id, slots = plan.job_id, plan.slots
+            device_slots, device_ready = plan.device_slots, plan.device_ready
         first_index = start % self._blocks_per_slot
         num_present = min(len(promised), max(0, len(slots) * self._blocks_per_slot - first_index))
         move = MoveJob(
@@ -312,6 +315,8 @@ class SchedulerHalf:
             tuple(ref.generation for ref in slots),
             first_index,
             promised[num_present:],
+            device_slots,
+            device_ready,
         )
         job = LoadJob(move, self._settings.async_load, first_block, self._num_workers)
         if move.missing:
@@ -350,6 +355,7 @@ class SchedulerHalf:
             tuple(block_ids),
             tuple(ref.slot for ref in plan.slots),
             tuple(ref.generation for ref in plan.slots),
+            device_slots=plan.device_slots,
         )
         self._stores[plan.job_id] = StoreJob(move, first + plan.positions[0], item.block_ids[: end * per_slot], self._num_workers)
         moves.append(move)
@@ -363,7 +369,8 @@ class SchedulerHalf:
         if job.remaining <= 0:
             del self._loads[job_id]
             if job_id > 0:
-                self._engine.end_load(job_id, job.failed_slots(self._blocks_per_slot))
+                per_slot = self._blocks_per_slot
+                self._engine.end_load(job_id, job.failed_slots(per_slot), partial=job.partial_slots(per_slot))
 
     def _load_failed(self, job: LoadJob) -> None:
         """The engine computes the failed blocks itself; nothing computed on top of them may be stored."""

@@ -6,6 +6,9 @@ Call order around one forward pass, as vLLM has it::
         -> finish() -> failed_block_ids() -> report()
 
 Without sync loads in a step ``start_loads`` may come after the forward pass.
+
+With a layer loader the sync loads may overlap the forward pass: ``start_loads(by_layer=True)``, no ``wait_for_loads``, and
+``wait_for_layer(index)`` before each layer reads its KV.
 """
 
 from __future__ import annotations
@@ -15,12 +18,34 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvtier.connectors.boundary import Boundary
+from kvtier.connectors.layer_pipeline import LayerPipeline
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
-from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent
+from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent, LayerLoader
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 
 _NO_ORDERS = StepMessage()
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPart:
+    """One rank's part of every slot. Raises ValueError where the rank is not one of the workers."""
+
+    rank: int
+    """0 <= rank < num_workers; parts lie in the order of the ranks"""
+    num_workers: int
+    engine_block_bytes: int
+    """of one engine block on this rank"""
+    blocks_per_slot: int = 1
+    """engine blocks in one kvtier block"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.num_workers:
+            raise ValueError(f"rank {self.rank} is not one of {self.num_workers} workers")
+
+    def offset_of(self, index: int) -> int:
+        """Where the part's ``index``-th engine block begins in a slot."""
+        return (self.rank * self.blocks_per_slot + index) * self.engine_block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,34 +75,24 @@ class WorkerHalf:
     Args:
         arena: the shared arena, mapped by this process; not closed by ``close()``
         copier: bound to this rank's KV memory and to the arena
-        rank: position of this rank's part in a slot, 0 <= rank < num_workers
-        num_workers: parts in a slot
-        engine_block_bytes: bytes of one engine block on this rank
-        blocks_per_slot: engine blocks in one kvtier block
+        part: where this rank's bytes lie in a slot
+        loader: loads layer by layer, where the engine can wait for each layer; closed by ``close()``
         strict: re-raise unexpected errors, except those of the copier (tests only)
-
-    Raises:
-        ValueError: the rank is not one of the workers.
     """
 
     def __init__(
         self,
         arena: Arena,
         copier: BlockCopier,
+        part: SlotPart,
         *,
-        rank: int,
-        num_workers: int,
-        engine_block_bytes: int,
-        blocks_per_slot: int = 1,
+        loader: LayerLoader | None = None,
         strict: bool = False,
     ) -> None:
-        if not 0 <= rank < num_workers:
-            raise ValueError(f"rank {rank} is not one of {num_workers} workers")
         self._generations = arena.generations
         self._copier = copier
-        self._block_bytes = engine_block_bytes
-        self._blocks_per_slot = blocks_per_slot
-        self._part_offset = rank * blocks_per_slot * engine_block_bytes
+        self._layers = LayerPipeline(loader)
+        self._part = part
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._copying = Boundary(on_error=self._count_error)
         """around calls to the copier, which may fail in any way"""
@@ -109,13 +124,21 @@ class WorkerHalf:
         self._loads_started = self._stores_started = False
         self._held.update(message.held)
 
-    def start_loads(self) -> None:
-        """Starts all loads of the step, sync ones first. Slots with a new tenant fail without a copy. Idempotent in a step."""
+    def start_loads(self, *, by_layer: bool = False) -> None:
+        """Starts all loads of the step, sync ones first. Slots with a new tenant fail without a copy. Idempotent in a step.
+
+        ``by_layer``: the engine will call ``wait_for_layer`` for every layer. Without a layer loader this waits for the sync loads.
+        """
         if self._loads_started:
             return
         self._loads_started = True
-        for job in self._orders.loads:
-            self._sync_loads.append(self._start(job, is_load=True))
+        # What passes through the device pool is not divided by layers.
+        layered = [job for job in self._orders.loads if by_layer and self._layers.is_usable and not job.device_slots]
+        self._sync_loads += [self._start(job, is_load=True) for job in self._orders.loads if job not in layered]
+        if by_layer:
+            self.wait_for_loads()
+        if layered:
+            self._start_by_layer([self._prepare(job) for job in layered])
         for job in self._orders.async_loads:
             self._async_loads.append(self._start(job, is_load=True))
 
@@ -124,6 +147,21 @@ class WorkerHalf:
         copies, self._sync_loads = self._sync_loads, []
         for copy in copies:
             self._end_load(copy)
+
+    def wait_for_layer(self, layer: int | None) -> None:
+        """What the engine computes from now on sees this layer's loads of the step. None: all layers'. Cheap without loads."""
+        if self._layers.is_loading:
+            with self._copying.at("layer"):
+                self._layers.wait(layer)
+
+    def forward_ended(self) -> None:
+        """The forward pass of the step was submitted. Loads by layer that it did not wait for count as failed."""
+        if not self._layers.forward_ended():
+            for copy in self._sync_loads:
+                self._wait(copy)
+                copy.event = None
+                copy.failed.update(copy.positions)
+            self._count_error()
 
     def start_stores(self) -> None:
         """Starts the stores of the step; the forward pass must have been submitted. Idempotent in a step.
@@ -147,6 +185,7 @@ class WorkerHalf:
         """
         self.start_loads()
         self.wait_for_loads()
+        self._layers.reset()
         self.start_stores()
         self._orders = _NO_ORDERS
         loads, self._async_loads = self._async_loads, []
@@ -162,7 +201,7 @@ class WorkerHalf:
                 self._end(copy)
             else:
                 self._stores.append(copy)
-        sent = self._held - {copy.job.request_id for copy in self._stores} if self._held else set()
+        sent = self._held - {copy.job.request_id for copy in self._stores if not self._is_released(copy)} if self._held else set()
         self._held -= sent
         received, self._received = self._received, set()
         return Transferred(sent, received)
@@ -182,24 +221,46 @@ class WorkerHalf:
         for copy in [*self._sync_loads, *self._async_loads, *self._stores]:
             self._end(copy)
         self._sync_loads, self._async_loads, self._stores = [], [], []
+        self._layers.close()
 
     # ---- one job ------------------------------------------------------------------------------------------------
 
     def _start(self, job: MoveJob, *, is_load: bool) -> _Copy:
         """Starts the copies of a job whose slots still have the tenant they were planned for."""
+        copy = self._prepare(job)
+        if copy.positions:
+            with self._copying.at("scatter" if is_load else "gather"):
+                copies = self._block_copies(copy)
+                copy.event = self._copier.scatter(copies) if is_load else self._copier.gather(copies)
+        if copy.event is None:
+            copy.failed.update(copy.positions)
+        return copy
+
+    def _start_by_layer(self, loads: list[_Copy]) -> None:
+        """Starts the loads as one, layer after layer."""
+        event: CopyEvent | None = None
+        with self._copying.at("scatter by layer"):
+            copies = [block for copy in loads for block in self._block_copies(copy)]
+            if copies:
+                event = self._layers.start(copies)
+        self._sync_loads += loads
+        for copy in loads:
+            copy.event = event if copy.positions else None
+            if copy.event is None:
+                copy.failed.update(copy.positions)
+
+    def _prepare(self, job: MoveJob) -> _Copy:
+        """Finds out which of a job's slots still have the tenant they were planned for; the others have failed."""
         copy = _Copy(job, [], None, set(range(len(job.block_ids))))
         with self._boundary.at("start copy"):
             stale = self._stale_positions(job)
             self._count_stale(job, stale)
-            positions = sorted(copy.failed - stale)
-            copies = [self._block_copy(job, position) for position in positions]
-            if copies:
-                with self._copying.at("scatter" if is_load else "gather"):
-                    copy.event = self._copier.scatter(copies) if is_load else self._copier.gather(copies)
-            if copy.event is not None:
-                copy.positions = positions
-                copy.failed = stale
+            copy.positions = sorted(copy.failed - stale)
+            copy.failed = stale
         return copy
+
+    def _block_copies(self, copy: _Copy) -> list[BlockCopy]:
+        return [self._block_copy(copy.job, position) for position in copy.positions]
 
     def _is_over(self, copy: _Copy) -> bool:
         """Whether nothing of a copy runs any more. One that cannot be asked has failed."""
@@ -212,6 +273,14 @@ class WorkerHalf:
             copy.event = None
             copy.failed.update(copy.positions)
         return is_over is not False
+
+    def _is_released(self, copy: _Copy) -> bool:
+        """Whether a store that still runs no longer reads the engine's blocks. One that cannot be asked does."""
+        is_released = False
+        if copy.event is not None:
+            with self._copying.at("copy"):
+                is_released = copy.event.released()
+        return is_released
 
     def _end_load(self, copy: _Copy) -> None:
         """Ends a load; a slot that got a new tenant during the copy may have given anything."""
@@ -245,8 +314,12 @@ class WorkerHalf:
             self._report.failed[copy.job.job_id] = copy.failed
 
     def _block_copy(self, job: MoveJob, position: int) -> BlockCopy:
-        slot, index = divmod(job.first_index + position, self._blocks_per_slot)
-        return BlockCopy(job.block_ids[position], job.slots[slot] * PAGE_BYTES + self._part_offset + index * self._block_bytes)
+        slot, index = divmod(job.first_index + position, self._part.blocks_per_slot)
+        arena_offset = job.slots[slot] * PAGE_BYTES + self._part.offset_of(index)
+        if not job.device_slots or job.device_slots[slot] < 0:
+            return BlockCopy(job.block_ids[position], arena_offset)
+        pool_offset = (job.device_slots[slot] * self._part.blocks_per_slot + index) * self._part.engine_block_bytes
+        return BlockCopy(job.block_ids[position], arena_offset, pool_offset, bool(job.device_ready) and job.device_ready[slot])
 
     def _stale_positions(self, job: MoveJob) -> set[int]:
         """Positions whose slot has another tenant than planned."""
@@ -257,11 +330,11 @@ class WorkerHalf:
         stale = set(np.flatnonzero(self._generations[slots] != planned).tolist())
         if not stale:
             return set()
-        per_slot = self._blocks_per_slot
+        per_slot = self._part.blocks_per_slot
         return {position for position in range(len(job.block_ids)) if (job.first_index + position) // per_slot in stale}
 
     def _count_stale(self, job: MoveJob, positions: set[int]) -> None:
-        self._report.num_stale += len({(job.first_index + position) // self._blocks_per_slot for position in positions})
+        self._report.num_stale += len({(job.first_index + position) // self._part.blocks_per_slot for position in positions})
 
     def _count_error(self) -> None:
         self._report.num_errors += 1

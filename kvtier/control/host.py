@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvtier.control.commands import BlockEvent
 from kvtier.control.demotion import Demoter
+from kvtier.control.device_pool import DevicePool
 from kvtier.control.host_space import HostSpace
 from kvtier.control.index import HOST, Entry, Index
 from kvtier.control.lower import LowerTier
@@ -23,6 +24,8 @@ class HostMemory:
     """Slots, residency and index of host memory, kept in step with each other; tells what becomes readable or stops being so."""
 
     def __init__(self, index: Index, space: HostSpace, residency: Residency, demoter: Demoter, stats: Stats, *, events: bool) -> None:
+        self.device: DevicePool | None = None
+        """second copies of blocks; whatever leaves host memory leaves it too"""
         self.events: deque[BlockEvent] | None = deque(maxlen=MAX_EVENTS) if events else None
         self.residency = residency
         self._index = index
@@ -105,6 +108,8 @@ class HostMemory:
         entry.readable &= ~HOST
         self._space.vacate(entry)
         self._demoter.forget_waiting(entry.key)
+        if self.device is not None:
+            self.device.drop(entry.key)
         if self.events is not None:
             self.tell(False, self.residency.name, entry)
         self._index.drop_if_gone(entry)

@@ -71,8 +71,8 @@ class Index:
         while entry is not None and entry.readable & visible:
             pending = pending or (not entry.readable & HOST and bool(entry.busy & HOST))
             hits += 1
-            key = next(remaining, None)
-            entry = None if key is None else get(key)
+            following = next(remaining, None)
+            entry = None if following is None else get(following)
         return PrefixMatch(hits, ready, pending)
 
     def run(self, keys: Sequence[BlockKey], start: int, mask: int) -> list[Entry]:

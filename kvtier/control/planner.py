@@ -12,12 +12,13 @@ from collections.abc import Collection, Iterable, Sequence
 from kvtier.control.audit import audit
 from kvtier.control.commands import BlockEvent, Command, Promote, Remove
 from kvtier.control.demotion import OUTCOME_COUNTERS, Demoter
+from kvtier.control.device_pool import DevicePool
 from kvtier.control.host import HostMemory
 from kvtier.control.host_space import HostSpace
 from kvtier.control.index import HOST, Entry, Index
 from kvtier.control.lower import LowerTier, LowerTierSpec
 from kvtier.control.pins import Pin, PinTable
-from kvtier.control.plans import PromotionPlan, StoreInFlight
+from kvtier.control.plans import LoadInFlight, PromotionPlan, StoreInFlight
 from kvtier.control.residency import Residency
 from kvtier.stats import Stats
 from kvtier.types import BlockKey, BlockMeta, LoadPlan, Outcome, PrefixMatch, StorePlan
@@ -39,12 +40,15 @@ class Planner:
         self._ids = itertools.count(1)
         self._epoch = 0
         self._stores: dict[int, StoreInFlight] = {}
-        self._loads: dict[int, tuple[Entry, ...]] = {}
-        self._load_slots: dict[int, tuple[int, ...]] = {}
+        self._loads: dict[int, LoadInFlight] = {}
         self._promotions: dict[int, PromotionPlan] = {}
         self._commands: list[Command] = []
         self._demoter = Demoter(space, self._lower, self._ids, stats)
         self._host = HostMemory(self._index, space, host, self._demoter, stats, events=events)
+
+    def use_device_pool(self, pool: DevicePool) -> None:
+        """Puts a pool in device memory in front of host memory, before the first block comes."""
+        self._host.device = pool
 
     # ---- asking -------------------------------------------------------------------------------------------------
 
@@ -85,6 +89,8 @@ class Planner:
             return
         tail_first = keys[::-1]
         self._host.residency.touch(tail_first, first.num_bytes, now)
+        if self._host.device is not None:
+            self._host.device.touch(tail_first, now)
         for tier in self._lower:
             tier.residency.touch(tail_first, first.num_bytes, now)
 
@@ -114,6 +120,8 @@ class Planner:
             self._stats.add("pin.expired")
             self._release_pin(pin, now)
         self._expire(now)
+        if self._host.device is not None:
+            self._host.device.expire(now)
         if self._lower:
             self._demoter.pump(self._index, now, self._host.max_dirty(), self._host.forget_lower)
 
@@ -143,7 +151,14 @@ class Planner:
             return StorePlan(job_id, num_refused=len(wanted))
         self._stores[job_id] = StoreInFlight(tuple(entries), anchored, self._epoch)
         positions = tuple(position - first for position in wanted[: len(entries)])
-        return StorePlan(job_id, positions, tuple(self._space.ref(entry.slot) for entry in entries), len(wanted) - len(entries))
+        pool = self._host.device
+        return StorePlan(
+            job_id,
+            positions,
+            tuple(self._space.ref(entry.slot) for entry in entries),
+            len(wanted) - len(entries),
+            device_slots=() if pool is None else pool.begin_fill(job_id, [entry.meta for entry in entries], now),
+        )
 
     def commit_store(self, job_id: int, failed: Collection[int], now: float) -> None:
         """The copies of a store are done; ``failed`` are indexes into its slots. What lies behind a failed one is given up."""
@@ -155,6 +170,8 @@ class Planner:
         self._stats.add("host.stored_blocks", good)
         for entry in reversed(plan.entries[:good]):
             self._host.filled(entry, now)
+        if self._host.device is not None:
+            self._host.device.end_fill(job_id, [entry.key for entry in plan.entries[good:]], now)
         if self._lower:
             for entry in plan.entries[:good]:
                 self._demoter.committed(entry, now)
@@ -166,26 +183,34 @@ class Planner:
 
     # ---- loading ------------------------------------------------------------------------------------------------
 
-    def begin_load(self, keys: Sequence[BlockKey]) -> LoadPlan:
+    def begin_load(self, keys: Sequence[BlockKey], now: float) -> LoadPlan:
         """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``."""
         job_id = next(self._ids)
         entries = tuple(self._index.run(keys, 0, HOST))
         slots = tuple(entry.slot for entry in entries)
         self._space.lease(slots, job_id)
-        self._loads[job_id] = entries
-        self._load_slots[job_id] = slots
-        return LoadPlan(job_id, tuple(self._space.ref(slot) for slot in slots))
+        device_slots: tuple[int, ...] = ()
+        device_ready: tuple[bool, ...] = ()
+        if self._host.device is not None:
+            device_slots, device_ready = self._host.device.begin_load(job_id, [entry.meta for entry in entries], now)
+        self._loads[job_id] = LoadInFlight(entries, slots, device_slots, device_ready)
+        return LoadPlan(job_id, tuple(self._space.ref(slot) for slot in slots), device_slots, device_ready)
 
-    def end_load(self, job_id: int, failed: Collection[int]) -> None:
-        """The copies of a load are done; blocks at the indexes ``failed`` are forgotten in host memory."""
-        entries, slots = self._loads.pop(job_id), self._load_slots.pop(job_id)
+    def end_load(self, job_id: int, failed: Collection[int], now: float, *, partial: Collection[int] = ()) -> None:
+        """The copies of a load are done; blocks at the indexes ``failed`` are forgotten in host memory.
+
+        ``partial``: blocks of which not all was copied; what the device pool got of them is not whole.
+        """
+        plan = self._loads.pop(job_id)
         for position in failed:
-            entry = entries[position]
-            if entry.slot == slots[position]:
+            entry = plan.entries[position]
+            if entry.slot == plan.slots[position]:
                 self._host.give_up(entry)
-        self._space.release(slots, job_id)
+        if self._host.device is not None:
+            self._end_device_load(job_id, plan, [*failed, *partial], now)
+        self._space.release(plan.slots, job_id)
         self._stats.add("load.failed_blocks", len(failed))
-        self._stats.add("host.loaded_blocks", len(entries) - len(failed))
+        self._stats.add("host.loaded_blocks", len(plan.entries) - len(failed) - sum(plan.device_ready))
 
     def promote(self, keys: Sequence[BlockKey], now: float) -> int:
         """Starts to bring the leading run into host memory. Returns how many leading blocks are or will be there."""
@@ -276,7 +301,13 @@ class Planner:
     def check(self) -> list[str]:
         """Broken promises in words; empty = healthy. Reads every entry."""
         residencies = {HOST: self._host.residency} | {tier.bit: tier.residency for tier in self._lower}
-        return audit(self._index, self._space, residencies)
+        problems = audit(self._index, self._space, residencies)
+        pool = self._host.device
+        if pool is not None:
+            problems += pool.check()
+            strays = [key for key in pool if (entry := self._index.get(key)) is None or not entry.readable & HOST]
+            problems += [f"block {key.hex()} is in the device pool but not in host memory" for key in strays]
+        return problems
 
     def leftovers(self) -> dict[str, int]:
         """What is still open: plans, leases and pins. All zero when nothing is under way."""
@@ -286,11 +317,18 @@ class Planner:
             "transfers": self.num_running,
             "leases": self._space.num_leases,
             "pins": len(self._pins),
+            "device slots": 0 if self._host.device is None else self._host.device.leftovers(),
         }
 
     def num_blocks(self) -> dict[str, int]:
         """Readable blocks by tier."""
-        return {self._host.residency.name: len(self._host.residency)} | {tier.residency.name: len(tier.residency) for tier in self._lower}
+        pool = self._host.device
+        device = {} if pool is None else {pool.residency.name: len(pool)}
+        return (
+            device
+            | {self._host.residency.name: len(self._host.residency)}
+            | {tier.residency.name: len(tier.residency) for tier in self._lower}
+        )
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -318,6 +356,13 @@ class Planner:
 
     def _source(self, entry: Entry) -> LowerTier:
         return next(tier for tier in self._lower if entry.readable & tier.bit & self._visible)
+
+    def _end_device_load(self, job_id: int, plan: LoadInFlight, failed: Collection[int], now: float) -> None:
+        pool = self._host.device
+        assert pool is not None, "loads know of a pool only where there is one"
+        pool.end_read(job_id, [slot for slot, ready in zip(plan.device_slots, plan.device_ready, strict=True) if ready])
+        gone = [entry.key for entry, slot in zip(plan.entries, plan.slots, strict=True) if entry.slot != slot]
+        pool.end_fill(job_id, [*gone, *(plan.entries[position].key for position in failed)], now)
 
     def _start_promotion(self, tier: LowerTier, entries: list[Entry]) -> None:
         if not entries:

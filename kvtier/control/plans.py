@@ -34,3 +34,13 @@ class DemotionPlan:
     entries: tuple[Entry, ...]
     slots: tuple[int, ...]
     cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadInFlight:
+    """Blocks being copied to the engine, the slots they were in when the load began, and where they are in the device pool."""
+
+    entries: tuple[Entry, ...]
+    slots: tuple[int, ...]
+    device_slots: tuple[int, ...] = ()
+    device_ready: tuple[bool, ...] = ()

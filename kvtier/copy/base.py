@@ -13,6 +13,10 @@ class BlockCopy:
 
     block_id: int
     arena_offset: int
+    pool_offset: int = -1
+    """where the block passes through the device pool; -1: past it"""
+    in_pool: bool = False
+    """loads only: the pool has the bytes already, the arena is not read"""
 
 
 class CopyEvent(Protocol):
@@ -23,6 +27,12 @@ class CopyEvent(Protocol):
 
     def wait(self) -> None:
         """Waits until the copy has finished. Raises what the copy raised."""
+
+    def released(self) -> bool:
+        """Stores: whether the engine's blocks are no longer read; never waits. True at the latest when ``done``."""
+
+    def order_compute(self) -> None:
+        """Orders what the engine submits to its compute stream from now on after the copy; waits where there is no stream."""
 
 
 class BlockCopier(Protocol):
@@ -40,3 +50,18 @@ class BlockCopier(Protocol):
 
     def scatter(self, copies: Sequence[BlockCopy]) -> CopyEvent:
         """arena -> engine. The engine's later work on the blocks must be ordered after the event."""
+
+
+class LayerLoader(Protocol):
+    """Loads blocks layer by layer. Bound like a :class:`BlockCopier`."""
+
+    num_layers: int
+
+    def scatter_layers(self, copies: Sequence[BlockCopy]) -> Sequence[CopyEvent]:
+        """arena -> engine, in the order of the forward pass: one event a layer, the last of which ends last.
+
+        The events of the layers behind a failed one raise too.
+        """
+
+    def close(self) -> None:
+        """Waits for running copies and ends what the loader keeps for them. Idempotent."""

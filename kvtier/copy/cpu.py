@@ -20,6 +20,13 @@ class FinishedCopy:
     def wait(self) -> None:
         """Returns at once."""
 
+    def released(self) -> bool:
+        """True."""
+        return True
+
+    def order_compute(self) -> None:
+        """Returns at once."""
+
 
 FINISHED = FinishedCopy()
 
@@ -33,9 +40,7 @@ class NativeCopier:
     is_async = False
 
     def __init__(self, layout: KVLayout, *, arena_address: int, arena_bytes: int) -> None:
-        self._paged = array("q", [layout.num_blocks])
-        for segment in layout.segments:
-            self._paged.extend((segment.base_address, segment.stride_bytes, segment.num_bytes))
+        self._paged = packed_segments(layout)
         self._arena_address = arena_address
         self._arena_bytes = arena_bytes
 
@@ -52,3 +57,11 @@ class NativeCopier:
         offsets = array("q", [copy.arena_offset for copy in copies])
         _native.copy_blocks(self._paged, self._arena_address, self._arena_bytes, block_ids, offsets, to_arena)
         return FINISHED
+
+
+def packed_segments(layout: KVLayout) -> array[int]:
+    """A layout as the compiled core takes it: the number of blocks, then base, stride and length of each segment."""
+    packed = array("q", [layout.num_blocks])
+    for segment in layout.segments:
+        packed.extend((segment.base_address, segment.stride_bytes, segment.num_bytes))
+    return packed

@@ -37,6 +37,14 @@ class CudaCopyEvent:
         """Waits until the copy has finished."""
         self._event.synchronize()
 
+    def released(self) -> bool:
+        """As ``done``."""
+        return self.done()
+
+    def order_compute(self) -> None:
+        """Makes the current stream wait, not the caller."""
+        torch.cuda.current_stream().wait_event(self._event)
+
 
 class TorchCopier:
     """A :class:`~kvtier.copy.base.BlockCopier` for KV tensors on any one device. On CUDA it is asynchronous, with one stream per direction.
@@ -45,12 +53,12 @@ class TorchCopier:
     The block ids of one scatter must differ from each other, as must the offsets of one gather.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], arena: memoryview, *, staging_bytes: int = STAGING_BYTES) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], arena: memoryview | torch.Tensor, *, staging_bytes: int = STAGING_BYTES) -> None:
         """Binds to the engine's tensors and to the arena.
 
         Args:
             tensors: one int8 view ``[num_blocks, bytes]`` per segment, in the layout's order
-            arena: writable, all of the arena's payload
+            arena: writable, all of the arena's payload; or an int8 tensor in its place
             staging_bytes: how much memory each direction takes on the device; at least one block
 
         Raises:
@@ -61,7 +69,7 @@ class TorchCopier:
         self._num_blocks = tensors[0].shape[0]
         self._segment_bytes = [tensor.shape[1] for tensor in tensors]
         self._block_bytes = sum(self._segment_bytes)
-        self._arena = torch.frombuffer(arena, dtype=torch.int8)
+        self._arena = arena if isinstance(arena, torch.Tensor) else torch.frombuffer(arena, dtype=torch.int8)
         self._device = tensors[0].device
         self.is_async = self._device.type == "cuda"
         self._num_staged = max(1, staging_bytes // self._block_bytes)

@@ -30,7 +30,7 @@ _MAX_RETRIES = 100
 _STALL_S = 0.01
 
 
-class Ring(Protocol):
+class RingCalls(Protocol):
     """The system calls. All but ``close`` raise OSError."""
 
     def submit(self, token: int, is_read: bool, fd: int, offset: int, buffers: Sequence[memoryview], slot: int) -> None:
@@ -119,7 +119,7 @@ class RingEngine:
         max_bytes: int,
         *,
         memory: tuple[int, int] | None = None,
-        make_ring: Callable[[int], Ring] = NativeRing,
+        make_ring: Callable[[int], RingCalls] = NativeRing,
     ) -> None:
         """``memory``: address and length of the memory that most buffers lie in; the kernel is told of it as it is used.
 
@@ -289,7 +289,7 @@ class RingEngine:
 class _Memory:
     """Memory of which the kernel is told slot by slot, when a slot is first used."""
 
-    def __init__(self, ring: Ring, address: int, num_bytes: int) -> None:
+    def __init__(self, ring: RingCalls, address: int, num_bytes: int) -> None:
         self._ring = ring
         self._address = address
         self._num_bytes = min(num_bytes, _MAX_MEMORY_SLOTS * _MEMORY_SLOT_BYTES)

@@ -62,6 +62,8 @@ class ConnectorMachine(RuleBasedStateMachine):
             host_blocks=st.sampled_from([3, 8, 30]),
             prefix_caching=st.booleans(),
             recompute=st.just(True),
+            device_slots=st.sampled_from([0, 0, 2, 7]),
+            by_layer=st.sampled_from(["", "", "thread", "late"]),
             settings=st.builds(
                 DefaultSettings,
                 async_load=st.booleans(),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
 
 from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent
+from kvtier.copy.cpu import FINISHED
+from kvtier.copy.layered import ThreadedLayerLoader
 
 
 class InjectedCopyError(RuntimeError):
@@ -69,6 +75,40 @@ class _LateCopy:
     def wait(self) -> None:
         if self._fails:
             raise InjectedCopyError("did not arrive")
-        run, self._run = self._run, None
-        if run is not None:
-            run().wait()
+        if self._run is not None:
+            self._run().wait()
+            self._run = None
+
+    def released(self) -> bool:
+        return self._run is None
+
+    def order_compute(self) -> None:
+        self.wait()
+
+
+class LateLayerLoader:
+    """A layer loader that copies a layer when somebody waits for it, never before; ``faults`` are layers at which a load breaks."""
+
+    def __init__(self, inner: ThreadedLayerLoader) -> None:
+        self.num_layers = inner.num_layers
+        self.faults: deque[int] = deque()
+        """for each of the next loads the layer that fails, with all behind it; ``num_layers`` or more: none"""
+        self.num_loads = 0
+        self._inner = inner
+
+    def scatter_layers(self, copies: Sequence[BlockCopy]) -> list[CopyEvent]:
+        self.num_loads += 1
+        block_ids = array("q", [copy.block_id for copy in copies])
+        offsets = np.array([copy.arena_offset for copy in copies], np.int64)
+        bad_layer = self.faults.popleft() if self.faults else self.num_layers
+
+        def copy_layer(layer: int) -> CopyEvent:
+            if layer >= bad_layer:
+                raise InjectedCopyError(f"layer {layer} did not arrive")
+            self._inner.copy_layer(layer, block_ids, offsets)
+            return FINISHED
+
+        return [_LateCopy(partial(copy_layer, layer), 1, fails=False) for layer in range(self.num_layers)]
+
+    def close(self) -> None:
+        self._inner.close()

@@ -2,6 +2,7 @@
 
 Usage: python disk_victim.py DIRECTORY SEED CAPACITY_BYTES SEGMENT_BYTES
 Standard output, one line each: ``open``; ``+N`` once the store of block N was acknowledged; ``-N`` before its removal.
+Around handing in a store: ``(`` before, ``)`` after, and in between ``-N`` for what the tier crowded out to make room.
 Imports as little as possible: it is started hundreds of times.
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterable
 
 from kvtier.tiers.disk import DiskTier
 from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, TransferJob
 
 NAMESPACE = bytes(range(16))
-SIZES = (16400, 18000, 20480)
-"""lengths of several pages that share one record size: so the tier never drops a block on its own, which could not be
-announced before it happens"""
+SIZES = (3000, 18000, 60000)
+"""a segment is divided into slots of one of these; it changes hands whenever it is empty"""
 NUM_BLOCKS = 200
 
 
@@ -36,26 +37,53 @@ def say(*words: str) -> None:
     os.write(1, "".join(f"{word}\n" for word in words).encode())
 
 
+def named(sign: str, keys: Iterable[BlockKey]) -> list[str]:
+    """The lines that say something of blocks."""
+    return [f"{sign}{int.from_bytes(key, 'little')}" for key in keys]
+
+
+def some(choose: random.Random, stored: set[BlockKey]) -> list[BlockKey]:
+    """Blocks to remove: a few, or all of one size, so that segments become empty."""
+    if choose.random() < 0.2:
+        size = choose.randrange(3)
+        return sorted(key for key in stored if int.from_bytes(key, "little") % 3 == size)
+    return choose.sample(sorted(stored), min(len(stored), choose.randint(1, 6)))
+
+
 def main(directory: str, seed: str, capacity_bytes: str, segment_bytes: str) -> None:
     """Works until killed."""
     choose = random.Random(int(seed))
-    is_durable = int(seed) % 4 == 0  # a kill cannot tell the difference; syncing costs most of the time
-    tier = DiskTier(directory, int(capacity_bytes), segment_bytes=int(segment_bytes), durable=is_durable)
-    stored = [meta.key for meta in tier.entries()]
+    is_durable = int(seed) % 4 == 0  # a kill cannot tell the difference; waiting for the disk costs most of the time
+    tier = DiskTier(
+        directory,
+        int(capacity_bytes),
+        segment_bytes=int(segment_bytes),
+        direct_io="auto" if is_durable else "off",
+        durable=is_durable,
+    )
+    stored = {meta.key for meta in tier.entries()}
     say("open")
     for job_id in range(1 << 30):
         if choose.random() < 0.4 and stored:
-            victims = [stored.pop(choose.randrange(len(stored))) for _ in range(min(len(stored), choose.randint(1, 6)))]
-            say(*(f"-{int.from_bytes(key, 'little')}" for key in victims))
+            victims = some(choose, stored)
+            stored.difference_update(victims)
+            say(*named("-", victims))
             tier.remove(victims)
-        metas = [victim_meta(number) for number in choose.sample(range(NUM_BLOCKS), choose.randint(1, 8))]
+        numbers = choose.sample(range(NUM_BLOCKS), choose.randint(1, 8))
+        if choose.random() < 0.5:
+            numbers = sorted({number - number % 3 + job_id % 3 for number in numbers})  # all of one size
+        metas = [victim_meta(number) for number in numbers]
         blocks = tuple(BlockIO(meta, memoryview(bytearray(victim_payload(meta)))) for meta in metas)
+        say("(")
         tier.submit(TransferJob(job_id, JobKind.STORE, NAMESPACE, blocks))
+        crowded_out = [key for key in stored if not tier.lookup([key])]
+        stored.difference_update(crowded_out)
+        say(*named("-", crowded_out), ")")
         for result in tier.poll(10.0):
-            assert not result.dropped
+            assert set(result.dropped) <= set(crowded_out)
             fresh = [meta.key for meta, outcome in zip(metas, result.outcomes, strict=True) if outcome is Outcome.OK]
-            say(*(f"+{int.from_bytes(key, 'little')}" for key in fresh))
-            stored = list({*stored, *fresh})
+            say(*named("+", fresh))
+            stored.update(fresh)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from kvtier.connectors.requests import RequestIdentity
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.worker import WorkerHalf
 from kvtier.testing.fake_blocks import BlockPool
-from kvtier.testing.fake_kv import FakeKVMemory, next_token, token_states
+from kvtier.testing.fake_kv import ALL_LAYERS, FakeKVMemory, next_token, token_states
 from kvtier.testing.fake_requests import VOCABULARY, FakeOutput, FakeRequest, FakeStep, HangError, Status, WrongKVError
 
 __all__ = ["FakeEngine", "FakeRequest", "HangError", "Status", "WrongKVError"]
@@ -58,6 +58,8 @@ class FakeEngine:
         self.num_preemptions = 0
         self.num_asked_again = 0
         self.weights = 1
+        self.by_layer = False
+        """waits for sync loads layer by layer"""
         self.tamper: Callable[[StepMessage], None] = lambda _message: None
         """called between the decisions and the copies of a step, for tests that pull away slots"""
         self._token_budget = token_budget
@@ -262,16 +264,12 @@ class FakeEngine:
         for worker in self.workers:
             worker.begin_step(pickle.loads(pickle.dumps(message)))
             if step.has_sync_loads:
-                worker.start_loads()
-                worker.wait_for_loads()
-        for request_id, num_new in step.scheduled.items():
-            request = self.requests[request_id]
-            end = request.num_computed_tokens + num_new
-            if not self.memory.forward(request.block_ids, self._states_of(request)[:end], request.num_computed_tokens):
-                output.contaminated.add(request_id)
-            request.num_computed_tokens = end
-            request.num_forward_tokens += num_new
+                worker.start_loads(by_layer=self.by_layer)
+                if not self.by_layer:
+                    worker.wait_for_loads()
+        self._forward(step, output)
         for worker in self.workers:
+            worker.forward_ended()
             worker.start_loads()
             worker.start_stores()
             transferred = worker.finish()
@@ -282,6 +280,21 @@ class FakeEngine:
         output.sent = self._reported_by_all("sent", sent)
         output.received = self._reported_by_all("received", received)
         return output
+
+    def _forward(self, step: FakeStep, output: FakeOutput) -> None:
+        """Layer after layer, as a model does; each waits for its loads."""
+        parts = [slice(layer, layer + 1) for layer in range(self.memory.num_layers)] if self.by_layer else [ALL_LAYERS]
+        for layer, part in enumerate(parts):
+            for worker in self.workers:
+                worker.wait_for_layer(layer)
+            for request_id, num_new in step.scheduled.items():
+                request = self.requests[request_id]
+                end = request.num_computed_tokens + num_new
+                if not self.memory.forward(request.block_ids, self._states_of(request)[:end], request.num_computed_tokens, part):
+                    output.contaminated.add(request_id)
+        for request_id, num_new in step.scheduled.items():
+            self.requests[request_id].num_computed_tokens += num_new
+            self.requests[request_id].num_forward_tokens += num_new
 
     def _reported_by_all(self, what: str, request_ids: Sequence[str]) -> list[str]:
         """vLLM waits until every rank has named a request."""

@@ -7,6 +7,7 @@ before it: on wrong KV it computes wrong KV, as a model would.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from kvtier.layout import KVLayout, Segment
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _GARBAGE = np.uint64(0xBADBADBADBADBAD1)
+ALL_LAYERS = slice(None)
 TOKEN_BYTES = 8
 """bytes of one token's KV in one layer on one rank"""
 
@@ -64,33 +66,45 @@ class FakeKVMemory:
             self.num_blocks,
         )
 
+    def tensors(self, rank: int) -> list[Any]:
+        """The same memory as torch tensors, int8 ``[num_blocks, bytes]``, one a layer."""
+        import torch  # noqa: PLC0415 - heavy, and few tests need it
+
+        shape = (self.num_layers, self.num_blocks, self.block_tokens * TOKEN_BYTES)
+        return list(torch.from_numpy(self.ranks[rank].view(np.int8)).view(shape))
+
     def scribble(self, block_ids: Sequence[int]) -> None:
         """Overwrites blocks that were given to a new owner, so that nothing works by accident."""
         if block_ids:
             for memory in self.ranks:
                 memory[:, list(block_ids), :] = _GARBAGE
 
-    def is_right(self, block_ids: Sequence[int], states: Sequence[int]) -> bool:
-        """Whether the first ``len(states)`` tokens in the blocks are what they must be, on all ranks and layers."""
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return int(self.ranks[0].shape[0])
+
+    def is_right(self, block_ids: Sequence[int], states: Sequence[int], layers: slice = ALL_LAYERS) -> bool:
+        """Whether the first ``len(states)`` tokens in the blocks are what they must be, on all ranks."""
         num_tokens = len(states)
         if not num_tokens:
             return True
         num_blocks = -(-num_tokens // self.block_tokens)
         wanted = np.array(states, dtype=np.uint64)
         for memory, factors in zip(self.ranks, self._factors, strict=True):
-            found = memory[:, list(block_ids[:num_blocks]), :].reshape(memory.shape[0], -1)[:, :num_tokens]
-            if not np.array_equal(found, wanted * factors):
+            found = memory[layers][:, list(block_ids[:num_blocks]), :]
+            if not np.array_equal(found.reshape(found.shape[0], -1)[:, :num_tokens], wanted * factors[layers]):
                 return False
         return True
 
-    def forward(self, block_ids: Sequence[int], states: Sequence[int], first_token: int) -> bool:
+    def forward(self, block_ids: Sequence[int], states: Sequence[int], first_token: int, layers: slice = ALL_LAYERS) -> bool:
         """Computes the tokens from ``first_token`` on. Returns whether what it read was right; else it writes nonsense."""
-        is_right = self.is_right(block_ids, states[:first_token])
+        is_right = self.is_right(block_ids, states[:first_token], layers)
         new = np.array(states[first_token:], dtype=np.uint64)
         if not is_right:
             new = new ^ _GARBAGE
         positions = np.arange(first_token, len(states))
         blocks = np.array(block_ids)[positions // self.block_tokens]
         for memory, factors in zip(self.ranks, self._factors, strict=True):
-            memory[:, blocks, positions % self.block_tokens] = new * factors
+            memory[layers, blocks, positions % self.block_tokens] = new * factors[layers]
         return is_right

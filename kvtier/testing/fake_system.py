@@ -6,17 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from kvtier.config import Config
 from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
-from kvtier.connectors.worker import WorkerHalf
+from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.copy.base import BlockCopier, LayerLoader
 from kvtier.copy.cpu import NativeCopier
+from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
-from kvtier.testing.copiers import FaultyCopier
+from kvtier.testing.copiers import FaultyCopier, LateLayerLoader
 from kvtier.testing.fake_engine import FakeEngine
 from kvtier.testing.fake_kv import FakeKVMemory
 from kvtier.tiers.base import Tier
@@ -36,6 +39,10 @@ class FakeSystemOptions:
     token_budget: int = 24
     prefix_caching: bool = False
     recompute: bool = True
+    device_slots: int = 0
+    """slots of the pool in front of host memory; 0: no pool"""
+    by_layer: Literal["", "thread", "late"] = ""
+    """sync loads layer by layer: copied by a thread, or when they are waited for"""
     settings: DefaultSettings = field(default_factory=DefaultSettings)
 
 
@@ -61,17 +68,27 @@ class FakeSystem:
         block_bytes = memory.engine_block_bytes * options.blocks_per_slot * options.num_ranks
         slot_bytes = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
         capacity_bytes = options.host_blocks * slot_bytes
-        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": capacity_bytes}]})
+        pool = [{"type": "gpu", "capacity": 1}] if options.device_slots else []
+        config = Config.from_mapping({"tiers": [*pool, {"type": "host", "capacity": capacity_bytes}]})
         self.arena = Arena.open(str(directory / "arena"), capacity_bytes, huge_pages=False)
         self.arena.unlink()
-        self.cache = CacheEngine.open(config, namespace=namespace, block_bytes=block_bytes, arena=self.arena, tiers=tiers, clock=clock)
+        self.cache = CacheEngine.open(
+            config,
+            namespace=namespace,
+            block_bytes=block_bytes,
+            arena=self.arena,
+            device_slots=options.device_slots,
+            tiers=tiers,
+            clock=clock,
+        )
         self.copiers = [
             FaultyCopier(
-                NativeCopier(memory.layout(rank), arena_address=self.arena.address, arena_bytes=self.arena.capacity_bytes),
+                self._copier(memory, rank, options),
                 num_polls=options.num_polls + 2 * rank if options.num_polls else 0,
             )
             for rank in range(options.num_ranks)
         ]
+        self.loaders = [self._loader(memory, rank, options) for rank in range(options.num_ranks)]
         self.half = SchedulerHalf(
             self.cache,
             Geometry(
@@ -90,13 +107,11 @@ class FakeSystem:
             WorkerHalf(
                 self.arena,
                 copier,
-                rank=rank,
-                num_workers=options.num_ranks,
-                engine_block_bytes=memory.engine_block_bytes,
-                blocks_per_slot=options.blocks_per_slot,
+                SlotPart(rank, options.num_ranks, memory.engine_block_bytes, options.blocks_per_slot),
+                loader=loader,
                 strict=strict,
             )
-            for rank, copier in enumerate(self.copiers)
+            for rank, (copier, loader) in enumerate(zip(self.copiers, self.loaders, strict=True))
         ]
         self.engine = FakeEngine(
             self.half,
@@ -106,6 +121,23 @@ class FakeSystem:
             prefix_caching=options.prefix_caching,
             recompute=options.recompute,
         )
+        self.engine.by_layer = bool(options.by_layer)
+
+    def _copier(self, memory: FakeKVMemory, rank: int, options: FakeSystemOptions) -> BlockCopier:
+        copier = NativeCopier(memory.layout(rank), arena_address=self.arena.address, arena_bytes=self.arena.capacity_bytes)
+        if not options.device_slots:
+            return copier
+        from kvtier.copy.pool import PoolCopier  # noqa: PLC0415 - torch is needed for this only
+
+        pool_bytes = options.device_slots * options.blocks_per_slot * memory.engine_block_bytes
+        return PoolCopier(copier, memory.tensors(rank), self.arena.buffer, pool_bytes)
+
+    def _loader(self, memory: FakeKVMemory, rank: int, options: FakeSystemOptions) -> LayerLoader | None:
+        if not options.by_layer:
+            return None
+        layers = [range(layer, layer + 1) for layer in range(memory.num_layers)]
+        loader = ThreadedLayerLoader(memory.layout(rank), layers, arena_address=self.arena.address, arena_bytes=self.arena.capacity_bytes)
+        return LateLayerLoader(loader) if options.by_layer == "late" else loader
 
     def settle(self, max_steps: int = 2000) -> None:
         """Runs until no request, copy or transfer is left. Raises HangError."""

@@ -6,12 +6,13 @@ a slot or a tier shows at once whether it holds what the planner says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from kvtier.control.commands import Command, Demote, Promote, Remove
+from kvtier.control.device_pool import DevicePool
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
@@ -41,6 +42,8 @@ class PlannerMachine(RuleBasedStateMachine):
     write = WriteMode.THROUGH
     policy = "lru"
     ttl_s: float | None = None
+    device_slots = 0
+    """slots of the pool in device memory; 0: no pool"""
 
     stores = Bundle("stores")
     loads = Bundle("loads")
@@ -58,6 +61,10 @@ class PlannerMachine(RuleBasedStateMachine):
         self.generations = [0] * HOST_BLOCKS
         spec = LowerTierSpec(self.residency("disk"), lambda _: TIER_BLOCKS, self.write, 4 * PAGE_BYTES)
         self.planner = Planner(HostSpace(extents, self.generations), self.residency("host"), [spec], Stats())
+        self.device: dict[int, BlockKey | None] = {}
+        """slot of the pool -> whose bytes are there; None: nobody's"""
+        if self.device_slots:
+            self.planner.use_device_pool(DevicePool(self.device_slots, PAGE_BYTES, self.residency("gpu"), Stats()))
 
     def residency(self, name: str) -> Residency:
         make: Callable[[], ExpiryQueue | None] = lambda: None if self.ttl_s is None else ExpiryQueue(self.ttl_s, sliding=True)  # noqa: E731
@@ -81,6 +88,7 @@ class PlannerMachine(RuleBasedStateMachine):
         for key, ref in zip(wanted, plan.slots, strict=True):
             assert self.generations[ref.slot] == ref.generation
             self.memory[ref.slot] = key
+        self.fill(wanted, plan.device_slots)
         self.open_stores[plan.job_id] = (plan, wanted)
         return plan.job_id
 
@@ -95,19 +103,25 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(job_id=consumes(stores), failed=st.sets(st.integers(0, MAX_BLOCKS), max_size=2))
     def commit(self, job_id: int, failed: set[int]) -> None:
         plan, _ = self.open_stores.pop(job_id)
+        for position in failed:
+            self.spoil(plan.device_slots[position : position + 1])
         self.planner.commit_store(job_id, {position for position in failed if position < len(plan.slots)}, self.now)
 
     @rule(job_id=consumes(stores))
     def abort(self, job_id: int) -> None:
-        del self.open_stores[job_id]
+        plan, _ = self.open_stores.pop(job_id)
+        self.spoil(plan.device_slots)
         self.planner.abort_store(job_id, self.now)
 
     @rule(target=loads, prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
     def begin_load(self, prompt: int, count: int) -> int:
         keys = chain(prompt, count)
         ready = self.planner.match(keys).ready_blocks
-        plan = self.planner.begin_load(keys)
+        plan = self.planner.begin_load(keys, self.now)
         assert ready == len(plan.slots)
+        for key, slot, is_ready in zip(keys, plan.device_slots, plan.device_ready, strict=False):
+            assert not is_ready or self.device[slot] == key
+        self.fill(keys, [-1 if is_ready else slot for slot, is_ready in zip(plan.device_slots, plan.device_ready, strict=True)])
         self.open_loads[plan.job_id] = (plan, keys)
         return plan.job_id
 
@@ -115,10 +129,14 @@ class PlannerMachine(RuleBasedStateMachine):
     def end_load(self, job_id: int, failed: set[int]) -> None:
         plan, keys = self.open_loads.pop(job_id)
         gone = {position for position in failed if position < len(plan.slots)}
-        self.planner.end_load(job_id, gone)
-        again = self.planner.begin_load(keys)
+        for position in gone:
+            self.spoil(plan.device_slots[position : position + 1])
+        self.planner.end_load(job_id, gone, self.now)
+        again = self.planner.begin_load(keys, self.now)
         assert not {plan.slots[position] for position in gone} & set(again.slots)
-        self.planner.end_load(again.job_id, ())
+        assert not any(ready for position, ready in enumerate(again.device_ready) if position in gone)
+        self.fill(keys, [-1 if ready else slot for slot, ready in zip(again.device_slots, again.device_ready, strict=True)])
+        self.planner.end_load(again.job_id, (), self.now)
 
     @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
     def promote(self, prompt: int, count: int) -> None:
@@ -225,15 +243,39 @@ class PlannerMachine(RuleBasedStateMachine):
             for ref, key in zip(slots, keys, strict=False):
                 assert self.generations[ref.slot] == ref.generation
                 assert self.memory[ref.slot] == key
+        for plan, keys in self.open_loads.values():
+            for key, slot in zip(keys, plan.device_slots, strict=False):
+                assert slot < 0 or self.device[slot] == key
+        plans: list[StorePlan | LoadPlan] = [plan for plan, _ in self.open_stores.values()]
+        plans += [plan for plan, _ in self.open_loads.values()]
+        used = [slot for plan in plans for slot in self.filled(plan)]
+        assert len(used) == len(set(used)), "two jobs fill one slot of the device pool"
+
+    def filled(self, plan: StorePlan | LoadPlan) -> list[int]:
+        """The slots of the pool that a job writes."""
+        ready = plan.device_ready if isinstance(plan, LoadPlan) else (False,) * len(plan.device_slots)
+        return [slot for slot, is_ready in zip(plan.device_slots, ready, strict=True) if slot >= 0 and not is_ready]
+
+    def fill(self, keys: Sequence[BlockKey], slots: Sequence[int]) -> None:
+        """A job writes blocks into slots of the pool."""
+        for key, slot in zip(keys, slots, strict=False):
+            if slot >= 0:
+                self.device[slot] = key
+
+    def spoil(self, slots: Sequence[int]) -> None:
+        """Copies into slots of the pool failed."""
+        for slot in slots:
+            if slot >= 0:
+                self.device[slot] = None
 
     def teardown(self) -> None:
         """When everything has ended, nothing is left and everything can leave."""
         for job_id in list(self.open_stores):
             self.planner.abort_store(job_id, self.now)
         for job_id in list(self.open_loads):
-            self.planner.end_load(job_id, ())
+            self.planner.end_load(job_id, (), self.now)
         self.now += 1000.0
         self.settle()
         left = self.planner.leftovers()
-        assert {"stores": 0, "loads": 0, "transfers": 0, "leases": 0} == {name: left[name] for name in left if name != "pins"}
+        assert {"stores": 0, "loads": 0, "transfers": 0, "leases": 0, "pins": left["pins"], "device slots": 0} == left
         assert self.planner.check() == []

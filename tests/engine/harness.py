@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from tests.engine import scenarios
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGPROB_TOLERANCE = 1e-4
@@ -26,15 +36,27 @@ Result = dict[str, Any]
 def run(scenario: str, *, environment: dict[str, str] | None = None, timeout_s: float = 240.0, **settings: object) -> Result:
     """What the scenario wrote. Fails with the end of the process's output where it did not end well."""
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "out.json"
-        command = [sys.executable, str(Path(__file__).with_name("scenarios.py")), str(out), json.dumps({"scenario": scenario, **settings})]
-        merged = {**ENVIRONMENT, **os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-        done = subprocess.run(
-            command, env=merged, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
-        )
-        assert done.returncode == 0, f"the engine's process ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        out, log = Path(directory) / "out.json", Path(directory) / "log"
+        process = _template().Process(target=scenarios.main, args=(out, log, {"scenario": scenario, **settings}, environment or {}))
+        process.start()
+        process.join(timeout_s)
+        if process.is_alive():
+            assert process.pid is not None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        assert process.exitcode == 0, f"the engine's process ended with {process.exitcode}:\n{log.read_text()[-6000:]}"
         result: Result = json.loads(out.read_text())
         return result
+
+
+@functools.cache
+def _template() -> ForkServerContext:
+    """Makes processes from one that has imported vLLM, which takes longer than to start it with a small model."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "kvtier.connectors.vllm.connector"])
+    return context
 
 
 def host(capacity: str = "512MiB", **more: object) -> Result:
@@ -61,8 +83,23 @@ def loaded_tokens(results: list[Result]) -> dict[str, int]:
     return {name: sum(load.get(name, 0) for load in loads) for name in ("host_tokens", "disk_tokens")}
 
 
-def make_tiny_model(directory: Path) -> Path:
-    """A checkpoint that two tensor-parallel workers can share."""
+def make_tiny_model(kind: str, directory: Path) -> Path:
+    """A checkpoint of one of the kinds of ``tiny.py``."""
     tokenizer = {**ENVIRONMENT, **os.environ}["KVTIER_TEST_MODEL"]
-    subprocess.run([sys.executable, str(Path(__file__).with_name("tiny.py")), str(directory), tokenizer], check=True, capture_output=True)
+    command = [sys.executable, str(Path(__file__).with_name("tiny.py")), kind, str(directory), tokenizer]
+    subprocess.run(command, check=True, capture_output=True)
     return directory
+
+
+def made_once(factory: pytest.TempPathFactory, worker_id: str, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that is filled by ``make`` once for all worker processes of this run of pytest; whoever comes second waits."""
+    base = factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / name
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = Path(f"{folder}.done")
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder

@@ -1,13 +1,11 @@
-"""One engine in one process: what the tests of the real engine let it do. Prints nothing that counts; writes a JSON file.
-
-python tests/engine/scenarios.py OUT.json '{"scenario": "repeat", ...}'
-"""
+"""One engine in one process: what the tests of the real engine let it do. Prints nothing that counts; writes a JSON file."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ SENTENCES = (
 
 
 def prompts() -> list[str]:
-    """Eight prompts of 250 to 600 tokens over four documents: pairs share a document and differ in the question."""
-    documents = [sentence * (12 + 6 * number) for number, sentence in enumerate(SENTENCES)]
+    """Eight prompts of 130 to 380 tokens over four documents: pairs share a document and differ in the question."""
+    documents = [sentence * (5 + 3 * number) for number, sentence in enumerate(SENTENCES)]
     return [document + f"Question {number}: what happened then? Answer:" for document in documents for number in (1, 2)]
 
 
@@ -127,24 +125,30 @@ def abort_in_flight(llm: Any) -> None:
 def failing(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Copies to the engine fail: all of them, then every second one, then none."""
     from kvtier.copy.cpu import NativeCopier  # noqa: PLC0415
+    from kvtier.copy.layered import ThreadedLayerLoader  # noqa: PLC0415
 
-    scatter = NativeCopier.scatter
+    originals = NativeCopier.scatter, ThreadedLayerLoader.copy_layer
     calls = 0
 
-    def never(self: Any, copies: Any) -> Any:
+    def never(*arguments: Any) -> Any:
         raise RuntimeError("injected: this copy fails")
 
-    def sometimes(self: Any, copies: Any) -> Any:
+    def sometimes(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls % 2:
             raise RuntimeError("injected: this copy fails")
-        return scatter(self, copies)
+        return originals[0](*arguments)
 
-    texts = prompts()
+    def behind_layer_10(self: Any, layer: int, *arguments: Any) -> Any:
+        if layer > 10:
+            raise RuntimeError("injected: this layer fails")
+        return originals[1](self, layer, *arguments)
+
+    texts = prompts()[: settings.get("num_prompts", 8)]
     rounds = [generate(llm, texts)]
-    for replacement in (never, sometimes, scatter):
-        NativeCopier.scatter = replacement  # type: ignore[method-assign]
+    for whole, by_layer in ((never, never), (sometimes, behind_layer_10), originals):
+        NativeCopier.scatter, ThreadedLayerLoader.copy_layer = whole, by_layer  # type: ignore[assignment,method-assign]
         rounds.append([generate(llm, [text])[0] for text in texts])
     rounds.append(generate(llm, texts))
     return {"rounds": rounds}
@@ -177,16 +181,19 @@ def refusals(settings: dict[str, Any]) -> dict[str, Any]:
 SCENARIOS = {"repeat": repeat, "separated": separated, "failing": failing, "timing": timing}
 
 
-def main() -> None:
-    out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+def main(out: Path, log: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:
+    """Runs a scenario in this process, which does nothing else: all that it says goes to ``log``."""
+    os.setsid()
+    os.environ.update(environment)
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     if settings["scenario"] == "refusals":
         result = refusals(settings)
     else:
         llm = make_engine(settings)
         result = SCENARIOS[settings["scenario"]](llm, settings)
+        del llm
+        gc.collect()
     out.write_text(json.dumps(result))
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
+    atexit._run_exitfuncs()  # a forked process ends without them

@@ -47,10 +47,12 @@ def test_one_capacity_is_enough(tmp_path: Path) -> None:
     connector = {
         "store_decode_blocks": True,
         "async_load": False,
+        "layerwise": "auto",
         "promote_wait_s": 2.0,
         "store": True,
         "load": True,
         "max_pinned_fraction": 0.5,
+        "gpu_copy": "auto",
     }
     assert connector == config.connector.model_dump()
 
@@ -66,8 +68,9 @@ namespace_salt: a
 tiers:
   - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1}
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
-     io_threads: 3, max_in_flight: 1MiB, durable: false}
-connector: {store_decode_blocks: false, async_load: true, promote_wait: 250ms, store: false, load: false, max_pinned_fraction: 1}
+     io_engine: threads, queue_depth: 32, io_threads: 3, max_in_flight: 1MiB, durable: false}
+connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false,
+    max_pinned_fraction: 1, gpu_copy: staged}
 log_level: debug
 """,
         )
@@ -76,27 +79,28 @@ log_level: debug
     assert {**host, "huge_pages": False, "numa_node": 1} == config.host.model_dump()
     disk = {"type": "disk", "path": Path("/x"), "capacity_bytes": 100 << 30, "segment_bytes": 16 << 20, "policy": "fifo", "ttl_s": 7.0}
     disk |= {"ttl_mode": "fixed", "write": WriteMode.ON_EVICT, "direct_io": "on", "io_threads": 3, "max_in_flight_bytes": 1 << 20}
+    disk |= {"io_engine": "threads", "queue_depth": 32}
     assert config.disk is not None
     assert {**disk, "durable": False} == config.disk.model_dump()
-    connector = {"store_decode_blocks": False, "async_load": True, "promote_wait_s": 0.25, "store": False, "load": False}
-    assert {**connector, "max_pinned_fraction": 1.0} == config.connector.model_dump()
+    connector = {"store_decode_blocks": False, "async_load": True, "layerwise": "on", "promote_wait_s": 0.25, "store": False, "load": False}
+    assert {**connector, "max_pinned_fraction": 1.0, "gpu_copy": "staged"} == config.connector.model_dump()
     assert (64, "a", "debug") == (config.block_tokens, config.namespace_salt, config.log_level)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", ["kvtier.yaml:1: tiers: missing", "one tier of type host first"]),
+        ("", ["kvtier.yaml:1: tiers: missing", "then one of type host"]),
         ("- 1\n", ["kvtier.yaml:1: a list is not a mapping"]),
         ("block_tokens: 16\n", ["kvtier.yaml:1: tiers: missing"]),
         ("tiers: 3\n", ["kvtier.yaml:1: tiers: 3 is wrong", "allowed: a list"]),
         ("tiers: []\n", ["kvtier.yaml:1: tiers: there is no tier of type host"]),
         ("tiers:\n  - type: host\n", ["kvtier.yaml:2: tiers[0].capacity: missing", "8GiB"]),
-        ("tiers:\n  - capacity: 1\n", ["kvtier.yaml:2: tiers[0]: type is missing; allowed: host, disk"]),
-        ("tiers:\n  - type: [host]\n", ["kvtier.yaml:2: tiers[0]: type a list is unknown; allowed: host, disk"]),
+        ("tiers:\n  - capacity: 1\n", ["kvtier.yaml:2: tiers[0]: type is missing; allowed: gpu, host, disk"]),
+        ("tiers:\n  - type: [host]\n", ["kvtier.yaml:2: tiers[0]: type a list is unknown; allowed: gpu, host, disk"]),
         ("tiers:\n  - host\n", ['kvtier.yaml:2: tiers[0]: "host" is not a mapping']),
-        (HOST + "  - type: ssd\n", ['kvtier.yaml:4: tiers[1]: type "ssd" is unknown; allowed: host, disk']),
-        (HOST + "  - type: dsk\n", ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: host, disk; did you mean disk?']),
+        (HOST + "  - type: ssd\n", ['kvtier.yaml:4: tiers[1]: type "ssd" is unknown; allowed: gpu, host, disk']),
+        (HOST + "  - type: dsk\n", ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk; did you mean disk?']),
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
         (
             DISK + "  - {type: disk, path: /b, capacity: 1GiB}\n",
@@ -105,7 +109,7 @@ log_level: debug
         ("tiers:\n  - {type: disk, path: /a, capacity: 1GiB}\n", ["kvtier.yaml:1: tiers: there is no tier of type host"]),
         (
             "tiers:\n  - {type: disk, path: /a, capacity: 1GiB}\n  - {type: host, capacity: 1}\n",
-            ["kvtier.yaml:3: tiers[1]: the tier of type host must be the first"],
+            ["kvtier.yaml:3: tiers[1]: the tier of type host must stand before tiers[0]"],
         ),
         (HOST.replace("8GiB", "8G"), ['yaml:3: tiers[0].capacity: "8G" is wrong', "did you mean 8GB or 8GiB?"]),
         (HOST.replace("8GiB", "8gib"), ['yaml:3: tiers[0].capacity: "8gib" is wrong', "did you mean 8GiB?"]),
@@ -164,6 +168,8 @@ log_level: debug
         (DISK + "    direct_io: maybe\n", ['yaml:7: tiers[1].direct_io: "maybe" is wrong; allowed: auto, on, off']),
         (DISK + "    direct_io: [on]\n", ["yaml:7: tiers[1].direct_io: a list is wrong; allowed: auto, on, off"]),
         (DISK + "    io_threads: 0\n", ["yaml:7: tiers[1].io_threads: 0 is wrong; allowed: a whole number from 1 to 64"]),
+        (DISK + "    queue_depth: 257\n", ["yaml:7: tiers[1].queue_depth: 257 is wrong; allowed: a whole number from 1 to 256"]),
+        (DISK + "    io_engine: aio\n", ['yaml:7: tiers[1].io_engine: "aio" is wrong; allowed: auto, io_uring, threads']),
         (DISK + "    io_threads: true\n", ["yaml:7: tiers[1].io_threads: true is wrong"]),
         (DISK + "    max_in_flight: 0\n", ["yaml:7: tiers[1].max_in_flight: 0 is wrong", "more than 0"]),
         (DISK + "    durable: 'true'\n", ['yaml:7: tiers[1].durable: "true" is wrong; allowed: true, false; write it without quotes']),
@@ -300,7 +306,7 @@ def test_settings_are_frozen() -> None:
 def test_exports_are_sorted() -> None:
     """The package names exactly what others use."""
     assert sorted(kvtier.config.__all__) == kvtier.config.__all__
-    exports = {"Config", "ConnectorConfig", "DiskTierConfig", "HostTierConfig", "WriteMode", "commented_defaults"}
+    exports = {"Config", "ConnectorConfig", "DiskTierConfig", "GpuTierConfig", "HostTierConfig", "WriteMode", "commented_defaults"}
     assert exports == set(kvtier.config.__all__)
     assert DiskTierConfig.__doc__
 

@@ -45,6 +45,8 @@ def disks(draw: st.DrawFn) -> dict[str, Any]:
         **residency,
         "write": st.sampled_from(["through", "back", "on_evict"]),
         "direct_io": st.sampled_from(["auto", "on", "off"]),
+        "io_engine": st.sampled_from(["auto", "io_uring", "threads"]),
+        "queue_depth": st.integers(1, 256),
         "io_threads": st.integers(1, 64),
         "max_in_flight": sizes,
         "durable": st.booleans(),
@@ -72,6 +74,7 @@ connectors = st.fixed_dictionaries(
         "async_load": st.booleans(),
         "promote_wait": st.just(0) | durations,
         "max_pinned_fraction": st.floats(0, 1),
+        "gpu_copy": st.sampled_from(["auto", "dma", "bulk", "staged"]),
     },
 )
 levels = st.sampled_from(["debug", "info", "warning", "error"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
-from kvtier.connectors.worker import WorkerHalf
+from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.copy.cpu import NativeCopier
 from kvtier.memory.arena import Arena
 from kvtier.testing.copiers import FaultyCopier
@@ -39,10 +39,7 @@ class Rig:
                 WorkerHalf(
                     self.arena,
                     copier,
-                    rank=rank,
-                    num_workers=num_ranks,
-                    engine_block_bytes=self.memory.engine_block_bytes,
-                    blocks_per_slot=blocks_per_slot,
+                    SlotPart(rank, num_ranks, self.memory.engine_block_bytes, blocks_per_slot),
                     strict=True,
                 )
             )
@@ -253,4 +250,4 @@ def test_messages_can_be_pickled(rig: Rig) -> None:
 def test_a_rank_outside_the_workers_is_refused(rig: Rig) -> None:
     """A wrong rank would write into another rank's part."""
     with pytest.raises(ValueError, match="rank 2 is not one of 2 workers"):
-        WorkerHalf(rig.arena, rig.copiers[0], rank=2, num_workers=2, engine_block_bytes=64)
+        SlotPart(2, 2, 64)

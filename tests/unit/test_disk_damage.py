@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import lmdb
@@ -27,32 +27,32 @@ FILES = ("format", "clean", "lock", "index.mdb", "segment-000000.kv", "segment-0
 
 
 def open_tier(directory: Path) -> DiskTier:
-    """The tier of these tests."""
-    return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, durable=False)
+    """The tier of these tests. In the page cache: some hundred directories are damaged, and a busy disk would make that minutes."""
+    return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, direct_io="off", durable=False)
 
 
 @pytest.fixture(scope="module")
-def healthy() -> Iterator[Path]:
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A closed tier with blocks of two sizes, some of them removed."""
-    directory = Path(tempfile.mkdtemp(prefix="kvtier-healthy-"))
+    directory = tmp_path_factory.mktemp("healthy")
     tier = open_tier(directory)
     assert {Outcome.OK} == set(store(tier, METAS))
     tier.remove([METAS[3].key])
     tier.close()
     assert sorted(FILES) == sorted(os.listdir(directory))
-    yield directory
-    shutil.rmtree(directory)
+    return directory
 
 
 def survivors(healthy: Path, damage: Callable[[Path], object]) -> tuple[DiskTier, set[BlockMeta]]:
     """Damages a copy, opens it, loads everything; returns the tier (closed) and the blocks that came out OK."""
-    with tempfile.TemporaryDirectory(prefix="kvtier-damaged-") as name:
+    with tempfile.TemporaryDirectory(prefix="damaged-", dir=healthy.parent) as name:
         directory = Path(name) / "tier"
         shutil.copytree(healthy, directory)
         damage(directory)
         if (directory / "format").exists() or (directory / "index.mdb").exists():
             check_path(directory)
         tier = open_tier(directory)
+        assert tier.lookup([meta.key for meta in METAS]) <= len(METAS)
         job = load_job(1, METAS)
         tier.submit(job)
         (result,) = wait_for(tier)
@@ -162,7 +162,7 @@ def test_swapped_segments(healthy: Path) -> None:
         (directory / "segment-000001.kv").rename(directory / "segment-000000.kv")
         (directory / "spare").rename(directory / "segment-000001.kv")
 
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=healthy.parent) as name:
         directory = Path(name) / "tier"
         shutil.copytree(healthy, directory)
         damage(directory)
@@ -186,7 +186,7 @@ def test_a_record_moved_to_another_place_is_refused(healthy: Path) -> None:
 
 def test_check_finds_what_is_wrong(healthy: Path) -> None:
     """``check_path`` names file and key, and changes nothing."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=healthy.parent) as name:
         directory = Path(name) / "tier"
         shutil.copytree(healthy, directory)
         flip(directory / "segment-000000.kv", 4096 + 17, 1)

@@ -315,6 +315,23 @@ def test_file_size_limit(tmp_path: Path) -> None:
     tier.close()
 
 
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_no_room_for_a_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """A segment that finds no room is not left behind, what is there stays readable, and with room the store succeeds."""
+    tier = open_tier(tmp_path)
+    kept, more = [meta_of(1, 5000)], [meta_of(2, 40000)]
+    store(tier, kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", failing(error))
+        assert (Outcome.FAILED,) == store(tier, more)
+        assert ["segment-000000.kv"] == [path.name for path in tmp_path.glob("segment-*")]
+        assert (Outcome.OK,) == load(tier, kept)
+    assert (Outcome.OK,) == store(tier, more)
+    assert (Outcome.OK, Outcome.OK) == load(tier, kept + more)
+    assert [] == tier.check()
+    tier.close()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, 3 MiB large."""

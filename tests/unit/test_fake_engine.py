@@ -154,7 +154,7 @@ def test_a_second_request_is_loaded(tmp_path: Path, options: dict[str, object]) 
         assert 0 == ask(system.engine, "a", tokens)
         system.settle()
         system.engine.pool.forget_names()
-        per_slot = system.engine.workers[0]._blocks_per_slot
+        per_slot = int(str(options.get("blocks_per_slot", 1)))
         assert 36 // (4 * per_slot) * 4 * per_slot == ask(system.engine, "b", tokens)
         assert 0 == ask(system.engine, "c", prompt(2, 37))
 

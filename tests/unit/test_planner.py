@@ -33,6 +33,18 @@ class FIFOMachine(PlannerMachine):
     ttl_s = 7.0
 
 
+class DevicePoolMachine(PlannerMachine):
+    device_slots = 3
+
+
+class DevicePoolWithTTLMachine(PlannerMachine):
+    device_slots = 5
+    ttl_s = 7.0
+    write = WriteMode.ON_EVICT
+
+
+TestDevicePool = DevicePoolMachine.TestCase
+TestDevicePoolWithTTL = DevicePoolWithTTLMachine.TestCase
 TestWriteThrough = ThroughMachine.TestCase
 TestWriteBack = BackMachine.TestCase
 TestWriteOnEvict = OnEvictMachine.TestCase

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import bootstrap
+import gpu_check
 import pytest
 import run_tests
 import setup_progress
@@ -145,7 +146,7 @@ def test_a_stamped_environment_is_left_alone(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "setup.py").touch()
     bootstrap.DEV.path.mkdir()
     (bootstrap.DEV.path / ".kvtier-setup").write_text(bootstrap.digest(bootstrap.torch_requirement(), bootstrap.BUILD_TOOL))
-    (bootstrap.DEV.path / ".kvtier-project").write_text(bootstrap.digest(bootstrap.EXTRAS, bootstrap.project_digest()))
+    (bootstrap.DEV.path / ".kvtier-project").write_text(bootstrap.digest(bootstrap.DEV_EXTRAS, bootstrap.project_digest()))
     with Progress() as progress:
         bootstrap.set_up_dev(progress)
     assert 0 == progress.num_tasks
@@ -255,3 +256,28 @@ def test_continuous_integration_runs_what_a_person_runs() -> None:
     """.ci/run can be executed and is `make test`."""
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert re.search(r"^exec make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+
+
+class TestGpuCheck:
+    """``make gpu-check`` cannot pass for success where nothing was checked."""
+
+    def test_without_a_gpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """It says so, leaves nothing and exits with 2."""
+        monkeypatch.setattr(gpu_check, "NEEDS", "raise SystemExit(1)")
+        assert 2 == gpu_check.main(["--out", str(tmp_path / "out")])
+        assert "NOTHING WAS CHECKED" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("code", "expected"), [("", "ok"), ("raise SystemExit(3)", "FAILED"), ("import time; time.sleep(60)", "TIMEOUT")]
+    )
+    def test_outcomes_of_a_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: str) -> None:
+        """A command that fails or takes too long is not a success."""
+        monkeypatch.setitem(gpu_check.LIMITS_S, "tests", 2.0)
+        step = gpu_check.run("tests", tmp_path, sys.executable, "-c", code)
+        assert expected == step.outcome
+        assert (expected != "ok") == step.is_bad
+
+    def test_all_limits_together(self) -> None:
+        """Are less than nine minutes."""
+        assert sum(gpu_check.LIMITS_S.values()) < 540

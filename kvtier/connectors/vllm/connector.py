@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
@@ -165,16 +165,17 @@ class KVTierConnector(KVConnectorBase_V1):
         self._side.half.begin_step(connector_metadata.message)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self._side.half.start_loads()
-        self._side.half.wait_for_loads()
+        # A replayed CUDA graph calls nothing; where a whole step is one graph, everything must be there before it.
+        self._side.start_loads(calls_layers=forward_context.cudagraph_runtime_mode != CUDAGraphMode.FULL)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are complete when ``start_load_kv`` returns."""
+        self._side.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Blocks are stored whole, after the forward pass."""
 
     def wait_for_save(self) -> None:
+        self._side.half.forward_ended()
         self._side.half.start_stores()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:

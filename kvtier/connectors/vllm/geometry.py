@@ -38,9 +38,14 @@ class BlockSizes:
         return self.block_tokens // self.engine_block_tokens
 
     @property
+    def part_bytes(self) -> int:
+        """Bytes of one kvtier block on one rank."""
+        return self.blocks_per_slot * self.engine_block_bytes
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one kvtier block over all ranks."""
-        return self.blocks_per_slot * self.engine_block_bytes * self.num_workers
+        return self.part_bytes * self.num_workers
 
 
 def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -48,20 +53,27 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
     parallel = vllm_config.parallel_config
     groups = kv_cache_config.kv_cache_groups
     refusals = [
-        (len(groups) != 1, f"hybrid KV cache with {len(groups)} groups ({', '.join(type(g.kv_cache_spec).__name__ for g in groups)})"),
+        (not groups, "a model without a KV cache"),
+        (len(groups) > 1, f"hybrid KV cache with {len(groups)} groups ({', '.join(type(g.kv_cache_spec).__name__ for g in groups)})"),
         (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}"),
         (_size(parallel, "decode_context_parallel_size") > 1, "decode context parallelism"),
         (_size(parallel, "prefill_context_parallel_size") > 1, "prefill context parallelism"),
         (vllm_config.speculative_config is not None, "speculative decoding"),
         (vllm_config.model_config.is_encoder_decoder, "encoder-decoder models"),
+        (bool(getattr(vllm_config.model_config, "is_diffusion", False)), "diffusion models"),
+        (vllm_config.model_config.enable_sleep_mode, "enable_sleep_mode"),
     ]
     kinds = [type(group.kv_cache_spec) for group in groups]
     refusals += [(kind not in _SUPPORTED_SPECS, f"KV cache of kind {kind.__name__}") for kind in kinds]
+    # vLLM computes wrong tokens where a prompt goes on from KV that is there already, and so turns its own prefix caching off.
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    refusals += [(is_cpu and issubclass(kind, MLAAttentionSpec), "MLA on the CPU") for kind in kinds]
+    refusals += [(_is_non_causal(group.kv_cache_spec), "attention that looks ahead (non_causal)") for group in groups]
     for is_refused, what in refusals:
         if is_refused:
             raise UnsupportedModelError(
                 f"kvtier does not support this yet: {what}. It supports models with one group of full-attention (or MLA) layers, "
-                "tensor parallelism, and no speculative decoding. Start vLLM without the kvtier connector for this model"
+                "tensor parallelism, and no speculative decoding or sleep mode. Start vLLM without the kvtier connector for this model"
             )
 
 
@@ -125,13 +137,21 @@ def layout_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, sizes: Blo
     return layout, views
 
 
+def layers_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[list[range], dict[str, int]]:
+    """The segments of ``layout_of`` that belong to each tensor, in the same order; and each layer's place in that order."""
+    ranges: list[range] = []
+    names = sorted(kv_caches, key=_natural)
+    for name in names:
+        start = ranges[-1].stop if ranges else 0
+        ranges.append(range(start, start + len(_views(name, kv_caches[name], num_blocks))))
+    return ranges, {name: index for index, name in enumerate(names)}
+
+
 def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
     """One layer's block as contiguous runs of bytes: one, or two where K and V lie apart."""
+    tensor, dim = _by_blocks(name, tensor, num_blocks)
     item = tensor.element_size()
     shape, strides = list(tensor.shape), [stride * item for stride in tensor.stride()]
-    dim = next((d for d, size in enumerate(shape) if size == num_blocks), None)
-    if dim is None:
-        raise UnsupportedModelError(f"layer {name}: no dimension of {tuple(shape)} is the number of blocks, {num_blocks}")
     block_stride = strides[dim]
     rest = [d for d in range(len(shape)) if d != dim and shape[d] > 1]
     inner = [d for d in rest if strides[d] < block_stride]
@@ -143,6 +163,20 @@ def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tenso
     places = itertools.product(*(range(shape[d]) for d in outer))
     offsets = [start + sum(index * strides[d] for index, d in zip(place, outer, strict=True)) for place in places]
     return [_bytes_view(tensor, offset, (num_blocks, num_bytes), block_stride) for offset in offsets]
+
+
+def _by_blocks(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, int]:
+    """The tensor with a dimension that counts the scheduler's blocks, and which one that is.
+
+    Some attention kernels have smaller blocks of their own: a block of the scheduler is then several neighbours of theirs.
+    """
+    for dim, size in enumerate(tensor.shape):
+        if size == num_blocks:
+            return tensor, dim
+    for dim, size in enumerate(tensor.shape[:2]):
+        if size and size % num_blocks == 0:
+            return tensor.unflatten(dim, (num_blocks, size // num_blocks)), dim
+    raise UnsupportedModelError(f"layer {name}: no dimension of {tuple(tensor.shape)} is the number of blocks, {num_blocks}")
 
 
 def _bytes_view(tensor: torch.Tensor, offset: int, shape: tuple[int, int], stride: int) -> torch.Tensor:
@@ -161,6 +195,11 @@ def _layout_name(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _is_non_causal(spec: object) -> bool:
+    """Whether KV depends on tokens behind it, so that a prefix says nothing."""
+    return bool(getattr(spec, "non_causal", False))  # not in every kind of specification
 
 
 def _size(parallel: object, name: str) -> int:

@@ -31,20 +31,24 @@ def identity_of(request: Request) -> RequestIdentity:
 
 
 def options_of(request: Request) -> RequestOptions:
-    """``kv_transfer_params["kvtier"]`` of a request: ``load`` and ``store``. What makes no sense is ignored and said once."""
+    """``kv_transfer_params["kvtier"]`` of a request: ``load`` and ``store``. What makes no sense is ignored and said once.
+
+    A request that must see its whole prompt computed (``skip_reading_prefix_cache``: prompt log-probabilities, pooling) loads nothing.
+    """
     if getattr(request, "prompt_embeds", None) is not None:
         return RequestOptions(load=False, store=False)  # no token ids, so no keys
+    may_load = not request.skip_reading_prefix_cache
     asked = (request.kv_transfer_params or {}).get(_KEY, {})
     if not isinstance(asked, dict):
         _warn_once(f"kv_transfer_params[{_KEY!r}] is {asked!r}; allowed: a mapping with load and store")
-        return RequestOptions()
+        return RequestOptions(load=may_load)
     chosen = {"load": True, "store": True}
     for name, value in asked.items():
         if name in chosen and isinstance(value, bool):
             chosen[name] = value
         else:
             _warn_once(f"kv_transfer_params[{_KEY!r}][{name!r}] is {value!r}; allowed: load and store, true or false")
-    return RequestOptions(**chosen)
+    return RequestOptions(load=chosen["load"] and may_load, store=chosen["store"])
 
 
 def _warn_once(message: str) -> None:

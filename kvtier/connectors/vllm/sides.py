@@ -11,18 +11,14 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from kvtier.config import Config
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
-from kvtier.connectors.vllm.geometry import BlockSizes, layout_of
-from kvtier.connectors.worker import WorkerHalf
-from kvtier.copy.base import BlockCopier
-from kvtier.copy.cpu import NativeCopier
-from kvtier.copy.torch_copier import TorchCopier
+from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
+from kvtier.connectors.vllm.movers import movers_of
+from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
-from kvtier.layout import KVLayout
 from kvtier.memory.arena import Arena, remove_stale
 
 _LOG = logging.getLogger(__name__)
-PREFAULT_TIMEOUT_S = 600.0
 _DIRECTORY, _PREFIX = "/dev/shm", "kvtier-"
 
 
@@ -43,7 +39,18 @@ class SchedulerSide:
         self.sizes = sizes
         self._arena = open_arena(arena_path, config)
         self._has_name = True
-        engine = CacheEngine.open(config, namespace=namespace, block_bytes=sizes.block_bytes, arena=self._arena, events=events)
+        try:
+            engine = CacheEngine.open(
+                config,
+                namespace=namespace,
+                block_bytes=sizes.block_bytes,
+                arena=self._arena,
+                device_slots=pool_slots(config, sizes),
+                events=events,
+            )
+        except BaseException:
+            self._arena.unlink()  # or an engine that does not start would leave its host memory taken
+            raise
         geometry = Geometry(
             namespace=namespace.digest,
             block_tokens=sizes.block_tokens,
@@ -76,18 +83,28 @@ class WorkerSide:
         self._num_blocks = num_blocks
         self._arena = open_arena(arena_path, config)
         self._half: WorkerHalf | None = None
+        self._layer_indices: dict[str, int] = {}
+        self._config = config
+        self._layerwise = config.connector.layerwise
+        self._by_layer = False
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
-        self._half = WorkerHalf(
+        layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
+        self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and views[0].device.type != "cpu")
+        pool_bytes = pool_slots(self._config, self._sizes) * self._sizes.part_bytes
+        copier, loader = movers_of(
             self._arena,
-            self._copier(layout, views),
-            rank=get_tensor_model_parallel_rank(),
-            num_workers=self._sizes.num_workers,
-            engine_block_bytes=self._sizes.engine_block_bytes,
-            blocks_per_slot=self._sizes.blocks_per_slot,
+            layout,
+            views,
+            layers=layers if self._by_layer else None,
+            pool_bytes=pool_bytes,
+            gpu_copy=self._config.connector.gpu_copy,
         )
+        rank = get_tensor_model_parallel_rank()
+        part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
+        self._half = WorkerHalf(self._arena, copier, part, loader=loader)
 
     @property
     def half(self) -> WorkerHalf:
@@ -96,22 +113,23 @@ class WorkerSide:
             raise RuntimeError("the engine has not registered its KV memory")
         return self._half
 
+    def start_loads(self, *, calls_layers: bool) -> None:
+        """Starts the step's loads. ``calls_layers``: the forward pass of this step will call ``wait_for_layer``."""
+        self.half.start_loads(by_layer=calls_layers and self._by_layer)
+        if not calls_layers or not self._by_layer:
+            self.half.wait_for_loads()
+
+    def wait_for_layer(self, name: str) -> None:
+        """Before a layer reads its KV. A layer without KV of its own reads that of another one: all are waited for."""
+        self.half.wait_for_layer(self._layer_indices.get(name))
+
     def close(self) -> None:
         """Waits for running copies. Idempotent."""
         if self._half is not None:
             self._half.close()
         self._arena.close()
 
-    def _copier(self, layout: KVLayout, views: list[torch.Tensor]) -> BlockCopier:
-        if views[0].device.type == "cpu":
-            return NativeCopier(layout, arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes)
-        pin_arena(self._arena)
-        return TorchCopier(views, self._arena.buffer)
 
-
-def pin_arena(arena: Arena) -> None:
-    """Registers host memory with CUDA, so that copies are direct and asynchronous. Slower, but right, where that fails."""
-    arena.wait_prefaulted(PREFAULT_TIMEOUT_S)
-    error = torch.cuda.cudart().cudaHostRegister(arena.address, arena.ready_bytes, 0)
-    if int(error) != 0:
-        _LOG.warning("kvtier: cudaHostRegister of %d bytes failed (%s); copies go through pageable memory", arena.ready_bytes, error)
+def pool_slots(config: Config, sizes: BlockSizes) -> int:
+    """How many blocks fit into the pool on each device; 0: no pool."""
+    return 0 if config.gpu is None else config.gpu.capacity_bytes // sizes.part_bytes

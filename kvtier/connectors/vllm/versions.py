@@ -1,27 +1,17 @@
-"""Every difference between vLLM versions that the connector knows, in one place.
+"""What the connector does differently in different versions of vLLM.
 
-Names that only some versions have are imported here and nowhere else. ``DIFFERENCES`` is the table that the
-documentation shows and that the tests go through row by row.
+Names that only some versions have are imported here and nowhere else. The table of all differences, also of those that need no code,
+is :data:`kvtier.connectors.vllm.differences.DIFFERENCES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import Enum
 from importlib import metadata
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as _base
 from vllm.v1.core.sched.output import SchedulerOutput
-
-DIFFERENCES: Mapping[str, str] = {
-    "start_load_kv": "0.27 and 0.28 call it before every forward pass; since 0.29 after it where no request of the step waits for a load",
-    "get_transfer_results": "since 0.30 it wraps get_finished",
-    "bind_kv_cache_manager": "since 0.30; before, bind_gpu_block_pool. kvtier needs neither",
-    "get_external_cache_hit_sources": "since 0.32: the tier of every hit in the engine's metrics",
-    "kv layout": "0.27 and 0.28: one allocation per layer; since 0.29 layers may be views into one. Segments are derived from the tensors",
-    "sleep mode": "since 0.33: unregister_kv_caches and restore_kv_caches; before, the KV memory never moves",
-}
 
 
 def vllm_version() -> str:

@@ -55,11 +55,12 @@ def check_names(directory: Path, capacity_bytes: int | None) -> list[Damage]:
     found = []
     total_bytes = 0
     try:
-        for entry in os.scandir(directory):
-            if is_own_name(entry.name):
-                total_bytes += entry.stat().st_size
-            else:
-                found.append(Damage(entry.name, "no file of kvtier's"))
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if is_own_name(entry.name):
+                    total_bytes += entry.stat().st_size
+                else:
+                    found.append(Damage(entry.name, "no file of kvtier's"))
     except OSError as error:
         found.append(Damage(str(directory), f"cannot be listed: {error}"))
     if capacity_bytes is not None and total_bytes > capacity_bytes:

@@ -12,7 +12,8 @@ from itertools import islice
 from kvtier.tiers.disk.format import pack_entry
 from kvtier.tiers.disk.health import Health
 from kvtier.tiers.disk.index_file import IndexFile
-from kvtier.tiers.disk.ledger import Ledger, PendingStore
+from kvtier.tiers.disk.ledger import Ledger
+from kvtier.tiers.disk.pending import PendingStore
 from kvtier.tiers.disk.recovery import SEQUENCE_SLACK
 from kvtier.types import Outcome
 
@@ -72,8 +73,8 @@ class Committer:
 
     def nudge(self) -> None:
         """Says that places were removed or that stores wait for them. With the lock held."""
-        ledger = self._ledger
-        if ledger.undeleted and (ledger.num_parked or self._linger_until is None or len(ledger.undeleted) >= _MAX_CHANGES):
+        turns = self._ledger.turns
+        if turns.undeleted and (turns.num_waiting or self._linger_until is None or len(turns.undeleted) >= _MAX_CHANGES):
             self._work.notify()
 
     def stop(self, *, leave_proof: bool) -> None:
@@ -87,7 +88,7 @@ class Committer:
         if index is None:
             return
         try:
-            index.close(leave_proof=leave_proof and not self._ledger.undeleted)
+            index.close(leave_proof=leave_proof and not self._ledger.turns.undeleted)
         except OSError as error:
             logger.warning("the index was not closed cleanly, the next opening will salvage it: %s", error)
 
@@ -102,7 +103,7 @@ class Committer:
                     return
                 self._linger_until = None
                 stores = self._take_written()
-                places = list(islice(self._ledger.undeleted, _MAX_CHANGES))
+                places = list(islice(self._ledger.turns.undeleted, _MAX_CHANGES))
                 next_sequence = self._ledger.next_sequence + SEQUENCE_SLACK
             try:
                 has_worked = self._round(stores, places, next_sequence)
@@ -115,12 +116,12 @@ class Committer:
                 return  # what was not deleted stays in the index file, and the next opening finds it again
 
     def _is_due(self) -> bool:
-        undeleted = self._ledger.undeleted
+        undeleted = self._ledger.turns.undeleted
         if self._discarding or (self._written and self._is_gathered()):
             return True
         if not undeleted:
             return False
-        if self._stopping or self._ledger.num_parked:
+        if self._stopping or self._ledger.turns.num_waiting:
             return True
         if self._linger_until is not None and time.monotonic() >= self._linger_until and not self._health.is_online:
             self._linger_until = None
@@ -131,7 +132,7 @@ class Committer:
     def _is_gathered(self) -> bool:
         """Whether it is time to make what was written readable: nothing else is on its way, it is much, or it has waited."""
         ledger = self._ledger
-        if self._stopping or ledger.num_parked or len(self._written) >= _MAX_CHANGES:
+        if self._stopping or ledger.turns.num_waiting or len(self._written) >= _MAX_CHANGES:
             return True
         if self._written_bytes >= min(ledger.in_flight_bytes, ledger.max_in_flight_bytes // 4):
             return True
@@ -177,7 +178,7 @@ class Committer:
     def _renew(self) -> None:
         """A new index file in place of one that failed. What was removed is not in it."""
         with self._lock:
-            places = list(self._ledger.undeleted)
+            places = list(self._ledger.turns.undeleted)
         self._index = self._rebuild()
         with self._lock:
             self._ledger.committed([], places)

@@ -80,7 +80,8 @@ class IndexFile:
                 cursor.putmulti(((row[:PLACE_BYTES], row[PLACE_BYTES:]) for row in rows), append=True)
                 cursor.put(SEQUENCE_KEY, pack_sequence(next_sequence))
             preallocate(new_path, map_bytes)  # so that the index itself never meets a full disk
-            environment.sync(True)
+            if durable:  # else a power cut may leave anything here, and the next opening will see that it is not vouched for
+                environment.sync(True)
             os.rename(new_path, path)
             if durable:
                 sync_directory(directory)
@@ -117,7 +118,7 @@ class IndexFile:
     def close(self, *, leave_proof: bool) -> None:
         """Closes the file and, if asked, leaves the ``clean`` file that lets the next opening trust it."""
         used_bytes = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
-        if leave_proof:
+        if leave_proof and self._durable:
             self._environment.sync(True)
         self._environment.close()
         if leave_proof:

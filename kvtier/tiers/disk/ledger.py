@@ -3,8 +3,8 @@
 The rules kept here (the tier's threads only carry them out):
 
 - a block is readable once its index entry is committed, not before;
-- the new tenant of a place is written only after the old tenant's entry was deleted from the index file and nobody
-  reads or writes there any more (``parked`` until then);
+- the new tenant of a place is written only after the entries of all old tenants of its pages were deleted from the
+  index file and nobody reads or writes there any more (``turns``);
 - a load of a block that is being stored waits for the store; a second store of it shares the first one's outcome;
 - a block removed while it is being stored is *doomed*: the store ends as if it had happened before the removal.
 
@@ -18,89 +18,27 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 from kvtier.tiers.disk.geometry import Geometry
+from kvtier.tiers.disk.pending import PendingRead, PendingStore, RunningJob, Ticket
 from kvtier.tiers.disk.places import Entry, Places
-from kvtier.types import BlockIO, BlockKey, JobKind, JobResult, Outcome, TransferJob
-
-
-class RunningJob:
-    """A job with the outcomes known so far."""
-
-    __slots__ = ("dropped", "error", "job", "num_bytes", "num_open", "outcomes", "started")
-
-    def __init__(self, job: TransferJob, started: float) -> None:
-        self.job = job
-        self.started = started
-        self.outcomes: list[Outcome | None] = [None] * len(job.blocks)
-        self.num_open = len(job.blocks)
-        self.num_bytes = 0
-        self.dropped: list[BlockKey] = []
-        self.error: str | None = None
-
-
-class Ticket:
-    """One block of a running job."""
-
-    __slots__ = ("index", "running")
-
-    def __init__(self, running: RunningJob, index: int) -> None:
-        self.running = running
-        self.index = index
-
-    @property
-    def block(self) -> BlockIO:
-        """The block in question."""
-        return self.running.job.blocks[self.index]
-
-
-class PendingStore:
-    """A block on its way to its place."""
-
-    __slots__ = ("doomed", "entry", "followers", "key", "readers", "ticket")
-
-    def __init__(self, ticket: Ticket, entry: Entry) -> None:
-        self.key = ticket.block.meta.key
-        self.ticket = ticket
-        self.entry = entry
-        self.doomed: Outcome | None = None
-        """outcome to report for a block that was removed (OK) or crowded out (REJECTED) meanwhile"""
-        self.followers: list[Ticket] = []
-        """stores of the same block that came later"""
-        self.readers: list[Ticket] = []
-        """loads of it that came later"""
-
-
-class PendingRead:
-    """A load that holds its place."""
-
-    __slots__ = ("entry", "key", "ticket")
-
-    def __init__(self, ticket: Ticket, entry: Entry) -> None:
-        self.key = ticket.block.meta.key
-        self.ticket = ticket
-        self.entry = entry
+from kvtier.tiers.disk.turns import Turns
+from kvtier.types import BlockKey, JobKind, JobResult, Outcome, TransferJob
 
 
 class Ledger:
-    """The state of a disk tier. What has become runnable collects in ``writes`` and ``reads``, results in ``results``."""
+    """The state of a disk tier. What has become runnable collects in ``turns.runnable`` and ``reads``, results in ``results``."""
 
     def __init__(self, geometry: Geometry, *, max_in_flight_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._geometry = geometry
         self.max_in_flight_bytes = max_in_flight_bytes
         self._clock = clock
         self.index: dict[BlockKey, Entry] = {}
         """readable blocks, oldest store first"""
         self.places = Places(geometry)
+        self.turns = Turns(geometry.pages_per_segment)
         self.next_sequence = 1
-        self.undeleted: dict[int, None] = {}
-        """places whose entry in the index file must go before they can be written"""
-        self.num_parked = 0
         self.num_jobs = 0
-        self.writes: list[PendingStore] = []
         self.reads: list[PendingRead] = []
         self.results: deque[JobResult] = deque()
         self._pending: dict[BlockKey, PendingStore] = {}
-        self._busy: dict[int, int] = {}
-        self._parked: dict[int, deque[PendingStore]] = {}
         self.in_flight_bytes = 0
         """of stores that have a place and no outcome yet"""
         self._namespaces: dict[bytes, bytes] = {}
@@ -142,9 +80,7 @@ class Ledger:
         store = PendingStore(ticket, Entry(place, num_bytes, self.next_sequence, block.meta.parent, namespace))
         self.next_sequence += 1
         self._pending[store.key] = store
-        self._parked.setdefault(place, deque()).append(store)
-        self.num_parked += 1
-        self._start_next(place)
+        self.turns.enqueue(store)
         return None
 
     def _take_place(self, running: RunningJob, key: BlockKey, num_bytes: int) -> int | None:
@@ -202,7 +138,7 @@ class Ledger:
         """Forgets a key; whether it was readable."""
         entry = self.index.pop(key, None)
         if entry is not None:
-            self.undeleted[entry.place] = None
+            self.turns.delete_later(entry.place)
             self.places.give_back(entry.place)
             return True
         pending = self._pending.pop(key, None)
@@ -220,7 +156,7 @@ class Ledger:
 
     def read_done(self, read: PendingRead, outcome: Outcome, error: str | None) -> None:
         """A read ended; its place is one reader poorer."""
-        self._release(read.entry.place)
+        self.turns.let_go(read.entry.place)
         self.settle(read.ticket, outcome, error)
 
     def needs_no_entry(self, store: PendingStore) -> bool:
@@ -232,17 +168,14 @@ class Ledger:
 
     def committed(self, stores: Collection[PendingStore], deleted_places: Collection[int]) -> None:
         """The index file holds the entries of these stores and those of these places no more."""
-        for place in deleted_places:
-            self.undeleted.pop(place, None)
+        self.turns.deleted(deleted_places)
         for store in stores:
             if store.doomed is None:
                 del self._pending[store.key]
                 self.index[store.key] = store.entry
             else:
-                self.undeleted[store.entry.place] = None
+                self.turns.delete_later(store.entry.place)
             self._settle_store(store, store.doomed or Outcome.OK, None)
-        for place in deleted_places:
-            self._start_next(place)
 
     def store_failed(self, store: PendingStore, outcome: Outcome, error: str) -> None:
         """A store came to nothing: its place is free again."""
@@ -253,19 +186,16 @@ class Ledger:
 
     def undelete_failed(self, error: str) -> None:
         """The index file could not be changed: whoever waits for a deletion fails. The deletions are tried again later."""
-        for place in [place for place in self._parked if place in self.undeleted]:
-            for store in self._parked.pop(place):
-                self.num_parked -= 1
-                self._busy[place] = self._busy.get(place, 0) + 1
-                self.store_failed(store, Outcome.FAILED, error)
+        for store in self.turns.take_those_waiting_for_deletions():
+            self.store_failed(store, Outcome.FAILED, error)
 
     def check(self) -> list[str]:
         """Broken promises in words; no job may be running."""
-        problems = self.places.check()
+        problems = self.places.check() + self.turns.check(is_idle=not self.num_jobs)
         if len(self.places) != len(self.index) + len(self._pending):
             problems.append(f"{len(self.places)} places are taken for {len(self.index)} blocks and {len(self._pending)} stores")
-        if not self.num_jobs and (self._busy or self._parked or self._pending or self.in_flight_bytes or self.num_parked):
-            problems.append("no job is running, yet places are busy or awaited")
+        if not self.num_jobs and (self._pending or self.in_flight_bytes):
+            problems.append("no job is running, yet stores are on their way")
         return problems
 
     def settle(self, ticket: Ticket, outcome: Outcome, error: str | None = None) -> None:
@@ -295,30 +225,10 @@ class Ledger:
                 self._start_read(ticket, store.entry)
             else:
                 self.settle(ticket, Outcome.MISS)
-        self._release(store.entry.place)
+        self.turns.let_go(store.entry.place)
         for ticket in (store.ticket, *store.followers):
             self.settle(ticket, outcome, error)
 
     def _start_read(self, ticket: Ticket, entry: Entry) -> None:
-        self._busy[entry.place] = self._busy.get(entry.place, 0) + 1
+        self.turns.keep(entry.place)
         self.reads.append(PendingRead(ticket, entry))
-
-    def _release(self, place: int) -> None:
-        left = self._busy[place] - 1
-        if left:
-            self._busy[place] = left
-        else:
-            del self._busy[place]
-            self._start_next(place)
-
-    def _start_next(self, place: int) -> None:
-        """Makes the next store that waits for a place runnable, if nothing else keeps the place."""
-        waiting = self._parked.get(place)
-        if waiting is None or place in self._busy or place in self.undeleted:
-            return
-        store = waiting.popleft()
-        if not waiting:
-            del self._parked[place]
-        self.num_parked -= 1
-        self._busy[place] = 1
-        self.writes.append(store)

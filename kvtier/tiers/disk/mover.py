@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from kvtier.io import Completion, IoEngine, Transfer, WorkerPool
-from kvtier.tiers.disk.ledger import PendingRead, PendingStore
+from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.record_io import PreparedRun, ReadVerdict, RecordBuffer, RecordIO
 from kvtier.types import Outcome
 

@@ -146,7 +146,7 @@ def recover(directory: Path, geometry: Geometry, ledger: Ledger, *, durable: boo
         num_lost = _fill(ledger, rows, directory, geometry)
         if index is None:
             index = rebuild_index(directory, geometry, ledger.index, ledger.next_sequence, durable=durable)
-            ledger.undeleted.clear()
+            ledger.committed([], list(ledger.turns.undeleted))
     except OSError as error:
         raise _unusable(directory, error) from error
     recovery = Recovery(rows.source, len(ledger.index), num_lost)
@@ -205,9 +205,10 @@ def _fill(ledger: Ledger, rows: _Rows, directory: Path, geometry: Geometry) -> i
         segment, page = divmod(record.place, geometry.pages_per_segment)
         end = page * PAGE_BYTES + record.record_bytes
         if end > sizes.get(segment, 0) or not ledger.places.adopt(record.key, record.place, record.num_bytes):
-            ledger.undeleted[record.place] = None
+            ledger.turns.delete_later(record.place)
             num_lost += 1
             continue
+        ledger.turns.adopt(record.place, record.num_bytes)
         key = known.setdefault(record.key, record.key)
         parent = None if record.parent is None else known.setdefault(record.parent, record.parent)
         ledger.index[key] = Entry(record.place, record.num_bytes, record.sequence, parent, ledger.shared_namespace(record.namespace))
@@ -225,25 +226,28 @@ def _newest_first_wins(records: list[RecordFields]) -> Iterable[RecordFields]:
 def segment_sizes(directory: Path) -> dict[int, int]:
     """Lengths of the segment files that are there."""
     sizes = {}
-    for entry in os.scandir(directory):
-        segment = segment_number(entry.name)
-        if segment is not None:
-            sizes[segment] = entry.stat().st_size
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            segment = segment_number(entry.name)
+            if segment is not None:
+                sizes[segment] = entry.stat().st_size
     return sizes
 
 
 def _trim(directory: Path, geometry: Geometry) -> None:
     """Removes what the capacity has no room for: leftovers, segments above the last one, bytes after a segment's end."""
-    for entry in os.scandir(directory):
-        segment = segment_number(entry.name)
-        if entry.name in _TEMPORARY_NAMES or (segment is not None and segment >= geometry.num_segments):
-            os.unlink(entry.path)
-        elif segment is not None and entry.stat().st_size > geometry.segment_bytes:
-            os.truncate(entry.path, geometry.segment_bytes)
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            segment = segment_number(entry.name)
+            if entry.name in _TEMPORARY_NAMES or (segment is not None and segment >= geometry.num_segments):
+                os.unlink(entry.path)
+            elif segment is not None and entry.stat().st_size > geometry.segment_bytes:
+                os.truncate(entry.path, geometry.segment_bytes)
 
 
 def _require_space(directory: Path, capacity_bytes: int) -> None:
-    present = sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory) if is_own_name(entry.name))
+    with os.scandir(directory) as entries:
+        present = sum(entry.stat().st_blocks * 512 for entry in entries if is_own_name(entry.name))
     disk = os.statvfs(directory)
     free = disk.f_bavail * disk.f_frsize
     if present + free < capacity_bytes:
@@ -254,6 +258,8 @@ def _require_space(directory: Path, capacity_bytes: int) -> None:
 
 
 def _unusable(directory: Path, error: Exception) -> TierError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TierError(f"{directory} has no room for what the tier needs to start ({error}): free some space or raise the quota")
     with contextlib.suppress(OSError):
         if not os.access(directory, os.W_OK):
             return TierError(f"{directory} cannot be written by this user ({error}): change its owner or mode, or choose another path")

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from kvtier.io import PAGE_BYTES
 from kvtier.tiers.disk.format import record_bytes_for
-from kvtier.tiers.disk.ledger import PendingRead, PendingStore
+from kvtier.tiers.disk.pending import PendingRead, PendingStore
 
 _RUN_BYTES = 8 << 20
 """enough for the disk's full speed, few enough for the queue to be deep"""

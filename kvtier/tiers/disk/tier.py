@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvtier.errors import ClosedError, TierError
@@ -15,14 +14,16 @@ from kvtier.tiers.disk.check import check_names, check_records
 from kvtier.tiers.disk.committer import Committer
 from kvtier.tiers.disk.health import Health
 from kvtier.tiers.disk.index_file import IndexFile
-from kvtier.tiers.disk.ledger import Ledger, PendingRead, PendingStore
+from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.lock import DirectoryLock
 from kvtier.tiers.disk.mover import Mover
+from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.places import metas
 from kvtier.tiers.disk.record_io import RecordIO
 from kvtier.tiers.disk.recovery import prepare_directory, probe, rebuild_index, recover, settle_geometry
 from kvtier.tiers.disk.runs import into_runs
 from kvtier.tiers.disk.segments import SegmentFiles
+from kvtier.tiers.disk.syncs import SegmentSyncer
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, TransferJob
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_SEGMENT_BYTES = 64 << 20
 DEFAULT_MAX_IN_FLIGHT_BYTES = 256 << 20
 DEFAULT_QUEUE_DEPTH = 8
-_MAX_SYNCS = 8
-"""segments synced at once; a thread is made only when there are that many"""
 
 
 class DiskTier:
@@ -91,7 +90,7 @@ class DiskTier:
         self._files = SegmentFiles(self.path, self._geometry.segment_bytes, direct=direct_io, durable=durable)
         self._records = RecordIO(self._files, self._geometry.pages_per_segment)
         self._mover = Mover(self._records, engine, io_threads, self._writes_done, self._reads_done)
-        self._syncers = ThreadPoolExecutor(_MAX_SYNCS, "kvtier-disk-sync")
+        self._syncer = SegmentSyncer(self._files)
         self._committer = Committer(
             self._ledger,
             self._lock,
@@ -192,7 +191,7 @@ class DiskTier:
     def _shut_down(self, *, leave_proof: bool) -> None:
         self._mover.close()
         self._committer.stop(leave_proof=leave_proof)
-        self._syncers.shutdown()
+        self._syncer.close()
         self._files.close()
         self._directory_lock.release()
 
@@ -200,12 +199,10 @@ class DiskTier:
 
     def _take_runnable(self) -> tuple[list[PendingStore], list[PendingRead]]:
         """With the lock held; what it returns is to be launched without it."""
-        ledger = self._ledger
-        writes, reads = ledger.writes, ledger.reads
-        if writes:
-            ledger.writes = []
-        if reads:
-            ledger.reads = []
+        ledger, turns = self._ledger, self._ledger.turns
+        # Empty lists change hands as well: one that stayed the ledger's might fill up before it is launched, and be launched twice.
+        writes, turns.runnable = turns.runnable, []
+        reads, ledger.reads = ledger.reads, []
         return writes, reads
 
     def _launch(self, writes: list[PendingStore], reads: list[PendingRead]) -> None:
@@ -252,17 +249,13 @@ class DiskTier:
         if not self._durable:
             return {}
         segments = {self._records.segment_of(store.entry.place) for store in stores}
-        # at once, so that the disk can serve them with one flush
-        problems = dict(zip(segments, self._syncers.map(self._sync_segment, segments), strict=True))
-        return {store: problem for store in stores if (problem := problems[self._records.segment_of(store.entry.place)]) is not None}
-
-    def _sync_segment(self, segment: int) -> str | None:
-        try:
-            self._files.sync(segment)
-        except OSError as error:
+        errors = self._syncer.sync(segments)
+        for error in errors.values():
             self._write_health.failed(error)
-            return f"segment {segment} could not be synced: {error}"
-        return None
+        if not errors:
+            return {}
+        problems = {segment: f"segment {segment} could not be synced: {error}" for segment, error in errors.items()}
+        return {store: problems[segment] for store in stores if (segment := self._records.segment_of(store.entry.place)) in problems}
 
     def _rebuild_index(self) -> IndexFile:
         with self._lock:

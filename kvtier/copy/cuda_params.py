@@ -1,0 +1,175 @@
+"""The parameter structs of the CUDA kernels as numpy records, and the table of segments that lies in device memory.
+
+``csrc/cuda/paged_index.h`` and ``rope_index.h`` declare the same structs; a test compares them member by member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvtier.copy.cuda_runs import Ints
+from kvtier.copy.rope import TokenShift
+from kvtier.layout import KVLayout, Segment
+
+MAX_BLOCKS = 128
+"""of one launch of a copy kernel"""
+
+BULK_CAPABILITY = 90
+"""the first compute capability with the bulk copy engine, as 10 * major + minor"""
+
+MAX_SPANS = 64
+"""of one launch of a rotation"""
+
+Record = np.ndarray[Any, np.dtype[np.void]]
+"""one element, or a table, of one of the types below"""
+
+SEGMENT = np.dtype([("base", "<u8"), ("stride", "<i8"), ("num_bytes", "<i8"), ("slot_offset", "<i8"), ("first_chunk", "<i8")])
+
+PAGED_COPY = np.dtype(
+    [
+        ("segments", "<u8"),
+        ("contiguous", "<u8"),
+        ("num_segments", "<i8"),
+        ("num_blocks", "<i8"),
+        ("chunk_bytes", "<i8"),
+        ("chunks_per_block", "<i8"),
+        ("to_paged", "<i8"),
+        ("num_stages", "<i8"),
+        ("block_ids", "<i8", (MAX_BLOCKS,)),
+        ("offsets", "<i8", (MAX_BLOCKS,)),
+    ]
+)
+
+ROPE_SPAN = np.dtype([("block_id", "<i8"), ("first_token", "<i4"), ("num_tokens", "<i4"), ("row", "<i4"), ("reserved", "<i4")])
+
+ROPE_SHIFT = np.dtype(
+    [
+        ("bases", "<u8"),
+        ("cos_sin", "<u8"),
+        ("num_layers", "<i8"),
+        ("num_spans", "<i8"),
+        ("block_tokens", "<i8"),
+        ("num_heads", "<i8"),
+        ("num_pairs", "<i8"),
+        ("block_stride", "<i8"),
+        ("token_stride", "<i8"),
+        ("head_stride", "<i8"),
+        ("dim_stride", "<i8"),
+        ("pairs_per_item", "<i8"),
+        ("spans", ROPE_SPAN, (MAX_SPANS,)),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTable:
+    """A layout's segments, or neighbouring ones of them, as the kernels read them."""
+
+    rows: Record
+    address: int
+    """of the first row, in device memory"""
+    chunk_bytes: int
+
+    def part(self, first: int, stop: int) -> DeviceTable:
+        """Some of the rows. They keep their chunk numbers and offsets; the kernels count from the first row's."""
+        return DeviceTable(self.rows[first:stop], self.address + first * SEGMENT.itemsize, self.chunk_bytes)
+
+
+def merged(layout: KVLayout) -> KVLayout:
+    """The same bytes in fewer segments: neighbours that lie side by side in every block become one."""
+    segments: list[Segment] = []
+    for segment in layout.segments:
+        last = segments[-1] if segments else None
+        if last and last.base_address + last.num_bytes == segment.base_address and last.stride_bytes == segment.stride_bytes:
+            total = last.num_bytes + segment.num_bytes
+            if total <= last.stride_bytes:
+                segments[-1] = Segment(last.base_address, last.stride_bytes, total)
+                continue
+        segments.append(segment)
+    return KVLayout(tuple(segments), layout.num_blocks)
+
+
+def segment_table(segments: Sequence[Segment], chunk_bytes: int) -> Record:
+    """The kernels' table: where each segment lies in a slot, and how many chunks come before it."""
+    table = np.zeros(len(segments), SEGMENT)
+    slot_offset = first_chunk = 0
+    for index, segment in enumerate(segments):
+        table[index] = (segment.base_address, segment.stride_bytes, segment.num_bytes, slot_offset, first_chunk)
+        slot_offset += segment.num_bytes
+        first_chunk += num_chunks(segment.num_bytes, chunk_bytes)
+    return table
+
+
+def num_chunks(num_bytes: int, chunk_bytes: int) -> int:
+    """Chunks of one run of bytes; the last may be shorter."""
+    return -(-num_bytes // chunk_bytes)
+
+
+def paged_copy(table: DeviceTable, contiguous: int, block_ids: Ints, offsets: Ints, *, to_paged: bool, num_stages: int = 0) -> Record:
+    """The parameters of a copy kernel.
+
+    Args:
+        table: the segments to copy; the first of them lies at each block's offset
+        contiguous: address of the arena or of a staging buffer
+        block_ids: at most :data:`MAX_BLOCKS`
+        offsets: of each block's bytes, from ``contiguous``
+        num_stages: of the bulk kernel's ring
+    """
+    rows, chunk_bytes = table.rows, table.chunk_bytes
+    copy = np.zeros(1, PAGED_COPY)
+    one = copy[0]
+    one["segments"], one["contiguous"] = table.address, contiguous
+    one["num_segments"], one["num_blocks"] = len(rows), len(block_ids)
+    one["chunk_bytes"], one["num_stages"], one["to_paged"] = chunk_bytes, num_stages, to_paged
+    one["chunks_per_block"] = int(rows["first_chunk"][-1] - rows["first_chunk"][0]) + num_chunks(int(rows["num_bytes"][-1]), chunk_bytes)
+    one["block_ids"][: len(block_ids)] = block_ids
+    one["offsets"][: len(offsets)] = offsets
+    return copy
+
+
+@dataclass(frozen=True, slots=True)
+class RopePlace:
+    """Where the K of all layers lies on a device."""
+
+    bases: int
+    """address of the table of the layers' addresses, in device memory"""
+    num_layers: int
+    num_heads: int
+    strides: tuple[int, int, int, int]
+    """bytes from one block, token, head and dimension to the next"""
+    pairs_per_item: int
+    """see :func:`rope_pairs_per_item`"""
+
+
+def rope_shifts(place: RopePlace, shifts: Sequence[TokenShift], *, cos_sin: int, num_pairs: int) -> list[Record]:
+    """The parameters of the launches of a rotation, up to :data:`MAX_SPANS` shifts each.
+
+    Args:
+        cos_sin: address of the table that ``rope.shift_table`` makes, in device memory
+        num_pairs: of that table
+    """
+    launches = []
+    for start in range(0, len(shifts), MAX_SPANS):
+        part = shifts[start : start + MAX_SPANS]
+        record = np.zeros(1, ROPE_SHIFT)
+        one = record[0]
+        one["bases"], one["cos_sin"], one["num_layers"], one["num_spans"] = place.bases, cos_sin, place.num_layers, len(part)
+        one["block_tokens"] = max(shift.num_tokens for shift in part)
+        one["num_heads"], one["num_pairs"], one["pairs_per_item"] = place.num_heads, num_pairs, place.pairs_per_item
+        one["block_stride"], one["token_stride"], one["head_stride"], one["dim_stride"] = place.strides
+        for index, shift in enumerate(part):
+            one["spans"][index] = (shift.block_id, shift.first_token, shift.num_tokens, shift.row, 0)
+        launches.append(record)
+    return launches
+
+
+def rope_pairs_per_item(bases: Sequence[int], strides: tuple[int, int, int, int], *, num_pairs: int, item_bytes: int) -> int:
+    """4 where four neighbouring pairs can be read and written with wide accesses, else 1."""
+    *outer, dim_stride = strides
+    width = 4 * item_bytes
+    is_wide = dim_stride == item_bytes and num_pairs % 4 == 0 and all(place % width == 0 for place in (*bases, *outer))
+    return 4 if is_wide else 1

@@ -1,0 +1,274 @@
+"""What every CUDA device must do, as tests to subclass: on a real one, and on the simulated one."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvtier.copy.base import BlockCopy
+from kvtier.copy.cuda_calibrate import calibrate, move_on_cpu
+from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
+from kvtier.copy.cuda_copier import ArenaPlace, CopierOptions, CudaCopier
+from kvtier.copy.cuda_params import segment_table
+from kvtier.copy.cuda_rope import CudaKeyShifter, KeyLayout
+from kvtier.copy.cuda_runs import runs_of
+from kvtier.copy.cuda_runtime import CudaRuntime, DeviceMemory
+from kvtier.copy.cuda_ways import CopySettings
+from kvtier.copy.rope import NUMPY_OF_STORAGE, TokenShift, from_floats, plain_frequencies, shift_keys, shift_table
+from kvtier.layout import KVLayout, Segment
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+GUARD_BYTES = 256
+SMALL = CopySettings(slice_bytes=1 << 20, num_buffers=2, num_blocks=4)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Segments as (gap before block 0, distance between blocks, length)."""
+
+    name: str
+    segments: tuple[tuple[int, int, int], ...]
+    num_blocks: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Of all segments."""
+        return sum(length for _, _, length in self.segments)
+
+
+SHAPES = (
+    Shape("keys and values apart, 6 KiB", ((0, 6144, 6144),) * 12, 40),
+    Shape("keys and values side by side, 64 KiB", ((0, 65_536, 65_536),) * 4, 24),
+    Shape("all layers of a block side by side", ((0, 90_112, 90_112),), 30),
+    Shape("latent attention, 18 KiB", ((0, 18_432, 18_432),) * 5, 20),
+    Shape("pages with a gap behind each", ((64, 5120, 4096), (0, 4352, 4224), (16, 48, 32)), 33),
+    Shape("odd sizes at odd addresses", ((1, 1003, 1001), (6, 6146, 6145), (4, 12, 5), (8, 9000, 8200)), 37),
+    Shape("pieces larger than a chunk", ((0, 24_592, 24_592), (0, 8208, 8208)), 19),
+)
+
+
+class Memory:
+    """Pages on the device and an arena on the host, both between guard bands, and what both should hold."""
+
+    def __init__(self, runtime: CudaRuntime, shape: Shape, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        self.runtime = runtime
+        self.shape = shape
+        self.stream = runtime.open_stream(is_urgent=False)
+        """the engine's"""
+        starts, total = [], GUARD_BYTES
+        for gap, stride, _ in shape.segments:
+            starts.append(total + gap)
+            total += -(-(gap + shape.num_blocks * stride) // GUARD_BYTES) * GUARD_BYTES + GUARD_BYTES
+        self.device: DeviceMemory = runtime.allocate(total)
+        self.pages = random.integers(0, 256, total, dtype=np.uint8)
+        """what the device should hold, guard bands included"""
+        strides = [(stride, length) for _, stride, length in shape.segments]
+        self._starts = list(zip(starts, strides, strict=True))
+        self.layout = KVLayout(self._segments(self.device.address), shape.num_blocks)
+        self.slot_bytes = -(-shape.block_bytes // 4096) * 4096
+        room = np.empty(shape.num_blocks * self.slot_bytes + 2 * 4096 + 4096, np.uint8)
+        self.host: Bytes = room[-room.ctypes.data % 4096 :][: shape.num_blocks * self.slot_bytes + 2 * 4096]
+        self.host[:] = random.integers(0, 256, len(self.host), dtype=np.uint8)
+        self.expected_host = self.host.copy()
+        self.pinned = runtime.register(self.host.ctypes.data, len(self.host))
+        self.arena = ArenaPlace(self.host.ctypes.data + 4096, shape.num_blocks * self.slot_bytes)
+        self.put(self.pages)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.pinned.close()
+        self.device.close()
+
+    def copier(self, forced: Way | None, *, layers: Sequence[range] | None = None) -> CudaCopier | None:
+        """A copier of one way; None where the layout or the device does not allow that way."""
+        free = CudaCopier(self.layout, self.runtime, self.arena, compute_stream=lambda: self.stream, options=CopierOptions(SMALL))
+        free.close()
+        if forced in free.table.refused:
+            return None
+        options = CopierOptions(SMALL, CopyTable(), forced, layers)
+        return CudaCopier(self.layout, self.runtime, self.arena, compute_stream=lambda: self.stream, options=options)
+
+    def copies(self, pairs: Sequence[tuple[int, int]]) -> list[BlockCopy]:
+        """Blocks and slots."""
+        return [BlockCopy(block, slot * self.slot_bytes) for block, slot in pairs]
+
+    def expect(self, pairs: Sequence[tuple[int, int]], direction: Direction) -> None:
+        """Does by the CPU what the device should do."""
+        rows = segment_table(self._segments(self.pages.ctypes.data), 4096)
+        blocks = np.array([block for block, _ in pairs], np.int64)
+        offsets = np.array([4096 + slot * self.slot_bytes for _, slot in pairs], np.int64)
+        move_on_cpu(runs_of(rows, blocks, offsets, self.expected_host.ctypes.data), direction)
+
+    def put(self, pages: Bytes) -> None:
+        """Fills the device's memory."""
+        self._plain(self.device.address, pages)
+        self.runtime.record(self.stream).wait()
+
+    def check(self, what: str) -> None:
+        """Both sides hold what they should, every byte, guard bands included."""
+        actual = np.zeros_like(self.pages)
+        self.runtime.copy(self.stream, *_places(actual.ctypes.data, self.device.address), np.array([len(actual)], np.int64))
+        self.runtime.record(self.stream).wait()
+        assert self.pages.tobytes() == actual.tobytes(), f"{self.shape.name}, {what}: wrong bytes on the device"
+        assert self.expected_host.tobytes() == self.host.tobytes(), f"{self.shape.name}, {what}: wrong bytes on the host"
+
+    def _plain(self, to: int, source: Bytes) -> None:
+        self.runtime.copy(self.stream, *_places(to, source.ctypes.data), np.array([len(source)], np.int64))
+
+    def _segments(self, address: int) -> tuple[Segment, ...]:
+        return tuple(Segment(address + start, stride, length) for start, (stride, length) in self._starts)
+
+
+def _places(to: int, source: int) -> tuple[np.ndarray[Any, np.dtype[np.uint64]], np.ndarray[Any, np.dtype[np.uint64]]]:
+    return np.array([to], np.uint64), np.array([source], np.uint64)
+
+
+class CudaContract(ABC):
+    """Subclass it, name the device, run it."""
+
+    rounds = 3
+    """how often what might be a race is tried; raise it on a real device"""
+
+    @abstractmethod
+    def open_runtime(self) -> CudaRuntime:
+        """The device."""
+
+    def cases(self, shapes: Sequence[Shape] = SHAPES) -> Iterator[tuple[Memory, Way, CudaCopier]]:
+        """All layouts, each by all ways that it allows."""
+        runtime = self.open_runtime()
+        for seed, (shape, way) in enumerate(itertools.product(shapes, Way)):
+            memory = Memory(runtime, shape, seed)
+            copier = memory.copier(way)
+            if copier is not None:
+                yield memory, way, copier
+                copier.close()
+            memory.close()
+
+    def test_every_way_moves_every_byte_of_every_layout(self) -> None:
+        """And no other byte, on either side; blocks and slots in any order."""
+        for memory, way, copier in self.cases():
+            for direction in DIRECTIONS:
+                pairs = _pairs(memory.shape.num_blocks, memory.shape.num_blocks - 3, seed=1)
+                move = copier.scatter if direction == "load" else copier.gather
+                event = move(memory.copies(pairs))
+                event.wait()
+                assert event.done()
+                memory.expect(pairs, direction)
+                memory.check(f"{way.value}, {direction}")
+
+    def test_loads_and_stores_at_once_again_and_again(self) -> None:
+        """Half of the blocks are stored while the other half is loaded, and then the other way round; nothing of it mixes."""
+        for memory, way, copier in self.cases():
+            for number in range(self.rounds):
+                pairs = _pairs(memory.shape.num_blocks, memory.shape.num_blocks, seed=number)
+                half = len(pairs) // 2
+                events = []
+                for start in range(0, half, 5):
+                    events.append(copier.gather(memory.copies(pairs[start : min(start + 5, half)])))
+                    events.append(copier.scatter(memory.copies(pairs[half + start : min(half + start + 5, 2 * half)])))
+                for event in events:
+                    event.wait()
+                memory.expect(pairs[:half], "store")
+                memory.expect(pairs[half : 2 * half], "load")
+                memory.check(f"{way.value}, round {number}")
+
+    def test_copies_are_ordered_with_the_engines_stream(self) -> None:
+        """Without the host's waiting: a store sees what was computed before it, and what is computed after a load sees the load."""
+        for memory, way, copier in self.cases(SHAPES[:3]):
+            for number in range(self.rounds):
+                pages = np.random.default_rng(100 + number).integers(0, 256, len(memory.pages), dtype=np.uint8)
+                runtime, size = memory.runtime, np.array([len(pages)], np.int64)
+                new, after = runtime.allocate(len(pages)), runtime.allocate(len(pages))
+                runtime.copy(memory.stream, *_places(new.address, pages.ctypes.data), size)
+                runtime.record(memory.stream).wait()
+                for _ in range(self.rounds):  # what keeps the stream busy
+                    runtime.copy(memory.stream, *_places(after.address, new.address), size)
+                runtime.copy(memory.stream, *_places(memory.device.address, new.address), size)
+                stored = copier.gather(memory.copies([(block, block) for block in range(8)]))
+                loaded = copier.scatter(memory.copies([(block, block) for block in range(8, 16)]))
+                loaded.order_compute()
+                runtime.copy(memory.stream, *_places(after.address, memory.device.address), size)
+                result = np.zeros_like(pages)
+                runtime.copy(memory.stream, *_places(result.ctypes.data, after.address), size)
+                runtime.record(memory.stream).wait()
+                stored.wait()
+                memory.pages[:] = pages
+                memory.expect([(block, block) for block in range(8)], "store")
+                memory.expect([(block, block) for block in range(8, 16)], "load")
+                assert memory.pages.tobytes() == result.tobytes(), f"{memory.shape.name}, {way.value}: the engine saw too old bytes"
+                memory.check(f"{way.value}, round {number}")
+                new.close()
+                after.close()
+
+    def test_layers_arrive_in_order(self) -> None:
+        """Each layer's event is the end of its bytes; all together are whole blocks."""
+        runtime = self.open_runtime()
+        for seed, (shape, way) in enumerate(itertools.product(SHAPES[:2], Way)):
+            memory = Memory(runtime, shape, seed)
+            copier = memory.copier(way, layers=[range(index, index + 2) for index in range(0, len(shape.segments), 2)])
+            if copier is not None:
+                pairs = _pairs(shape.num_blocks, 10, seed=2)
+                events = copier.scatter_layers(memory.copies(pairs))
+                assert len(shape.segments) == 2 * len(events)
+                events[-1].wait()
+                assert all(event.done() for event in events)
+                memory.expect(pairs, "load")
+                memory.check(f"{way.value}, by layers")
+                copier.close()
+            memory.close()
+
+    def test_calibration_finds_nothing_wrong(self) -> None:
+        """Every way that the device has moves the right bytes and has a figure."""
+        table = calibrate(self.open_runtime(), SMALL, piece_sizes=(2048, 6144, 32_768), total_bytes=2 << 20)
+        assert [] == [it for it in table.measured if not it.is_right or it.bytes_per_s <= 0]
+        assert {Way.DMA, Way.STAGED} <= {it.way for it in table.measured}
+
+    def test_keys_are_rotated_as_on_the_cpu(self) -> None:
+        """Every storage, pairing and layout, to the last bit; other bytes keep theirs."""
+        runtime = self.open_runtime()
+        table = shift_table(plain_frequencies(10_000.0, 64), [1, -77, 100_000])
+        shifts = [TokenShift(block, block % 3, 16 - block % 5 - block % 3, block % 3) for block in range(0, 90, 2)]
+        for pairs, (storage, dtype), order in itertools.product(("neox", "interleaved"), NUMPY_OF_STORAGE.items(), _ORDERS):
+            inner = tuple((90, 16, 4, 72)[axis] for axis in order)
+            noise = np.random.default_rng(7).standard_normal((2, *inner)).astype(np.float32)
+            stored = np.ascontiguousarray(from_floats(noise, storage))
+            expected = stored.copy()
+            back = np.argsort(order)
+            for layer in expected:
+                shift_keys(layer.transpose(back), shifts, table, pairs=pairs, storage=storage)
+            actual = self._rotate(runtime, stored, back, shifts, table, pairs, storage)
+            assert dtype == actual.dtype
+            assert expected.tobytes() == actual.tobytes(), f"{pairs}, {storage}, {order}"
+
+    @staticmethod
+    def _rotate(runtime: CudaRuntime, stored: Any, back: Any, shifts: Any, table: Any, pairs: Any, storage: Any) -> Any:
+        memory = runtime.allocate(stored.nbytes)
+        stream = runtime.open_stream(is_urgent=False)
+        size = np.array([stored.nbytes], np.int64)
+        runtime.copy(stream, *_places(memory.address, stored.ctypes.data), size)
+        view = stored[0].transpose(back)
+        addresses = (memory.address, memory.address + stored[0].nbytes)
+        shifter = CudaKeyShifter(KeyLayout(addresses, 90, 16, 4, 72, view.strides), runtime, pairs=pairs, storage=storage)
+        shifter.shift(shifts, table, compute_stream=stream)
+        actual = np.zeros_like(stored)
+        runtime.copy(stream, *_places(actual.ctypes.data, memory.address), size)
+        runtime.record(stream).wait()
+        shifter.close()
+        memory.close()
+        return actual
+
+
+_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 3, 1))
+"""which axis lies innermost: heads behind tokens, tokens behind heads, tokens innermost"""
+
+
+def _pairs(num_blocks: int, count: int, *, seed: int) -> list[tuple[int, int]]:
+    random = np.random.default_rng(seed)
+    blocks, slots = random.permutation(num_blocks).tolist(), random.permutation(num_blocks).tolist()
+    return list(zip(blocks, slots, strict=True))[:count]

@@ -1,0 +1,46 @@
+"""The contract of CUDA devices, on the simulated one: so the tests of the GPU lane themselves are known to run, and to fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtier.copy.cuda_runtime import Launch
+from kvtier.testing.cuda_copies import CudaContract
+from kvtier.testing.simulated_cuda import SimulatedCuda
+from tests.cuda_on_cpu import KernelsOnCpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    TestSimulatedCuda.kernels = KernelsOnCpu(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+class TestSimulatedCuda(CudaContract):
+    """The copies' kernels by their twin in numpy, the rotations by their own text."""
+
+    rounds = 2
+    kernels: KernelsOnCpu
+
+    def open_runtime(self) -> SimulatedCuda:
+        def play(launch: Launch) -> None:
+            self.kernels.rope_shift(launch.kernel, launch.params)
+
+        return SimulatedCuda(kernels=play)
+
+
+class TestContractCanFail:
+    """A device that is a little wrong does not pass."""
+
+    def test_a_byte_too_many(self) -> None:
+        """A kernel that writes into the guard band, or past the end of a piece, is caught."""
+
+        class Sloppy(SimulatedCuda):
+            def copy(self, stream, to, source, num_bytes):  # type: ignore[no-untyped-def]
+                super().copy(stream, to, source, num_bytes + (len(num_bytes) > 1))
+
+        class Contract(CudaContract):
+            def open_runtime(self) -> SimulatedCuda:
+                return Sloppy()
+
+        with pytest.raises(AssertionError, match="wrong bytes on the"):
+            Contract().test_every_way_moves_every_byte_of_every_layout()

@@ -1,0 +1,129 @@
+"""The pool in device memory: blocks pass through it and stay; the bytes are right whichever way they come. On CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.connectors.jobs import LoadJob
+from kvtier.connectors.messages import MoveJob
+from kvtier.copy.base import BlockCopy
+from kvtier.copy.pool import PoolCopier
+from kvtier.copy.torch_copier import TorchCopier
+from kvtier.hashing import Namespace
+from kvtier.testing.fake_system import FakeSystem, FakeSystemOptions
+
+PROMPT = list(range(40))
+NUM_BLOCKS = 8
+SIZES = (24, 40)
+BLOCK_BYTES = sum(SIZES)
+
+
+@pytest.fixture(params=[1, 2], ids=["one engine block a slot", "two"])
+def system(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeSystem]:
+    """A system with a pool that holds a prompt."""
+    options = FakeSystemOptions(device_slots=10, blocks_per_slot=request.param, token_budget=64)
+    system = FakeSystem(tmp_path, Namespace(model="pool"), options)
+    yield system
+    assert [] == system.problems()
+    system.close()
+
+
+def ask(system: FakeSystem, name: str) -> int:
+    """Puts the prompt; how many of its tokens were computed."""
+    request = system.engine.submit(name, PROMPT)
+    system.settle()
+    return request.num_forward_tokens
+
+
+def test_a_hit_comes_from_the_pool(system: FakeSystem) -> None:
+    """What was just stored is read from the pool: host memory is not read at all."""
+    assert len(PROMPT) <= ask(system, "first")
+    system.arena.buffer[:] = bytes(len(system.arena.buffer))  # whoever reads host memory now computes nonsense
+    assert len(PROMPT) > ask(system, "again")
+    assert system.cache.stats["gpu.loaded_blocks"] > 0
+    assert 0 == system.cache.stats["host.loaded_blocks"]
+
+
+def test_what_left_the_pool_comes_from_host_memory_and_back(system: FakeSystem) -> None:
+    """Other prompts take the slots; the first one is then loaded from host memory, and the next time from the pool."""
+    ask(system, "first")
+    for number in range(3):
+        system.engine.submit(f"other {number}", [100 + number, *PROMPT[:15]])
+        system.settle()
+    assert system.cache.stats["gpu.evicted_blocks"] > 0
+    system.cache.stats.since({})
+    before = system.cache.stats["host.loaded_blocks"]
+    assert len(PROMPT) > ask(system, "again")
+    assert system.cache.stats["host.loaded_blocks"] > before
+    from_pool = system.cache.stats["gpu.loaded_blocks"]
+    assert len(PROMPT) > ask(system, "once more")
+    assert system.cache.stats["gpu.loaded_blocks"] > from_pool
+
+
+def test_a_reset_empties_the_pool(system: FakeSystem) -> None:
+    """After new weights nothing of the old ones is found, in no tier."""
+    ask(system, "first")
+    assert system.engine.reset(new_weights=True)
+    assert 0 == system.cache.num_blocks()["gpu"]
+    assert len(PROMPT) <= ask(system, "again")
+
+
+@pytest.mark.parametrize(("first", "count", "expected"), [(0, 4, set()), (1, 3, {0}), (0, 3, {1}), (1, 1, {0}), (1, 2, {0, 1})])
+def test_slots_of_which_a_part_was_copied(first: int, count: int, expected: set[int]) -> None:
+    """Two engine blocks a slot: a load may begin and end in the middle of one, and then the pool has only a part of it."""
+    move = MoveJob(1, "r", tuple(range(count)), (0, 1), (0, 0), first)
+    assert expected == LoadJob(move, is_async=False, first_block=0, remaining=1).partial_slots(2)
+
+
+class Rig:
+    """Engine tensors, an arena and a pool, each block filled with its number."""
+
+    def __init__(self) -> None:
+        self.tensors = [torch.arange(NUM_BLOCKS, dtype=torch.int8)[:, None].repeat(1, size) for size in SIZES]
+        self.arena = bytearray(NUM_BLOCKS * BLOCK_BYTES)
+        direct = TorchCopier(self.tensors, memoryview(self.arena))
+        self.copier = PoolCopier(direct, self.tensors, memoryview(self.arena), NUM_BLOCKS * BLOCK_BYTES)
+
+    def block(self, number: int) -> bytes:
+        """What the engine's block holds."""
+        return b"".join(bytes(tensor[number].tolist()) for tensor in self.tensors)
+
+
+places = st.permutations(range(NUM_BLOCKS))
+
+
+@given(blocks=places, slots=places, pool=places, count=st.integers(1, NUM_BLOCKS), pooled=st.lists(st.booleans(), min_size=8, max_size=8))
+def test_bytes_arrive_by_every_way(blocks: list[int], slots: list[int], pool: list[int], count: int, pooled: list[bool]) -> None:
+    """Stored through the pool or past it, loaded from the arena or from the pool: each block gets its own bytes."""
+    rig = Rig()
+    copies = [
+        BlockCopy(blocks[index], slots[index] * BLOCK_BYTES, pool[index] * BLOCK_BYTES if pooled[index] else -1) for index in range(count)
+    ]
+    rig.copier.gather(copies).wait()
+    for copy in copies:
+        assert bytes([copy.block_id]) * BLOCK_BYTES == rig.arena[copy.arena_offset : copy.arena_offset + BLOCK_BYTES]
+    for is_wiped in (False, True):
+        for tensor in rig.tensors:
+            tensor.fill_(-1)
+        if is_wiped:
+            rig.arena[:] = bytes(len(rig.arena))
+        again = [
+            BlockCopy(c.block_id, c.arena_offset, c.pool_offset, in_pool=is_wiped) for c in copies if c.pool_offset >= 0 or not is_wiped
+        ]
+        rig.copier.scatter(again).wait()
+        for copy in again:
+            assert bytes([copy.block_id]) * BLOCK_BYTES == rig.block(copy.block_id)
+
+
+def test_offsets_outside_are_refused() -> None:
+    """An offset behind the end of the pool or of the arena is an error, not a copy of something else."""
+    rig = Rig()
+    for copy in (BlockCopy(0, 0, NUM_BLOCKS * BLOCK_BYTES), BlockCopy(0, NUM_BLOCKS * BLOCK_BYTES, 0)):
+        with pytest.raises(IndexError):
+            rig.copier.gather([copy])

@@ -1,0 +1,101 @@
+"""Loads by layer: the forward pass of a layer waits for that layer's KV, and for nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvtier.copy.base import BlockCopy
+from kvtier.copy.layered import ThreadedLayerLoader
+from kvtier.hashing import Namespace
+from kvtier.testing.copiers import LateLayerLoader
+from kvtier.testing.fake_kv import FakeKVMemory
+from kvtier.testing.fake_system import FakeSystem, FakeSystemOptions
+
+PROMPT = list(range(40))
+
+
+@pytest.fixture
+def late(tmp_path: Path) -> Iterator[FakeSystem]:
+    """A system that copies a layer only when somebody waits for it, with a prompt in host memory."""
+    options = FakeSystemOptions(by_layer="late", token_budget=64)
+    system = FakeSystem(tmp_path, Namespace(model="layers"), options, strict=False)
+    system.engine.submit("first", PROMPT)
+    system.settle()
+    yield system
+    system.close()
+
+
+def loads_of(system: FakeSystem) -> LateLayerLoader:
+    """The loader of the only rank."""
+    (loader,) = system.loaders
+    assert isinstance(loader, LateLayerLoader)
+    return loader
+
+
+def test_a_layer_is_loaded_when_it_is_computed(late: FakeSystem) -> None:
+    """The engine checks every byte a layer reads, and nothing was copied before the layer asked: so the waits are in place."""
+    again = late.engine.submit("again", PROMPT)
+    late.settle()
+    assert 1 == loads_of(late).num_loads
+    assert len(PROMPT) > again.num_forward_tokens
+    assert [] == late.problems()
+
+
+@pytest.mark.parametrize("bad_layer", [0, 1])
+def test_a_layer_that_does_not_arrive_is_computed(late: FakeSystem, bad_layer: int) -> None:
+    """The forward pass goes on on garbage, the engine learns of it and computes the blocks: right tokens, nothing left over."""
+    loads_of(late).faults.append(bad_layer)
+    again = late.engine.submit("again", PROMPT)
+    late.settle()
+    assert len(PROMPT) <= again.num_forward_tokens
+    assert [] == late.problems()
+
+
+def test_an_engine_that_does_not_wait_is_found_out(late: FakeSystem) -> None:
+    """A model whose attention bypasses the hooks computes once more, with the right tokens; from then on all is loaded beforehand."""
+    worker = late.workers[0]
+    asked = worker.wait_for_layer
+    worker.wait_for_layer = lambda layer: asked(layer) if layer == 0 else None  # type: ignore[method-assign]
+    for name in ("again", "once more"):
+        late.engine.submit(name, PROMPT)
+        late.settle()
+    assert 1 == loads_of(late).num_loads
+    assert late.engine.finished["once more"].num_forward_tokens < len(PROMPT)
+    assert [] == late.problems()
+
+
+def test_unknown_layers_wait_for_all(late: FakeSystem) -> None:
+    """A layer without KV of its own may read any other layer's."""
+    worker = late.workers[0]
+    asked = worker.wait_for_layer
+    worker.wait_for_layer = lambda layer: asked(None) if layer == 0 else None  # type: ignore[method-assign]
+    again = late.engine.submit("again", PROMPT)
+    late.settle()
+    assert len(PROMPT) > again.num_forward_tokens
+
+
+def test_a_load_that_breaks_ends_every_layer_behind_it() -> None:
+    """Offsets outside the arena: each layer's event raises, and nobody waits for ever."""
+    memory = FakeKVMemory(num_ranks=1, num_layers=3, num_blocks=4, block_tokens=4)
+    arena = np.zeros(4096, np.uint8)
+    layers = [range(index, index + 1) for index in range(3)]
+    loader = ThreadedLayerLoader(memory.layout(0), layers, arena_address=arena.ctypes.data, arena_bytes=4096)
+    events = loader.scatter_layers([BlockCopy(0, 0), BlockCopy(1, 4090)])
+    for event in events:
+        with pytest.raises(IndexError):
+            event.wait()
+        with pytest.raises(IndexError):
+            event.done()
+    loader.close()
+
+
+@pytest.mark.parametrize("layers", [[range(2)], [range(1), range(2, 3)], [range(1, 3), range(1)]])
+def test_layers_divide_the_segments(layers: list[range]) -> None:
+    """Each segment belongs to one layer, in order; anything else is refused."""
+    memory = FakeKVMemory(num_ranks=1, num_layers=3, num_blocks=4, block_tokens=4)
+    with pytest.raises(ValueError, match="divide 3 segments"):
+        ThreadedLayerLoader(memory.layout(0), layers, arena_address=0, arena_bytes=0)
