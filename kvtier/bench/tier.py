@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,16 +54,8 @@ def measure(name: str, rounds: int, batch_bytes: int) -> Iterator[Record]:
         stores, gathers, loads, scatters = in_turns([bench.store, bench.gather, bench.load, bench.scatter], rounds)
         yield rates("store", params, stores, gathers)
         yield rates("load", params, loads, scatters)
-        yield _share("copy's share of a store", params, stores, gathers)
-        yield _share("copy's share of a load", params, loads, scatters)
     finally:
         bench.close()
-
-
-def _share(name: str, params: dict[str, object], values: Sequence[float], limits: Sequence[float]) -> Record:
-    """The median of the rounds' quotients: it does not suffer where all of a round is slow."""
-    shares = sorted(value / limit for value, limit in zip(values, limits, strict=True))
-    return Record(name, params, statistics.median(shares), "ratio", shares[3 * len(shares) // 4] - shares[len(shares) // 4])
 
 
 class Bench:
