@@ -10,13 +10,14 @@
 #include "copy_calls.h"
 #include "key_chain.h"
 #include "python.h"
+#include "ring_calls.h"
 #include "token_ids.h"
 
 namespace kvtier {
 namespace {
 
 constexpr long kAbiVersion =
-    2;  // kvtier/_native.py asks for this one; change both with any signature or meaning
+    3;  // kvtier/_native.py asks for this one; change both with any signature or meaning
 
 constexpr Py_ssize_t kTokensAtATime = 8192;  // read, then hashed while they are in the L1 cache
 
@@ -156,6 +157,14 @@ PyMODINIT_FUNC PyInit__core() {
       Method<CopyBlocksOf>("copy_blocks",
                            "copy_blocks(paged, arena_address, arena_bytes, block_ids, "
                            "arena_offsets, to_arena, num_threads=1) -> int"),
+      Method<RingOpenOf>("ring_open", "ring_open(num_entries) -> ring"),
+      Method<RingRegisterOf>("ring_register",
+                             "ring_register(ring, slot, address, num_bytes) -> None"),
+      Method<RingSubmitOf>("ring_submit",
+                           "ring_submit(ring, token, is_read, fd, offset, buffers, slot) -> None"),
+      Method<RingWakeOf>("ring_wake", "ring_wake(ring) -> None"),
+      Method<RingWaitOf>("ring_wait", "ring_wait(ring, timeout_us) -> list[tuple[int, int]]"),
+      Method<RingCloseOf>("ring_close", "ring_close(ring) -> None"),
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(&Execute)},
                                      {0, nullptr}};

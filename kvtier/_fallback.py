@@ -11,6 +11,7 @@ import itertools
 import operator
 import struct
 from collections.abc import Sequence
+from errno import ENOSYS
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -98,6 +99,40 @@ def copy_blocks(
             ctypes.memmove(in_arena if to_arena else in_pages, in_pages if to_arena else in_arena, num_bytes)
             in_arena += num_bytes
     return block_bytes * len(ids)
+
+
+def ring_open(num_entries: int, /) -> object:  # noqa: ARG001 - as below: the signatures of the core
+    """An io_uring. Not in Python; use threads.
+
+    Raises:
+        OSError: ENOSYS, always.
+    """
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_register(ring: object, slot: int, address: int, num_bytes: int, /) -> None:  # noqa: ARG001
+    """Lets the kernel know memory that a ring will use. There is no ring here to call it with; so below."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_submit(ring: object, token: int, is_read: bool, fd: int, offset: int, buffers: Sequence[Buffer], slot: int, /) -> None:  # noqa: ARG001
+    """Starts to move bytes between a file and buffers, which stay the caller's duty until ``token`` comes out of ``ring_wait``."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_wake(ring: object, /) -> None:  # noqa: ARG001
+    """Has ``ring_wait`` return, with token 0."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_wait(ring: object, timeout_us: int, /) -> list[tuple[int, int]]:  # noqa: ARG001
+    """Tokens of what is over, each with the bytes moved or a negative errno; waits for the first (-1: without end)."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def ring_close(ring: object, /) -> None:  # noqa: ARG001
+    """Frees a ring on which nothing runs."""
+    raise OSError(ENOSYS, "io_uring takes the compiled core")
 
 
 def _tokens_between(token_ids: Sequence[int] | Buffer, first: int, end: int) -> Sequence[int]:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from kvtier import _fallback
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """what this package expects of ``kvtier._core``; grows with every change of a signature or a meaning"""
 
 
@@ -41,9 +41,31 @@ is_native = _core_or_none is not None
 if _core_or_none is not None:
     chain_keys = _core_or_none.chain_keys
     copy_blocks = _core_or_none.copy_blocks
+    ring_close = _core_or_none.ring_close
+    ring_open = _core_or_none.ring_open
+    ring_register = _core_or_none.ring_register
+    ring_submit = _core_or_none.ring_submit
+    ring_wait = _core_or_none.ring_wait
+    ring_wake = _core_or_none.ring_wake
 else:
     chain_keys = _fallback.chain_keys
     copy_blocks = _fallback.copy_blocks
+    ring_close = _fallback.ring_close
+    ring_open = _fallback.ring_open
+    ring_register = _fallback.ring_register
+    ring_submit = _fallback.ring_submit
+    ring_wait = _fallback.ring_wait
+    ring_wake = _fallback.ring_wake
 
-
-__all__ = ["ABI_VERSION", "chain_keys", "copy_blocks", "is_native"]
+__all__ = [
+    "ABI_VERSION",
+    "chain_keys",
+    "copy_blocks",
+    "is_native",
+    "ring_close",
+    "ring_open",
+    "ring_register",
+    "ring_submit",
+    "ring_wait",
+    "ring_wake",
+]

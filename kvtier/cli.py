@@ -26,8 +26,10 @@ OK, DAMAGED, UNUSABLE = 0, 1, 2
 BENCHMARKS = {
     "copy": ("kvtier.bench.copy", "moving blocks to host memory and back, and hashing prompts"),
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
+    "disk": ("kvtier.bench.disk", "the disk tier beside the disk it lies on"),
     "gpu": ("kvtier.bench.gpu", "copies between host memory and a GPU, beside large pinned copies"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
+    "tier": ("kvtier.bench.tier", "storing and loading through the engine facade beside the bare copy"),
 }
 """name -> the module with ``add_arguments`` and ``run``, what it measures"""
 

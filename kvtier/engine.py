@@ -113,7 +113,7 @@ class CacheEngine:
             )
             arena.prefault()
             arena.unlink()
-        lower = list(tiers) if tiers is not None else _open_tiers(config)
+        lower = list(tiers) if tiers is not None else _open_tiers(config, arena)
         stats = Stats()
         space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
         host = _residency("host", config.host.policy, config.host.ttl_s, config.host.ttl_mode)
@@ -256,7 +256,7 @@ def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Re
     return Residency(name, lambda: create_policy(policy), expiry)
 
 
-def _open_tiers(config: Config) -> list[Tier]:
+def _open_tiers(config: Config, arena: Arena) -> list[Tier]:
     disk = config.disk
     if disk is None:
         return []
@@ -266,9 +266,12 @@ def _open_tiers(config: Config) -> list[Tier]:
             disk.capacity_bytes,
             segment_bytes=disk.segment_bytes,
             direct_io=disk.direct_io,
+            io_engine=disk.io_engine,
+            queue_depth=disk.queue_depth,
             io_threads=disk.io_threads,
             max_in_flight_bytes=disk.max_in_flight_bytes,
             durable=disk.durable,
+            memory=(arena.address, arena.capacity_bytes),
         )
     ]
 

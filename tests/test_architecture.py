@@ -88,8 +88,10 @@ RESERVED: Mapping[str, Sequence[str]] = {
 IMPURE = ("asyncio", "io", "multiprocessing", "os", "pathlib", "random", "secrets", "socket", "subprocess", "threading", "time")
 
 CATCH_ALL: Mapping[str, str] = {
+    "kvtier.io.thread_engine": "thread boundary: whoever waits for the transfer must hear of it",
     "kvtier.io.workers": "thread boundary: whatever went wrong must reach the waiting job",
     "kvtier.tiers.disk.committer": "thread boundary: without this thread every job would hang",
+    "kvtier.tiers.disk.mover": "thread boundary: without this thread every job would hang",
 }
 """who may say ``except Exception`` -> why"""
 

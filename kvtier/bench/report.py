@@ -61,6 +61,24 @@ def record(name: str, params: Mapping[str, object], times_s: Sequence[float], un
     return Record(name, params, value, unit, spread, limit, None if limit is None else value / limit, peers)
 
 
+def in_turns(functions: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """What each function returned in each round; the order changes from round to round, and the first round does not count."""
+    values: list[list[float]] = [[] for _ in functions]
+    for number in range(rounds + 1):
+        order = list(range(len(functions)))
+        for index in order if number % 2 else order[::-1]:
+            values[index].append(functions[index]())
+    return [each[1:] for each in values]
+
+
+def rates(name: str, params: dict[str, object], values: Sequence[float], limits: Sequence[float]) -> Record:
+    """A record of rates in bytes per second beside their limit."""
+    ordered = sorted(value / 1e9 for value in values)
+    value, limit = statistics.median(ordered), statistics.median(limits) / 1e9
+    spread = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
+    return Record(name, params, value, "GB/s", spread, limit, value / limit)
+
+
 def environment() -> dict[str, object]:
     """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()

@@ -114,7 +114,18 @@ class DiskTierConfig(Section):
         allowed="`auto`, `on`, `off`",
         about="Whether to bypass the page cache. `auto`: where the file system can. `on`: refuse to start where it cannot.",
     )
-    io_threads: int = setting(2, kind="integer", allowed="a whole number from 1 to 64", about="Threads that read and write.", ge=1, le=64)
+    io_engine: Literal["auto", "io_uring", "threads"] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `io_uring`, `threads`",
+        about="How to read and write. `auto`: io_uring where the system allows it, else threads. `io_uring`: refuse to start without it.",
+    )
+    queue_depth: int = setting(
+        8, kind="integer", allowed="a whole number from 1 to 256", about="Reads and writes under way at once.", ge=1, le=256
+    )
+    io_threads: int = setting(
+        2, kind="integer", allowed="a whole number from 1 to 64", about="Threads that compute and verify checksums.", ge=1, le=64
+    )
     max_in_flight_bytes: Size = setting(
         256 << 20, key="max_in_flight", kind="size", allowed=f"more than 0: {_SIZE}", about="Bytes being read or written at once.", gt=0
     )

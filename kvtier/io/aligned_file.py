@@ -38,7 +38,12 @@ def is_page_aligned(buffer: memoryview) -> bool:
     """Whether the buffer starts at a page border. Read-only buffers count as unaligned: their address cannot be asked cheaply."""
     if buffer.readonly or not buffer.nbytes:
         return False
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % PAGE_BYTES == 0
+    return address_of(buffer) % PAGE_BYTES == 0
+
+
+def address_of(buffer: memoryview) -> int:
+    """Where a writable buffer that is not empty starts."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def preallocate(path: Path, size_bytes: int) -> bool:
@@ -78,12 +83,11 @@ class AlignedFile:
     must be page-aligned as well.
     """
 
-    __slots__ = ("_direct", "_fd", "_mode", "path")
+    __slots__ = ("_direct", "_fd", "_may_give_up", "path")
 
     def __init__(self, path: Path, *, direct: DirectMode = "auto", writable: bool = True) -> None:
         """Opens an existing file. Raises OSError (EINVAL where ``direct="on"`` is refused)."""
         self.path = path
-        self._mode = direct
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         self._direct = direct != "off"
         try:
@@ -93,11 +97,17 @@ class AlignedFile:
                 raise
             self._direct = False
             self._fd = os.open(path, flags)
+        self._may_give_up = self._direct and direct == "auto"
 
     @property
     def is_direct(self) -> bool:
         """Whether I/O still goes past the page cache."""
         return self._direct
+
+    @property
+    def fileno(self) -> int:
+        """The open descriptor."""
+        return self._fd
 
     @property
     def size_bytes(self) -> int:
@@ -112,7 +122,7 @@ class AlignedFile:
             if done <= 0:
                 raise OSError(errno.EIO, "the file took no bytes", str(self.path))
             offset += done
-            remaining = _without_leading(remaining, done)
+            remaining = without_leading(remaining, done)
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills the buffers one after the other from ``offset``; returns the bytes read, fewer only at the end of the file."""
@@ -123,7 +133,7 @@ class AlignedFile:
             total += done
             if done <= 0 or done % PAGE_BYTES:
                 break  # end of file
-            remaining = _without_leading(remaining, done)
+            remaining = without_leading(remaining, done)
         return total
 
     def sync(self) -> None:
@@ -136,21 +146,28 @@ class AlignedFile:
             os.close(self._fd)
             self._fd = -1
 
+    def give_up_direct(self) -> bool:
+        """After EINVAL: goes through the page cache from now on if it may. Returns whether it is worth trying again."""
+        if not self._may_give_up:
+            return False
+        if self._direct:
+            # Some file systems accept O_DIRECT at open and refuse the first transfer.
+            logger.info("%s: the file system refuses direct I/O, using the page cache", self.path)
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            self._direct = False
+        return True
+
     def _call(self, function: object, buffers: list[memoryview], offset: int) -> int:
         batch = buffers[:_MAX_BUFFERS_PER_CALL]
         try:
             return int(function(self._fd, batch, offset))  # type: ignore[operator]
         except OSError as error:
-            if not (self._direct and self._mode == "auto" and error.errno == errno.EINVAL):
+            if error.errno != errno.EINVAL or not self.give_up_direct():
                 raise
-        # Some file systems accept O_DIRECT at open and refuse the first transfer.
-        logger.info("%s: the file system refuses direct I/O, using the page cache", self.path)
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-        self._direct = False
         return int(function(self._fd, batch, offset))  # type: ignore[operator]
 
 
-def _without_leading(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:
+def without_leading(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:
     """What is left of the buffers after ``num_bytes`` were transferred."""
     for index, buffer in enumerate(buffers):
         if num_bytes < len(buffer):

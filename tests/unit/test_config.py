@@ -69,7 +69,7 @@ namespace_salt: a
 tiers:
   - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1}
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
-     io_threads: 3, max_in_flight: 1MiB, durable: false}
+     io_engine: threads, queue_depth: 32, io_threads: 3, max_in_flight: 1MiB, durable: false}
 connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false,
     max_pinned_fraction: 1, gpu_copy: staged, copy_threads: 3}
 log_level: debug
@@ -80,6 +80,7 @@ log_level: debug
     assert {**host, "huge_pages": False, "numa_node": 1} == config.host.model_dump()
     disk = {"type": "disk", "path": Path("/x"), "capacity_bytes": 100 << 30, "segment_bytes": 16 << 20, "policy": "fifo", "ttl_s": 7.0}
     disk |= {"ttl_mode": "fixed", "write": WriteMode.ON_EVICT, "direct_io": "on", "io_threads": 3, "max_in_flight_bytes": 1 << 20}
+    disk |= {"io_engine": "threads", "queue_depth": 32}
     assert config.disk is not None
     assert {**disk, "durable": False} == config.disk.model_dump()
     connector = {"store_decode_blocks": False, "async_load": True, "layerwise": "on", "promote_wait_s": 0.25, "store": False, "load": False}
@@ -169,6 +170,8 @@ log_level: debug
         (DISK + "    direct_io: maybe\n", ['yaml:7: tiers[1].direct_io: "maybe" is wrong; allowed: auto, on, off']),
         (DISK + "    direct_io: [on]\n", ["yaml:7: tiers[1].direct_io: a list is wrong; allowed: auto, on, off"]),
         (DISK + "    io_threads: 0\n", ["yaml:7: tiers[1].io_threads: 0 is wrong; allowed: a whole number from 1 to 64"]),
+        (DISK + "    queue_depth: 257\n", ["yaml:7: tiers[1].queue_depth: 257 is wrong; allowed: a whole number from 1 to 256"]),
+        (DISK + "    io_engine: aio\n", ['yaml:7: tiers[1].io_engine: "aio" is wrong; allowed: auto, io_uring, threads']),
         (DISK + "    io_threads: true\n", ["yaml:7: tiers[1].io_threads: true is wrong"]),
         (DISK + "    max_in_flight: 0\n", ["yaml:7: tiers[1].max_in_flight: 0 is wrong", "more than 0"]),
         (DISK + "    durable: 'true'\n", ['yaml:7: tiers[1].durable: "true" is wrong; allowed: true, false; write it without quotes']),

@@ -45,6 +45,8 @@ def disks(draw: st.DrawFn) -> dict[str, Any]:
         **residency,
         "write": st.sampled_from(["through", "back", "on_evict"]),
         "direct_io": st.sampled_from(["auto", "on", "off"]),
+        "io_engine": st.sampled_from(["auto", "io_uring", "threads"]),
+        "queue_depth": st.integers(1, 256),
         "io_threads": st.integers(1, 64),
         "max_in_flight": sizes,
         "durable": st.booleans(),

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from kvtier.testing.tiers import NAMESPACE, load, meta_of, payload_of, store, store_job, wait_for
-from kvtier.tiers.disk import DiskTier, check_path
+from kvtier.tiers.disk import DiskTier, check_path, committer
 from kvtier.tiers.disk.health import FIRST_BACK_OFF_S, MAX_CONSECUTIVE_FAILURES, Health
 from kvtier.tiers.disk.index_file import IndexFile, IndexFileError
-from kvtier.types import BlockIO, JobKind, Outcome, TransferJob
+from kvtier.types import BlockIO, BlockMeta, JobKind, Outcome, TransferJob
 
 SEGMENT_BYTES = 64 << 10
 CAPACITY_BYTES = (1 << 20) + (32 << 10) + 4 * SEGMENT_BYTES
@@ -35,7 +35,8 @@ class Clock:
 
 
 def open_tier(directory: Path, clock: Callable[[], float] = time.monotonic, **settings: Any) -> DiskTier:
-    """The tier of these tests."""
+    """The tier of these tests: on threads, whose system calls can be made to fail."""
+    settings.setdefault("io_engine", "threads")
     return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, clock=clock, **settings)
 
 
@@ -369,3 +370,44 @@ def test_full_disk(small_disk: Path) -> None:
     assert [] == tier.check()
     tier.close()
     assert [] == check_path(small_disk / "tier")
+
+
+def test_one_segment_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several segments synced together only the blocks of the failing one are lost."""
+    tier = open_tier(tmp_path)
+    metas = [meta_of(number, SEGMENT_BYTES - 4096) for number in range(3)]  # one in each segment
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("segment-000001.kv"):
+            raise OSError(errno.EIO, "no")
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fdatasync)
+        outcomes = store(tier, metas)
+    assert [Outcome.FAILED, Outcome.OK, Outcome.OK] == sorted(outcomes, key=lambda outcome: outcome is Outcome.OK)
+    assert outcomes == tuple(Outcome.OK if outcome is Outcome.OK else Outcome.FAILED for outcome in load_outcomes(tier, metas))
+    tier.close()
+
+
+def load_outcomes(tier: DiskTier, metas: Sequence[BlockMeta]) -> list[Outcome]:
+    """What loading the blocks one by one gives."""
+    return [load(tier, [meta])[0] for meta in metas]
+
+
+def test_blocks_written_together_share_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index is written once for all blocks that are on their way, and at once when the last of them is there."""
+    monkeypatch.setattr(committer, "_GATHER_S", 60.0)
+    tier = open_tier(tmp_path, max_in_flight_bytes=1 << 30, io_threads=1, queue_depth=1)
+    commits: list[int] = []
+    real = IndexFile.commit
+
+    def commit(index: IndexFile, places: Sequence[int], entries: Sequence[tuple[int, bytes]], next_sequence: int) -> None:
+        commits.append(len(entries))
+        real(index, places, entries, next_sequence)
+
+    monkeypatch.setattr(IndexFile, "commit", commit)
+    assert {Outcome.OK} == set(store(tier, [meta_of(number, SEGMENT_BYTES - 4096) for number in range(4)]))
+    assert [4] == commits
+    tier.close()

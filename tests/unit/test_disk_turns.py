@@ -23,7 +23,7 @@ from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.places import Entry
-from kvtier.tiers.disk.record_io import RecordBuffer, RecordIO
+from kvtier.tiers.disk.record_io import PreparedRun, RecordBuffer, RecordIO
 from kvtier.types import BlockMeta, Outcome, TransferJob
 
 SEGMENT_BYTES = 32 << 10
@@ -223,7 +223,7 @@ def test_a_load_under_way_when_its_segment_is_divided_anew(tmp_path: Path, monke
     remove_and_wait(tier, SMALL[0])
     job = load_job(1, SMALL[1:])
     with monkeypatch.context() as patch:
-        reads, writes = Barrier(patch, RecordIO, "read"), Barrier(patch, RecordIO, "write")
+        reads, writes = Barrier(patch, RecordIO, "prepare_read"), Barrier(patch, RecordIO, "prepare_write")
         writes.opened.set()
         tier.submit(job)
         assert reads.arrived.acquire(timeout=30)
@@ -243,7 +243,7 @@ def test_a_store_under_way_when_its_segment_is_divided_anew(tmp_path: Path, monk
     tier = open_tier(tmp_path)
     assert {Outcome.OK} == set(store(tier, SMALL[:1]))
     with monkeypatch.context() as patch:
-        writes = Barrier(patch, RecordIO, "write")
+        writes = Barrier(patch, RecordIO, "prepare_write")
         tier.submit(store_job(1, SMALL[1:]))
         assert writes.arrived.acquire(timeout=30)
         remove_and_wait(tier, SMALL[0])
@@ -263,18 +263,18 @@ def test_nothing_is_launched_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tier = open_tier(tmp_path)
     launch = tier._launch
     written: list[int] = []
-    real_write = RecordIO.write
+    real_prepare = RecordIO.prepare_write
 
-    def write(records_io: RecordIO, records: Sequence[RecordBuffer]) -> None:
+    def prepare_write(records_io: RecordIO, records: Sequence[RecordBuffer]) -> PreparedRun:
         written.extend(record.fields.place for record in records)
-        real_write(records_io, records)
+        return real_prepare(records_io, records)
 
     def interrupted(writes: list[PendingStore], reads: list[PendingRead]) -> None:
         monkeypatch.setattr(tier, "_launch", launch)
         tier.submit(store_job(2, SMALL))
         launch(writes, reads)
 
-    monkeypatch.setattr(RecordIO, "write", write)
+    monkeypatch.setattr(RecordIO, "prepare_write", prepare_write)
     monkeypatch.setattr(tier, "_launch", interrupted)
     tier.submit(load_job(1, SMALL))
     results = {result.job_id: result.outcomes for result in wait_for(tier, 2)}

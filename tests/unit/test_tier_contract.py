@@ -34,6 +34,15 @@ class TestDiskTierInThePageCache(TierContract):
         return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, direct_io="off", io_threads=1, durable=False)
 
 
+class TestDiskTierOnThreads(TierContract):
+    """The disk tier without io_uring."""
+
+    is_persistent = True
+
+    def make_tier(self, directory: Path) -> Tier:
+        return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, io_engine="threads", queue_depth=2)
+
+
 class TestFaultyTierWithoutFaults(TierContract):
     """The fault injector is invisible until told otherwise."""
 

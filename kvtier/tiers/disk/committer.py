@@ -23,6 +23,8 @@ _MAX_CHANGES = 256
 """of each kind in one transaction; the index file's size reckons with it"""
 _LINGER_S = 0.05
 """how long removals that nobody waits for are collected"""
+_GATHER_S = 0.05
+"""how long written blocks wait for others that are being written: a sync holds up the writes beside it, so few are best"""
 
 
 class Committer:
@@ -56,13 +58,18 @@ class Committer:
         self._stopping = False
         self._discarding = False
         self._linger_until: float | None = None
+        self._gather_until: float | None = None
+        self._written_bytes = 0
         self._thread = threading.Thread(target=self._loop, name="kvtier-disk-index", daemon=True)
         self._thread.start()
 
     def written(self, stores: Sequence[PendingStore]) -> None:
         """Hands over stores whose bytes are in their segment. With the lock held."""
-        self._written += [store for store in stores if not self._ledger.needs_no_entry(store)]
-        self._work.notify()
+        written = [store for store in stores if not self._ledger.needs_no_entry(store)]
+        self._written += written
+        self._written_bytes += sum(store.entry.num_bytes for store in written)
+        if self._gather_until is None or self._is_gathered():
+            self._work.notify()
 
     def nudge(self) -> None:
         """Says that places were removed or that stores wait for them. With the lock held."""
@@ -95,7 +102,7 @@ class Committer:
                 if self._discarding:
                     return
                 self._linger_until = None
-                stores = [self._written.popleft() for _ in range(min(len(self._written), _MAX_CHANGES))]
+                stores = self._take_written()
                 places = list(islice(self._ledger.turns.undeleted, _MAX_CHANGES))
                 next_sequence = self._ledger.next_sequence + SEQUENCE_SLACK
             try:
@@ -110,7 +117,7 @@ class Committer:
 
     def _is_due(self) -> bool:
         undeleted = self._ledger.turns.undeleted
-        if self._written or self._discarding:
+        if self._discarding or (self._written and self._is_gathered()):
             return True
         if not undeleted:
             return False
@@ -122,8 +129,26 @@ class Committer:
             self._linger_until = time.monotonic() + _LINGER_S
         return time.monotonic() >= self._linger_until or (len(undeleted) >= _MAX_CHANGES and self._health.is_online)
 
+    def _is_gathered(self) -> bool:
+        """Whether it is time to make what was written readable: nothing else is on its way, it is much, or it has waited."""
+        ledger = self._ledger
+        if self._stopping or ledger.turns.num_waiting or len(self._written) >= _MAX_CHANGES:
+            return True
+        if self._written_bytes >= min(ledger.in_flight_bytes, ledger.max_in_flight_bytes // 4):
+            return True
+        if self._gather_until is None:
+            self._gather_until = time.monotonic() + _GATHER_S
+        return time.monotonic() >= self._gather_until
+
+    def _take_written(self) -> list[PendingStore]:
+        stores = [self._written.popleft() for _ in range(min(len(self._written), _MAX_CHANGES))]
+        self._written_bytes -= sum(store.entry.num_bytes for store in stores)
+        self._gather_until = None
+        return stores
+
     def _patience_s(self) -> float | None:
-        return None if self._linger_until is None else max(0.0, self._linger_until - time.monotonic())
+        deadlines = [until for until in (self._linger_until, self._gather_until) if until is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _round(self, stores: list[PendingStore], places: list[int], next_sequence: int) -> bool:
         """One transaction; whether the index file took it."""

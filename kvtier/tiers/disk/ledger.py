@@ -28,7 +28,7 @@ class Ledger:
     """The state of a disk tier. What has become runnable collects in ``turns.runnable`` and ``reads``, results in ``results``."""
 
     def __init__(self, geometry: Geometry, *, max_in_flight_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_in_flight_bytes = max_in_flight_bytes
+        self.max_in_flight_bytes = max_in_flight_bytes
         self._clock = clock
         self.index: dict[BlockKey, Entry] = {}
         """readable blocks, oldest store first"""
@@ -39,7 +39,8 @@ class Ledger:
         self.reads: list[PendingRead] = []
         self.results: deque[JobResult] = deque()
         self._pending: dict[BlockKey, PendingStore] = {}
-        self._in_flight_bytes = 0
+        self.in_flight_bytes = 0
+        """of stores that have a place and no outcome yet"""
         self._namespaces: dict[bytes, bytes] = {}
 
     # jobs in
@@ -69,12 +70,12 @@ class Ledger:
         num_bytes = block.meta.num_bytes
         if block.buffer.nbytes != num_bytes or not block.buffer.c_contiguous:
             return self._fail(running, f"a buffer of {block.buffer.nbytes} bytes for a block of {num_bytes}")
-        if self._in_flight_bytes and self._in_flight_bytes + num_bytes > self._max_in_flight_bytes:
+        if self.in_flight_bytes and self.in_flight_bytes + num_bytes > self.max_in_flight_bytes:
             return Outcome.REJECTED
         place = self._take_place(running, block.meta.key, num_bytes)
         if place is None:
             return Outcome.REJECTED
-        self._in_flight_bytes += num_bytes
+        self.in_flight_bytes += num_bytes
         namespace = self.shared_namespace(running.job.namespace)
         store = PendingStore(ticket, Entry(place, num_bytes, self.next_sequence, block.meta.parent, namespace))
         self.next_sequence += 1
@@ -193,7 +194,7 @@ class Ledger:
         problems = self.places.check() + self.turns.check(is_idle=not self.num_jobs)
         if len(self.places) != len(self.index) + len(self._pending):
             problems.append(f"{len(self.places)} places are taken for {len(self.index)} blocks and {len(self._pending)} stores")
-        if not self.num_jobs and (self._pending or self._in_flight_bytes):
+        if not self.num_jobs and (self._pending or self.in_flight_bytes):
             problems.append("no job is running, yet stores are on their way")
         return problems
 
@@ -218,7 +219,7 @@ class Ledger:
 
     def _settle_store(self, store: PendingStore, outcome: Outcome, error: str | None) -> None:
         was_written = outcome is Outcome.OK or (store.doomed is not None and error is None)
-        self._in_flight_bytes -= store.entry.num_bytes
+        self.in_flight_bytes -= store.entry.num_bytes
         for ticket in store.readers:
             if was_written:
                 self._start_read(ticket, store.entry)

@@ -1,19 +1,20 @@
-"""Reads and writes runs of records that lie side by side, one system call each, and verifies what it reads.
+"""Reads and writes runs of records that lie side by side, one transfer each, and verifies what it reads.
 
 Holds no state but working memory: what is where and who waits for it is the ledger's business.
 """
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtier.io import PAGE_BYTES, Scratch, is_page_aligned
+from kvtier.io import PAGE_BYTES, AlignedFile, Scratch, is_page_aligned
 from kvtier.tiers.disk.format import HEADER_BYTES, RecordFields, header_mismatch, pack_header, parse_header, payload_checksum
 from kvtier.tiers.disk.segments import SegmentFiles
 
 _PAGE_MASK = PAGE_BYTES - 1
+_MAX_IDLE_SCRATCHES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,61 +32,90 @@ class ReadVerdict:
     problem: str | None = None
 
 
+class PreparedRun:
+    """Records that lie side by side, with the transfer that moves them. Its file and memory are held until ``finish``."""
+
+    __slots__ = ("buffers", "file", "offset", "parts", "records", "scratch", "segment")
+
+    def __init__(self, records: Sequence[RecordBuffer], segment: int, offset: int, file: AlignedFile, scratch: Scratch) -> None:
+        self.records = records
+        self.segment = segment
+        self.offset = offset
+        self.file = file
+        self.scratch = scratch
+        self.buffers: list[memoryview] = []
+        """what is moved, from ``offset`` on"""
+        self.parts: list[_Incoming] = []
+
+
 class RecordIO:
     """Moves records between segment files and buffers. Thread-safe. Methods raise OSError."""
 
     def __init__(self, files: SegmentFiles, pages_per_segment: int) -> None:
         self._files = files
         self._pages_per_segment = pages_per_segment
-        self._local = threading.local()
+        self._scratches: deque[Scratch] = deque(maxlen=_MAX_IDLE_SCRATCHES)
 
     def segment_of(self, place: int) -> int:
         """The segment in which a place lies."""
         return place // self._pages_per_segment
 
-    def write(self, records: Sequence[RecordBuffer]) -> None:
-        """Writes records that lie side by side in one segment, in ascending order."""
-        segment, offset = self._locate(records)
-        with self._files.borrow(segment, create=True) as file:
-            scratch = self._scratch(records)
-            vector: list[memoryview] = []
+    def prepare_write(self, records: Sequence[RecordBuffer]) -> PreparedRun:
+        """Makes the bytes to write for records that lie side by side in one segment, in ascending order."""
+        run = self._prepare(records, create=True)
+        try:
             for record in records:
-                header = scratch.take(HEADER_BYTES)
+                header = run.scratch.take(HEADER_BYTES)
                 pack_header(header, record.fields, payload_checksum(record.buffer))
-                vector.append(header)
-                vector += _outgoing(record.buffer, scratch, is_direct=file.is_direct)
-            file.writev(vector, offset)
+                run.buffers.append(header)
+                run.buffers += _outgoing(record.buffer, run.scratch, is_direct=run.file.is_direct)
+        except BaseException:
+            self.release(run)
+            raise
+        return run
 
-    def read(self, records: Sequence[RecordBuffer]) -> list[ReadVerdict]:
-        """Reads records that lie side by side in one segment, in ascending order, and verifies each."""
-        segment, offset = self._locate(records)
-        with self._files.borrow(segment) as file:
-            scratch = self._scratch(records)
-            vector: list[memoryview] = []
-            parts = [_incoming(record.buffer, scratch, vector, is_direct=file.is_direct) for record in records]
-            num_read = file.readv(vector, offset)
+    def prepare_read(self, records: Sequence[RecordBuffer]) -> PreparedRun:
+        """Makes room for reading records that lie side by side in one segment, in ascending order."""
+        run = self._prepare(records, create=False)
+        is_direct = run.file.is_direct
+        run.parts += [_incoming(record.buffer, run.scratch, run.buffers, is_direct=is_direct) for record in records]
+        return run
+
+    def verify(self, run: PreparedRun, num_read: int) -> list[ReadVerdict]:
+        """Verifies each record of a run of which ``num_read`` bytes were read."""
         verdicts = []
         end = 0
-        for record, part in zip(records, parts, strict=True):
+        for record, part in zip(run.records, run.parts, strict=True):
             end += record.fields.record_bytes
             if num_read < end:
-                verdicts.append(ReadVerdict(f"segment {segment} ends before the record does"))
+                verdicts.append(ReadVerdict(f"segment {run.segment} ends before the record does"))
                 continue
             part.finish(record.buffer)
             verdicts.append(ReadVerdict(_problem(part.header, record)))
         return verdicts
 
-    def _locate(self, records: Sequence[RecordBuffer]) -> tuple[int, int]:
-        segment, page = divmod(records[0].fields.place, self._pages_per_segment)
-        return segment, page * PAGE_BYTES
+    def release(self, run: PreparedRun) -> None:
+        """Gives back what a run holds. Nothing may use its buffers any more."""
+        self._files.give_back(run.segment)
+        self._scratches.append(run.scratch)
 
-    def _scratch(self, records: Sequence[RecordBuffer]) -> Scratch:
-        """This thread's working memory, large enough to stage all records as a whole."""
-        scratch: Scratch | None = getattr(self._local, "scratch", None)
-        if scratch is None:
-            scratch = self._local.scratch = Scratch()
+    def read(self, records: Sequence[RecordBuffer]) -> list[ReadVerdict]:
+        """Reads records that lie side by side in one segment, in ascending order, and verifies each."""
+        run = self.prepare_read(records)
+        try:
+            return self.verify(run, run.file.readv(run.buffers, run.offset))
+        finally:
+            self.release(run)
+
+    def _prepare(self, records: Sequence[RecordBuffer], *, create: bool) -> PreparedRun:
+        segment, page = divmod(records[0].fields.place, self._pages_per_segment)
+        file = self._files.acquire(segment, create=create)
+        try:
+            scratch = self._scratches.pop()
+        except IndexError:
+            scratch = Scratch()
         scratch.reset(sum(record.fields.record_bytes for record in records))
-        return scratch
+        return PreparedRun(records, segment, page * PAGE_BYTES, file, scratch)
 
 
 def _outgoing(payload: memoryview, scratch: Scratch, *, is_direct: bool) -> list[memoryview]:

@@ -60,24 +60,35 @@ class SegmentFiles:
 
     @contextlib.contextmanager
     def borrow(self, segment: int, *, create: bool = False) -> Iterator[AlignedFile]:
-        """The open file of a segment, kept open for the ``with`` block.
+        """The open file of a segment, kept open for the ``with`` block. See ``acquire``."""
+        file = self.acquire(segment, create=create)
+        try:
+            yield file
+        finally:
+            self.give_back(segment)
+
+    def acquire(self, segment: int, *, create: bool = False) -> AlignedFile:
+        """The open file of a segment, kept open until it is given back.
 
         ``create`` makes it (or restores its length) where needed; without it a missing file is FileNotFoundError.
         """
         if create and segment not in self._made:
             self._make(segment)
         try:
-            file = self._acquire(segment)
+            return self._acquire(segment)
         except FileNotFoundError:
             if not create:
                 raise
             self._made.discard(segment)  # someone deleted it
             self._make(segment)
-            file = self._acquire(segment)
-        try:
-            yield file
-        finally:
-            self._give_back(segment)
+            return self._acquire(segment)
+
+    def give_back(self, segment: int) -> None:
+        """Ends what ``acquire`` began."""
+        with self._lock:
+            left = self._num_borrowed.pop(segment) - 1
+            if left:
+                self._num_borrowed[segment] = left
 
     def sync(self, segment: int) -> None:
         """Returns when the segment's bytes survive a power cut."""
@@ -112,12 +123,6 @@ class SegmentFiles:
             self._files[segment] = file
             self._num_borrowed[segment] = self._num_borrowed.get(segment, 0) + 1
             return file
-
-    def _give_back(self, segment: int) -> None:
-        with self._lock:
-            left = self._num_borrowed.pop(segment) - 1
-            if left:
-                self._num_borrowed[segment] = left
 
     def _close_idle(self) -> None:
         idle = [segment for segment in self._files if segment not in self._num_borrowed]

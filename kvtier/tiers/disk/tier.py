@@ -8,26 +8,29 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from kvtier.errors import ClosedError
-from kvtier.io import DirectMode, WorkerPool
+from kvtier.errors import ClosedError, TierError
+from kvtier.io import DirectMode, EngineKind, IoEngine, open_engine
 from kvtier.tiers.disk.check import check_names, check_records
 from kvtier.tiers.disk.committer import Committer
 from kvtier.tiers.disk.health import Health
 from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.lock import DirectoryLock
+from kvtier.tiers.disk.mover import Mover
 from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.places import metas
 from kvtier.tiers.disk.record_io import RecordIO
 from kvtier.tiers.disk.recovery import prepare_directory, probe, rebuild_index, recover, settle_geometry
-from kvtier.tiers.disk.runs import ReadTask, WriteTask, into_runs
+from kvtier.tiers.disk.runs import into_runs
 from kvtier.tiers.disk.segments import SegmentFiles
+from kvtier.tiers.disk.syncs import SegmentSyncer
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, TransferJob
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEGMENT_BYTES = 64 << 20
 DEFAULT_MAX_IN_FLIGHT_BYTES = 256 << 20
+DEFAULT_QUEUE_DEPTH = 8
 
 
 class DiskTier:
@@ -48,12 +51,15 @@ class DiskTier:
         name: str = "disk",
         segment_bytes: int = DEFAULT_SEGMENT_BYTES,
         direct_io: DirectMode = "auto",
+        io_engine: EngineKind = "auto",
+        queue_depth: int = DEFAULT_QUEUE_DEPTH,
         io_threads: int = 2,
         max_in_flight_bytes: int = DEFAULT_MAX_IN_FLIGHT_BYTES,
         durable: bool = True,
+        memory: tuple[int, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Opens or makes the directory.
+        """Opens or makes the directory. ``memory``: address and length of the memory that most buffers lie in.
 
         Raises TierBusyError where another process holds it, TierFormatError where another version wrote it, TierError
         where it cannot be used (not writable, too little space, a capacity below one segment and the index).
@@ -64,12 +70,16 @@ class DiskTier:
         self._durable = durable
         prepare_directory(self.path)
         self._directory_lock = DirectoryLock(self.path)
+        engine: IoEngine | None = None
         try:
             self._geometry = settle_geometry(self.path, capacity_bytes, segment_bytes, durable=durable)
             probe(self.path, direct_io)
+            engine = _open_engine(io_engine, queue_depth, max_in_flight_bytes, memory)
             self._ledger = Ledger(self._geometry, max_in_flight_bytes=max_in_flight_bytes, clock=clock)
             self.recovery, index = recover(self.path, self._geometry, self._ledger, durable=durable)
         except BaseException:
+            if engine is not None:
+                engine.close()
             self._directory_lock.release()
             raise
         self._lock = threading.Lock()
@@ -79,7 +89,8 @@ class DiskTier:
         self._write_health = Health(f"writing to {self.path}", clock)
         self._files = SegmentFiles(self.path, self._geometry.segment_bytes, direct=direct_io, durable=durable)
         self._records = RecordIO(self._files, self._geometry.pages_per_segment)
-        self._pool = WorkerPool(io_threads, "kvtier-disk-io")
+        self._mover = Mover(self._records, engine, io_threads, self._writes_done, self._reads_done)
+        self._syncer = SegmentSyncer(self._files)
         self._committer = Committer(
             self._ledger,
             self._lock,
@@ -89,6 +100,11 @@ class DiskTier:
             health=self._write_health,
             progressed=self._progressed,
         )
+
+    @property
+    def io_engine(self) -> str:
+        """Name of the I/O engine in use."""
+        return self._mover.engine.name
 
     @property
     def online(self) -> bool:
@@ -173,8 +189,9 @@ class DiskTier:
         self._shut_down(leave_proof=False)
 
     def _shut_down(self, *, leave_proof: bool) -> None:
-        self._pool.close(discard=not leave_proof)
+        self._mover.close()
         self._committer.stop(leave_proof=leave_proof)
+        self._syncer.close()
         self._files.close()
         self._directory_lock.release()
 
@@ -191,9 +208,9 @@ class DiskTier:
     def _launch(self, writes: list[PendingStore], reads: list[PendingRead]) -> None:
         pages = self._geometry.pages_per_segment
         for read_run in into_runs(reads, pages):
-            self._pool.submit(ReadTask(read_run, self._records.read, self._reads_done), urgent=True)
+            self._mover.read(read_run)
         for write_run in into_runs(writes, pages):
-            self._pool.submit(WriteTask(write_run, self._records.write, self._writes_done))
+            self._mover.write(write_run)
 
     def _progressed(self) -> None:
         """After every change a thread made: starts what became runnable, wakes who waits for results."""
@@ -231,16 +248,13 @@ class DiskTier:
     def _sync_segments(self, stores: Sequence[PendingStore]) -> dict[PendingStore, str]:
         if not self._durable:
             return {}
-        problems: dict[int, str] = {}
         segments = {self._records.segment_of(store.entry.place) for store in stores}
-        for segment in segments:
-            try:
-                self._files.sync(segment)
-            except OSError as error:
-                self._write_health.failed(error)
-                problems[segment] = f"segment {segment} could not be synced: {error}"
-        if not problems:
+        errors = self._syncer.sync(segments)
+        for error in errors.values():
+            self._write_health.failed(error)
+        if not errors:
             return {}
+        problems = {segment: f"segment {segment} could not be synced: {error}" for segment, error in errors.items()}
         return {store: problems[segment] for store in stores if (segment := self._records.segment_of(store.entry.place)) in problems}
 
     def _rebuild_index(self) -> IndexFile:
@@ -248,3 +262,10 @@ class DiskTier:
             index = dict(self._ledger.index)
             next_sequence = self._ledger.next_sequence
         return rebuild_index(self.path, self._geometry, index, next_sequence, durable=self._durable)
+
+
+def _open_engine(kind: EngineKind, queue_depth: int, max_bytes: int, memory: tuple[int, int] | None) -> IoEngine:
+    try:
+        return open_engine(kind, queue_depth, max_bytes, memory=memory)
+    except OSError as error:
+        raise TierError(f"io_engine is io_uring, and this system refuses it ({error}): set auto or threads") from error

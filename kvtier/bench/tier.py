@@ -1,0 +1,138 @@
+"""``kvtier bench tier``: storing and loading through the whole engine facade, beside the bare copy of the same bytes.
+
+A store is a new prompt: its tokens are hashed, slots are planned (older blocks are evicted for them), the blocks are copied from paged
+memory into the arena and committed. A load hashes the tokens again, finds the blocks, leases their slots and copies them back. The bare
+copy moves the same blocks between the same kinds of places, in the same calls of the same copier, and does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.bench.report import Record, in_turns, publish, rates
+from kvtier.config import Config
+from kvtier.copy.base import BlockCopy
+from kvtier.copy.cpu import NativeCopier
+from kvtier.engine import EXTENT_BYTES, CacheEngine
+from kvtier.hashing import KeyChain, Namespace
+from kvtier.layout import KVLayout, Segment
+from kvtier.memory.arena import Arena
+from kvtier.types import BlockKey, SlotRef
+
+PAGE_BYTES = 4096
+BLOCK_TOKENS = 16
+SHAPES = {"Llama-3.1-8B": (64, 32 << 10), "SmolLM2-135M": (60, 6 << 10)}
+"""segments of a block of 16 tokens (K and V of each layer), and bytes of each"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--rounds", type=int, default=21, help="timed rounds per figure (default: 21)")
+    parser.add_argument("--batch-mib", type=int, default=256, help="MiB moved per round (default: 256)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, writes. Returns the exit status."""
+    records = [record for name in SHAPES for record in measure(name, args.rounds, args.batch_mib << 20)]
+    publish("kvtier bench tier", records, args.json)
+    return 0
+
+
+def measure(name: str, rounds: int, batch_bytes: int) -> Iterator[Record]:
+    """Storing and loading prompts of one model's shape."""
+    bench = Bench(*SHAPES[name], batch_bytes)
+    try:
+        bench.store()  # slots for the bare copy
+        params = {"model": name, "piece_kib": SHAPES[name][1] >> 10, "batch_mib": round(bench.batch_bytes / (1 << 20))}
+        stores, gathers, loads, scatters = in_turns([bench.store, bench.gather, bench.load, bench.scatter], rounds)
+        yield rates("store", params, stores, gathers)
+        yield rates("load", params, loads, scatters)
+    finally:
+        bench.close()
+
+
+class Bench:
+    """Paged memory, an arena, a copier and an engine; each method returns bytes per second of one batch."""
+
+    def __init__(self, num_segments: int, segment_bytes: int, batch_bytes: int) -> None:
+        block_bytes = num_segments * segment_bytes
+        self._num_blocks = batch_bytes // block_bytes
+        self.batch_bytes = self._num_blocks * block_bytes
+        slot_bytes = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
+        per_extent = EXTENT_BYTES // slot_bytes
+        # two prompts and the blocks of the bare copy, so that every store has to evict
+        num_extents = 3 * -(-self._num_blocks // per_extent)
+        self._memory = np.zeros((num_segments, self._num_blocks, segment_bytes), np.uint8)
+        self._memory[:] = np.random.default_rng(3).integers(0, 255, segment_bytes, np.uint8)
+        segments = [Segment(segment.ctypes.data, segment.strides[0], segment_bytes) for segment in self._memory]
+        path = f"/dev/shm/kvtier-bench-{os.getpid()}-{time.monotonic_ns()}"
+        self._arena = Arena.open(path, num_extents * EXTENT_BYTES)
+        self._arena.prefault()
+        self._arena.unlink()
+        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": num_extents * EXTENT_BYTES}]})
+        self._engine = CacheEngine.open(config, namespace=Namespace(model="bench"), block_bytes=block_bytes, arena=self._arena)
+        while self._engine.is_growing:
+            time.sleep(0.001)
+            self._engine.poll()
+        self._copier = NativeCopier(
+            KVLayout(tuple(segments), self._num_blocks), arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes
+        )
+        self._block_ids = np.random.default_rng(4).permutation(self._num_blocks).tolist()
+        self._number = 0
+        self._tokens: list[int] = []
+        self._slots: Sequence[SlotRef] = ()
+
+    def store(self) -> float:
+        """A new prompt, from its tokens to its committed blocks."""
+        self._number += 1
+        self._tokens = [self._number, *range(self._num_blocks * BLOCK_TOKENS - 1)]
+        start = time.perf_counter()
+        keys = self._keys()
+        self._engine.poll()
+        plan = self._engine.begin_store(keys, 0)
+        assert self._num_blocks == len(plan.slots)
+        self._copier.gather(self._copies(plan.slots))
+        self._engine.commit_store(plan.job_id)
+        seconds = time.perf_counter() - start
+        self._slots = plan.slots
+        return self.batch_bytes / seconds
+
+    def load(self) -> float:
+        """The prompt stored last, from its tokens to its blocks in paged memory."""
+        start = time.perf_counter()
+        keys = self._keys()
+        self._engine.poll()
+        assert self._num_blocks == self._engine.match(keys).ready_blocks
+        plan = self._engine.begin_load(keys)
+        self._copier.scatter(self._copies(plan.slots))
+        self._engine.end_load(plan.job_id)
+        return self.batch_bytes / (time.perf_counter() - start)
+
+    def gather(self) -> float:
+        """The bare copy into the arena."""
+        start = time.perf_counter()
+        self._copier.gather(self._copies(self._slots))
+        return self.batch_bytes / (time.perf_counter() - start)
+
+    def scatter(self) -> float:
+        """The bare copy out of the arena."""
+        start = time.perf_counter()
+        self._copier.scatter(self._copies(self._slots))
+        return self.batch_bytes / (time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Frees everything."""
+        self._engine.close()
+
+    def _keys(self) -> list[BlockKey]:
+        return KeyChain(b"r" * 16, BLOCK_TOKENS).update(self._tokens, len(self._tokens))
+
+    def _copies(self, slots: Sequence[SlotRef]) -> list[BlockCopy]:
+        return [BlockCopy(block_id, ref.slot * PAGE_BYTES) for block_id, ref in zip(self._block_ids, slots, strict=True)]
