@@ -113,7 +113,7 @@ class CacheEngine:
             )
             arena.prefault()
             arena.unlink()
-        lower = list(tiers) if tiers is not None else _open_tiers(config, arena)
+        lower = list(tiers) if tiers is not None else _open_tiers(config, arena, block_bytes)
         stats = Stats()
         space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
         host = _residency("host", config.host.policy, config.host.ttl_s, config.host.ttl_mode)
@@ -256,24 +256,30 @@ def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Re
     return Residency(name, lambda: create_policy(policy), expiry)
 
 
-def _open_tiers(config: Config, arena: Arena) -> list[Tier]:
+def _open_tiers(config: Config, arena: Arena, block_bytes: int) -> list[Tier]:
     disk = config.disk
     if disk is None:
         return []
-    return [
-        DiskTier(
-            disk.path,
-            disk.capacity_bytes,
-            segment_bytes=disk.segment_bytes,
-            direct_io=disk.direct_io,
-            io_engine=disk.io_engine,
-            queue_depth=disk.queue_depth,
-            io_threads=disk.io_threads,
-            max_in_flight_bytes=disk.max_in_flight_bytes,
-            durable=disk.durable,
-            memory=(arena.address, arena.capacity_bytes),
+    tier = DiskTier(
+        disk.path,
+        disk.capacity_bytes,
+        segment_bytes=disk.segment_bytes,
+        direct_io=disk.direct_io,
+        io_engine=disk.io_engine,
+        queue_depth=disk.queue_depth,
+        io_threads=disk.io_threads,
+        max_in_flight_bytes=disk.max_in_flight_bytes,
+        durable=disk.durable,
+        memory=(arena.address, arena.capacity_bytes),
+    )
+    if not tier.max_blocks(block_bytes):
+        tier.close()
+        least = _page_align(block_bytes) + 2 * PAGE_BYTES
+        raise ConfigError(
+            f"tiers[{config.tiers.index(disk)}].segment: {disk.segment_bytes} bytes hold no block; one block of this model has "
+            f"{block_bytes} bytes. Allowed: at least {least} bytes, and a directory whose segments are as large, or an empty one"
         )
-    ]
+    return [tier]
 
 
 def _spec(tier: Tier, config: Config) -> LowerTierSpec:

@@ -147,3 +147,13 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
     held.engine.close()
     with pytest.raises(ClosedError):
         held.engine.poll()
+
+
+def test_segments_below_one_block_are_refused(tmp_path: Path) -> None:
+    """A disk that could never take a block is a mistake in the settings, found at start; the directory is free again."""
+    disk = {"type": "disk", "path": str(tmp_path), "capacity": "16MiB", "segment": "64KiB"}
+    config = Config.from_mapping({"tiers": [{"type": "host", "capacity": "1MiB"}, disk]})
+    for block_bytes in (64 << 10, 100_000):
+        with pytest.raises(ConfigError, match=rf"tiers\[1\]\.segment: 65536 bytes hold no block; .* {block_bytes} bytes"):
+            CacheEngine.open(config, namespace=Namespace(model="test"), block_bytes=block_bytes)
+    CacheEngine.open(config, namespace=Namespace(model="test"), block_bytes=32 << 10).close()
