@@ -1,4 +1,4 @@
-"""The command line: ``kvtier config``, ``kvtier check``, ``kvtier bench`` and ``kvtier version``.
+"""The command line: ``kvtier config``, ``kvtier check``, ``kvtier bench``, ``kvtier env`` and ``kvtier version``.
 
 A command imports what it needs when it runs, so that ``kvtier version`` answers at once and a machine without, say, a
 working LMDB can still have its configuration checked.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -82,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("options", nargs=argparse.REMAINDER, help="options of the benchmark: kvtier bench NAME --help")
     bench.set_defaults(command=_bench)
 
+    text = "print what kvtier finds on this machine: memory, disk, GPUs and the measured ways of copying to them"
+    env = commands.add_parser("env", help=text, description=text.capitalize() + ".")
+    env.add_argument("--path", type=Path, default=Path.cwd(), metavar="DIR", help="a directory on the disk to ask about (default: here)")
+    env.add_argument("--json", action="store_true", help="as one JSON object")
+    env.add_argument("--no-measure", action="store_true", help="leave the GPUs alone")
+    env.set_defaults(command=_env)
+
     version = commands.add_parser("version", help="print the version", description="Print the version.")
     version.set_defaults(command=_version)
     return parser
@@ -129,6 +137,24 @@ def _bench(options: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(prog=f"kvtier bench {options.name}", description=f"Measure {about}.")
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(options.options)))
+
+
+def _env(options: argparse.Namespace) -> int:
+    path: Path = options.path
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        return _refuse(f"--path: {path} is not a directory that this process may write to")
+    from kvtier.machine import describe  # noqa: PLC0415 - takes numpy
+
+    topics = describe(path, measure_gpus=not options.no_measure)
+    if options.json:
+        print(json.dumps(topics, indent=1))
+        return OK
+    width = max(len(name) for facts in topics.values() for name in facts)
+    for topic, facts in topics.items():
+        print(topic)
+        for name, answer in facts.items():
+            print(f"  {name:<{width}}  {answer}")
+    return OK
 
 
 def _version(_: argparse.Namespace) -> int:

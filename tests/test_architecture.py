@@ -36,6 +36,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.policies": 3,
     "kvtier.engine": 4,
     "kvtier.transfer": 4,
+    "kvtier.machine": 4,
     "kvtier.connectors": 5,
     "kvtier.bench": 5,
     "kvtier.testing": 5,
@@ -47,7 +48,7 @@ LAYERS: Mapping[str, int] = {
 FACADE = "kvtier"
 """may name everything, because it loads it only when it is asked for; may be imported for its version alone"""
 
-MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench")
+MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench", "kvtier.machine")
 
 THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
@@ -79,7 +80,7 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.connectors.vllm": (),
     "kvtier.connectors": ("kvtier.bench", "kvtier.testing"),
     "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
-    "kvtier.copy": ("kvtier.connectors", "kvtier.bench", "kvtier.testing"),
+    "kvtier.copy": ("kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
     "kvtier.testing": (),
     "kvtier.bench": (),
 }

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvtier.bench.report import Record, publish
 from kvtier.copy.cuda_calibrate import calibrate
-from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
+from kvtier.copy.cuda_choice import DIRECTIONS, Direction, Way
 from kvtier.copy.cuda_copier import bind_ways, open_lanes, upload_segments
 from kvtier.copy.cuda_params import MAX_BLOCKS, paged_copy
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, Launch
@@ -253,10 +253,3 @@ def _record(name: str, params: dict[str, Any], rates: Sequence[float], limit: fl
     spread = values[(3 * len(values)) // 4] - values[len(values) // 4] if len(values) > 3 else 0.0
     value = statistics.median(values)
     return Record(name, params, value, "GB/s", spread, limit, value / limit)
-
-
-def table_for(device: int) -> CopyTable:
-    """What would be measured at an engine's start. Raises RuntimeError or ImportError where there is no GPU."""
-    from kvtier.copy.cuda_cupy import CupyRuntime  # noqa: PLC0415 - only where there is CuPy
-
-    return calibrate(CupyRuntime(device), CopySettings())

@@ -13,11 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import kvtier
 from kvtier import _native
+from kvtier.machine import cpu_model, version_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +81,14 @@ def rates(name: str, params: dict[str, object], values: Sequence[float], limits:
 
 def environment() -> dict[str, object]:
     """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
     return {
         "kvtier": kvtier.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "native_core": _native.is_native,
-        "lmcache": _version("lmcache"),
+        "lmcache": version_of("lmcache"),
     }
 
 
@@ -128,17 +123,3 @@ def _cells(item: Record) -> tuple[str, ...]:
         "" if item.fraction is None else f"{item.fraction:.0%}",
         ", ".join(f"{name} {value:.3g}" for name, value in item.peers.items()),
     )
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -27,6 +27,15 @@ _MAX_DYNAMIC_SHARED_BYTES = 8  # attribute of a function
 _SHARED_BYTES_FOR_ALL = 48 << 10
 
 
+def device_names() -> list[str]:
+    """Name, capability and memory of every device. Raises RuntimeError where there is no device or no driver."""
+    found = []
+    for number in range(runtime.getDeviceCount()):
+        about = runtime.getDeviceProperties(number)
+        found.append(f"{about['name'].decode()}, sm_{about['major']}{about['minor']}, {about['totalGlobalMem'] / (1 << 30):.0f}GiB")
+    return found
+
+
 class CupyEvent:
     """A CUDA event of its own."""
 

@@ -57,3 +57,24 @@ def cuda_copier(
     for line in copier.table.lines():
         _LOG.info("kvtier: copies: %s", line)
     return copier
+
+
+def measure_ways(number: int) -> CopyTable:
+    """What would be measured on a device at an engine's start.
+
+    Raises:
+        ImportError: CuPy is missing.
+        MemoryError: the device has no room to measure.
+        RuntimeError: there is no such device.
+    """
+    from kvtier.copy.cuda_calibrate import calibrate  # noqa: PLC0415 - this and the next only where there is CuPy
+    from kvtier.copy.cuda_cupy import CupyRuntime  # noqa: PLC0415
+
+    return calibrate(CupyRuntime(number), CopierOptions().settings)
+
+
+def device_names() -> list[str]:
+    """The CUDA devices of this process, in order, with capability and memory. Raises RuntimeError or ImportError where there are none."""
+    from kvtier.copy.cuda_cupy import device_names as names  # noqa: PLC0415 - only where there is CuPy
+
+    return names()

@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from kvtier.bench import gpu
+from kvtier.copy.device import measure_ways
 from kvtier.testing.simulated_cuda import SimulatedCuda
 
 
@@ -31,7 +32,7 @@ def test_every_figure_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_nothing_is_claimed(capsys: pytest.CaptureFixture[str]) -> None:
     """It says so and exits with 2."""
     try:
-        gpu.table_for(0)
+        measure_ways(0)
     except (ImportError, RuntimeError):
         assert 2 == gpu.run(argparse.Namespace(device=0, rounds=1, json=None))
         assert "nothing was measured" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import json
 import os
 import pty
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import kvtier
-from kvtier import cli
+from kvtier import _native, cli, machine
 from kvtier.config import Config, commented_defaults
 from kvtier.testing.tiers import meta_of, store
 from kvtier.tiers.disk import DiskTier
@@ -51,6 +53,48 @@ def tier_directory(tmp_path: Path) -> Path:
     store(tier, [meta_of(number, 4000) for number in range(8)])
     tier.close()
     return directory
+
+
+class TestEnv:
+    """``kvtier env``."""
+
+    def test_text_and_json_tell_the_same(self, tmp_path: Path) -> None:
+        """Every fact of the JSON stands in the text; the directory asked about is left as it was."""
+        text, as_json = run("env", "--no-measure", "--path", tmp_path), run("env", "--no-measure", "--json", "--path", tmp_path)
+        assert (0, 0, "") == (text.returncode, as_json.returncode, text.stderr)
+        topics = json.loads(as_json.stdout)
+        assert ["software", "processor", "memory", "disk", "GPU"] == list(topics)
+        assert kvtier.__version__ == topics["software"]["kvtier"]
+        assert str(tmp_path) == topics["disk"]["path"]
+        steady = {f"{name} {answer}" for facts in topics.values() for name, answer in facts.items() if "ree" not in name + answer}
+        shown = {" ".join(line.split()) for line in text.stdout.splitlines()}
+        assert {" ".join(fact.split()) for fact in steady if not fact.startswith("available")} <= shown
+        assert [] == list(tmp_path.iterdir())
+
+    def test_what_is_refused_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine that forbids io_uring or direct I/O gets the reason."""
+
+        def no_ring(num_entries: int) -> int:
+            raise PermissionError(errno.EPERM, f"forbidden here ({num_entries})")
+
+        def no_direct(path: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "not on this file system")
+            return plain_open(path, flags, mode, dir_fd=dir_fd)
+
+        plain_open = os.open
+        monkeypatch.setattr(_native, "ring_open", no_ring)
+        monkeypatch.setattr(os, "open", no_direct)
+        disk = machine.describe(tmp_path, measure_gpus=False)["disk"]
+        assert disk["io_uring"].startswith("no: [Errno 1] forbidden here")
+        assert "no: [Errno 22] not on this file system" == disk["direct I/O"]
+
+    def test_a_path_that_is_none(self, tmp_path: Path) -> None:
+        """Named, with status 2."""
+        done = run("env", "--path", tmp_path / "absent")
+        assert 2 == done.returncode
+        assert "--path" in done.stderr
+        assert "absent" in done.stderr
 
 
 class TestVersion:

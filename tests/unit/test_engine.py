@@ -33,7 +33,7 @@ def payload_of(key: BlockKey) -> bytes:
 class Cache:
     """An engine with its arena, as a connector would hold them."""
 
-    def __init__(self, directory: Path, host_blocks: int, **disk: object) -> None:
+    def __init__(self, directory: Path, host_blocks: int, *, speed: float = 1.0, **disk: object) -> None:
         tiers: list[dict[str, object]] = [{"type": "host", "capacity": host_blocks * 12_288}]
         if disk.pop("use_disk", True):
             tiers.append({"type": "disk", "path": str(directory / "tier"), "capacity": "64MiB", "segment": "1MiB", **disk})
@@ -41,7 +41,9 @@ class Cache:
         self.arena = Arena.open(str(directory / f"arena-{time.monotonic_ns()}"), config.host.capacity_bytes)
         self.arena.prefault()
         self.arena.unlink()
-        self.engine = CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES, arena=self.arena)
+        self.engine = CacheEngine.open(
+            config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES, arena=self.arena, clock=lambda: speed * time.monotonic()
+        )
         while self.engine.is_growing:
             time.sleep(0.001)
             self.engine.poll()
@@ -68,8 +70,8 @@ class Cache:
 
 
 @contextmanager
-def cache(directory: Path, host_blocks: int, **disk: object) -> Iterator[Cache]:
-    held = Cache(directory, host_blocks, **disk)
+def cache(directory: Path, host_blocks: int, *, speed: float = 1.0, **disk: object) -> Iterator[Cache]:
+    held = Cache(directory, host_blocks, speed=speed, **disk)
     try:
         yield held
         assert held.engine.drain(10.0)
@@ -90,7 +92,7 @@ def test_blocks_come_back_from_host_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("write", ["through", "back", "on_evict"])
 def test_blocks_that_left_host_memory_come_back_from_disk(tmp_path: Path, write: str) -> None:
     """Ten prompts through a host memory of two: whatever the write mode, the last ones are all still there."""
-    with cache(tmp_path, 16, write=write) as held:
+    with cache(tmp_path, 16, write=write, speed=50.0) as held:  # a write-back waits for seconds
         for prompt in range(10):
             while held.engine.match(keys_of(prompt, 8)).ready_blocks < 8:
                 held.store(keys_of(prompt, 8))  # its last blocks may have to wait for a write
