@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvtier.config import Config
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
+from kvtier.io import EngineKind
+from kvtier.io.ring_engine import NativeRing
 from kvtier.memory.arena import Arena
 from kvtier.testing.tiers import key_of, payload_of
 from kvtier.tiers.disk import DiskTier
@@ -23,6 +26,7 @@ from kvtier.types import BlockKey
 BLOCK_BYTES = 10_000
 SLOT_BYTES = 12_288
 HOST_BLOCKS = 8
+ENGINES: list[EngineKind] = ["threads", "io_uring"]
 CHAINS = [[key_of(100 * chain + position) for position in range(HOST_BLOCKS)] for chain in range(4)]
 
 
@@ -39,13 +43,13 @@ class Clock:
 class Cache:
     """An engine over a host memory of eight blocks and a real disk tier."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, io_engine: EngineKind) -> None:
         config = Config.from_mapping({"tiers": [{"type": "host", "capacity": HOST_BLOCKS * SLOT_BYTES}]})
         self.arena = Arena.open(str(directory / f"arena-{time.monotonic_ns()}"), config.host.capacity_bytes)
         self.arena.prefault()
         self.arena.unlink()
         self.clock = Clock()
-        tier = DiskTier(directory / "tier", 4 << 20, segment_bytes=1 << 20, durable=False, clock=self.clock)
+        tier = DiskTier(directory / "tier", 4 << 20, segment_bytes=1 << 20, durable=False, io_engine=io_engine, clock=self.clock)
         namespace = Namespace(model="test")
         self.engine = CacheEngine.open(
             config, namespace=namespace, block_bytes=BLOCK_BYTES, arena=self.arena, clock=self.clock, tiers=[tier]
@@ -84,9 +88,9 @@ class Cache:
 
 
 @contextmanager
-def cache(directory: Path) -> Iterator[Cache]:
+def cache(directory: Path, io_engine: EngineKind = "threads") -> Iterator[Cache]:
     """A cache whose engine is sound at the end and then closed."""
-    held = Cache(directory)
+    held = Cache(directory, io_engine)
     try:
         yield held
         held.settle()
@@ -96,13 +100,20 @@ def cache(directory: Path) -> Iterator[Cache]:
         held.engine.close()
 
 
-def failing(error: int) -> Callable[..., int]:
-    """A system call that fails."""
+def break_disk(patch: pytest.MonkeyPatch, engine: EngineKind, direction: str, error: int = errno.EBADF) -> None:
+    """From now on every transfer of a ``direction`` (``read``, ``write``) ends with an error; the kernel's own on a ring (EBADF)."""
 
     def call(*arguments: object) -> int:
         raise OSError(error, os.strerror(error))
 
-    return call
+    def submit(ring: NativeRing, token: int, is_read: bool, fd: int, *arguments: Any) -> None:
+        plain_submit(ring, token, is_read, -1 if is_read == (direction == "read") else fd, *arguments)
+
+    plain_submit = NativeRing.submit
+    if engine == "threads":
+        patch.setattr(os, {"read": "preadv", "write": "pwritev"}[direction], call)
+    else:
+        patch.setattr(NativeRing, "submit", submit)
 
 
 def test_damaged_blocks_are_counted(tmp_path: Path) -> None:
@@ -137,13 +148,13 @@ def test_segments_deleted_under_an_open_tier_are_counted(tmp_path: Path) -> None
         assert HOST_BLOCKS == held.load(CHAINS[0])
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_takes_no_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+@pytest.mark.parametrize(("io_engine", "error"), [("threads", errno.ENOSPC), ("threads", errno.EIO), ("io_uring", errno.EBADF)])
+def test_a_disk_that_takes_no_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, io_engine: EngineKind) -> None:
     """Writes fail: counted, the tier goes offline once and its blocks are misses; after the back-off it stores and loads again."""
-    with cache(tmp_path) as held:
+    with cache(tmp_path, io_engine) as held:
         held.store(CHAINS[0])
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwritev", failing(error))
+            break_disk(patch, io_engine, "write", error)
             chain = [[key_of(1000 * (number + 1) + position) for position in range(2)] for number in range(MAX_CONSECUTIVE_FAILURES + 1)]
             for keys in chain:
                 held.store(keys)
@@ -161,13 +172,14 @@ def test_a_disk_that_takes_no_writes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert 1 == held.count("offline")
 
 
-def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("io_engine", ENGINES)
+def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, io_engine: EngineKind) -> None:
     """Reads fail: misses, counted, one count of offline; what was not asked for meanwhile is there again after the back-off."""
-    with cache(tmp_path) as held:
+    with cache(tmp_path, io_engine) as held:
         for keys in CHAINS:
             held.store(keys)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", failing(errno.EIO))
+            break_disk(patch, io_engine, "read")
             for key in CHAINS[0][:MAX_CONSECUTIVE_FAILURES]:
                 assert 0 == held.load([key])
             assert MAX_CONSECUTIVE_FAILURES == held.count("failed_blocks")
