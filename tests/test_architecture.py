@@ -37,6 +37,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.engine": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,
+    "kvtier.sim": 4,
     "kvtier.connectors": 5,
     "kvtier.bench": 5,
     "kvtier.testing": 5,
@@ -51,7 +52,7 @@ FACADE = "kvtier"
 MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench", "kvtier.machine")
 
 THIRD_PARTY: Mapping[str, Sequence[str]] = {
-    "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
+    "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.sim", "kvtier.testing"),
     "torch": ("kvtier.copy.pool", "kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu", "kvtier.testing"),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
