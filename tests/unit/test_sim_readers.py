@@ -127,14 +127,14 @@ def sessions_file(path: Path, **columns: Any) -> Path:
 def test_sessions(tmp_path: Path) -> None:
     """Ids of other sessions are others, but for shared prefixes."""
     path = sessions_file(tmp_path / "s.npz")
-    assert [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3, 8]] == blocks_of(open_trace(path, hours=None))
+    assert [[0, 1, 2, 3], [5, 6, 7, 8], [0, 1, 2, 3, 4]] == blocks_of(open_trace(path, hours=None))
     shared = sessions_file(tmp_path / "s.npz", tool_tokens=[128, 128])
     trace = open_trace(shared, hours=None)
-    assert [[0, 1, 2, 3], [0, 1, 4, 5], [0, 1, 2, 3, 6]] == blocks_of(trace)
+    assert [[0, 1, 2, 3], [0, 1, 5, 6], [0, 1, 2, 3, 4]] == blocks_of(trace)
     assert [(0, 0.0), (1, 0.0), (0, 3.0)] == [(request.session, request.pause_s) for request in trace]
     assert [[0, 1], [0, 2], [0, 1]] == blocks_of(open_trace(shared, hours=None, group=2))
     same = sessions_file(tmp_path / "s.npz", tool_tokens=[128, 128], system_tokens=[64, 64])
-    assert [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 3, 5]] == blocks_of(open_trace(same, hours=None))
+    assert [[0, 1, 2, 3], [0, 1, 2, 5], [0, 1, 2, 3, 4]] == blocks_of(open_trace(same, hours=None))
 
 
 def test_sessions_start_within_the_hours(tmp_path: Path) -> None:

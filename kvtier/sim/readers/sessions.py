@@ -49,7 +49,7 @@ def read_sessions(
     builder.num_skipped = int(len(good) - good.sum())
     ids = _Ids(columns, group)
     api_time, think_time = columns.get("api_time"), columns.get("think_time")
-    for index in taken[np.argsort(time_s[taken], kind="stable")].tolist():
+    for index in taken.tolist():  # session by session, so that most of a prompt is one run of ids
         runs = ids.runs_of(index)
         if runs is None:
             if not skip_bad:
@@ -78,13 +78,15 @@ def _starts(num_sessions: int, hours: float, seed: int) -> NDArray[np.float64]:
 
 
 class _Ids:
-    """Gives blocks dense ids in the order of time, over all sessions."""
+    """Gives blocks dense ids, over all sessions."""
 
     def __init__(self, columns: Columns, group: int) -> None:
         self._columns = columns
         self._group = group
         self._dense: dict[int, NDArray[np.int64]] = {}
         """session -> its own id -> the dense one, -1: none yet"""
+        self._prefix: dict[int, NDArray[np.int64]] = {}
+        """session -> dense ids of the prefix that it shares, with which all requests begin that begin as its first one"""
         self._shared: dict[tuple[int, ...], int] = {}
         self._parents = np.full(1024, -1, np.int64)
         self._num_ids = 0
@@ -95,11 +97,14 @@ class _Ids:
     def runs_of(self, index: int) -> tuple[list[int], list[int]] | None:
         """The blocks of a request as runs of dense ids; None where a block follows another one than before."""
         session = int(self._columns["sess"][index])
-        dense = self._dense.get(session)
-        if dense is None:
-            dense = self._dense[session] = self._start(session)
+        if session not in self._dense:
+            self._start(session)
+        dense = self._dense[session]
         own = self._own(index)
         ids = dense[own]
+        if self._first_id(index) == self._first_id(int(self._bounds[session])):
+            shared = self._prefix[session][: len(ids)]
+            ids[: len(shared)] = shared
         unknown = np.flatnonzero(ids < 0)
         num_known = len(ids) - len(unknown)
         if not len(ids):
@@ -112,6 +117,11 @@ class _Ids:
         dense[own[num_known:]] = ids[num_known:]
         begins = np.concatenate([[0], np.flatnonzero(np.diff(ids) != 1) + 1])
         return ids[begins].tolist(), np.diff(begins, append=len(ids)).tolist()
+
+    def _first_id(self, index: int) -> int:
+        """The session's id of a request's first block; -1: it has none."""
+        first, end = self._offsets[index], self._offsets[index + 1]
+        return int(self._columns["run_start"][first]) if first < end else -1
 
     def _new(self, count: int, parent: int) -> NDArray[np.int64]:
         """Dense ids for a chain of blocks that begins behind ``parent``."""
@@ -134,24 +144,23 @@ class _Ids:
             depth += length
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def _start(self, session: int) -> NDArray[np.int64]:
-        """No ids yet but those of the prefixes that other sessions share."""
+    def _start(self, session: int) -> None:
+        """No ids yet but those of the prefix that other sessions share."""
         first, end = self._bounds[session : session + 2].tolist()
         runs = slice(self._offsets[first], self._offsets[end])
         ends = self._columns["run_start"][runs].astype(np.int64) + self._columns["run_len"][runs]
-        dense = np.full(int(ends.max(initial=0)), -1, np.int64)
+        self._dense[session] = np.full(int(ends.max(initial=0)), -1, np.int64)
         tool_tokens = int(self._columns["tool_tokens"][session])
         system_tokens = int(self._columns["system_tokens"][session])
         size = BLOCK_TOKENS * self._group
-        parent = -1
-        for depth, block in enumerate(self._own(first)[: (tool_tokens + system_tokens) // size].tolist()):
+        prefix: list[int] = []
+        for depth in range(min(len(self._own(first)), (tool_tokens + system_tokens) // size)):
             is_tools = (depth + 1) * size <= tool_tokens
             name = (tool_tokens, depth) if is_tools else (tool_tokens, system_tokens, depth)
-            found = self._shared.get(name)
-            if found is None:
-                found = self._shared[name] = int(self._new(1, parent)[0])
-            dense[block] = parent = found
-        return dense
+            if name not in self._shared:
+                self._shared[name] = int(self._new(1, prefix[-1] if prefix else -1)[0])
+            prefix.append(self._shared[name])
+        self._prefix[session] = np.array(prefix, np.int64)
 
 
 def _load(path: Path) -> Columns:
