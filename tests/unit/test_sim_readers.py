@@ -201,7 +201,7 @@ def test_broken_lines_can_be_skipped(tmp_path: Path) -> None:
         ({"run_len": [4, 4, 0, 4]}, "run 2: expected a start of at least 0"),
         ({"in_len": [256, 8, 256]}, "request 1: expected `in_len` to be at least"),
         ({"out_len": [1, 2, -3]}, "request 2: expected `out_len`"),
-        ({"run_start": [1, 1, 2, 1]}, "request 1: expected ids that stand for whole prefixes"),
+        ({"run_start": [1, 1, 4, 1]}, "request 1: expected ids that stand for whole prefixes"),
         ({"system_tokens": [-1, 0]}, "expected `tool_tokens` and `system_tokens`"),
     ],
 )
@@ -211,7 +211,7 @@ def test_broken_sessions(columns: dict[str, Any], message: str, tmp_path: Path) 
 
 
 def test_broken_sessions_can_be_skipped(tmp_path: Path) -> None:
-    path = sessions_file(tmp_path / "s.npz", t=[0.0, np.nan, 0.0], run_start=[1, 1, 2, 1])
+    path = sessions_file(tmp_path / "s.npz", t=[0.0, np.nan, 0.0], run_start=[1, 1, 4, 1])
     trace = open_trace(path, hours=None, skip_bad=True)
     assert (2, 1) == (len(trace), trace.num_skipped)
 
