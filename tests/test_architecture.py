@@ -62,8 +62,8 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "yaml": ("kvtier.config",),
     "vllm": ("kvtier.connectors.vllm", "kvtier.bench.engine"),
     "prometheus_client": ("kvtier.connectors.vllm",),
-    "rich": ("kvtier.cli", "kvtier.bench"),
-    "matplotlib": ("kvtier.bench",),
+    "rich": ("kvtier.cli", "kvtier.bench", "kvtier.sim.command", "kvtier.sim.plan", "kvtier.sim.report"),
+    "matplotlib": ("kvtier.bench", "kvtier.sim.plot"),
     "hypothesis": ("kvtier.testing",),
 }
 """package -> who may import it"""

@@ -10,7 +10,7 @@ from kvtier.policies.lru import LRUPolicy
 
 __all__ = ["POLICIES", "EvictionPolicy", "FIFOPolicy", "LRUPolicy", "create_policy"]
 
-POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = {"fifo": FIFOPolicy, "lru": LRUPolicy}
+POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = {"default": LRUPolicy, "fifo": FIFOPolicy, "lru": LRUPolicy}
 """Name in the configuration -> factory."""
 
 

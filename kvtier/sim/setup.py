@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvtier.config import Config
 from kvtier.control.expiry import ExpiryQueue
@@ -58,6 +58,11 @@ class Setup:
             config.connector.max_pinned_fraction,
             config.connector.store_decode_blocks,
         )
+
+    def with_policy(self, policy: str) -> Setup:
+        """The same with another policy in all tiers."""
+        disk = None if self.disk is None else replace(self.disk, policy=policy)
+        return replace(self, host=replace(self.host, policy=policy), disk=disk)
 
     def planner(
         self, block_bytes: int, stats: Stats, *, make_policy: PolicyFactory = create_policy, events: bool = False

@@ -127,20 +127,23 @@ def sessions_file(path: Path, **columns: Any) -> Path:
 def test_sessions(tmp_path: Path) -> None:
     """Ids of other sessions are others, but for shared prefixes."""
     path = sessions_file(tmp_path / "s.npz")
-    assert [[0, 1, 2, 3], [5, 6, 7, 8], [0, 1, 2, 3, 4]] == blocks_of(open_trace(path, hours=None))
+    assert [[0, 1, 2, 3], [5, 6, 7, 8], [0, 1, 2, 3, 4]] == blocks_of(open_trace(path, hours=None, group=1))
     shared = sessions_file(tmp_path / "s.npz", tool_tokens=[128, 128])
-    trace = open_trace(shared, hours=None)
+    trace = open_trace(shared, hours=None, group=1)
     assert [[0, 1, 2, 3], [0, 1, 5, 6], [0, 1, 2, 3, 4]] == blocks_of(trace)
     assert [(0, 0.0), (1, 0.0), (0, 3.0)] == [(request.session, request.pause_s) for request in trace]
     assert [[0, 1], [0, 2], [0, 1]] == blocks_of(open_trace(shared, hours=None, group=2))
+    assert [[0], [0], [0]] == blocks_of(
+        open_trace(sessions_file(tmp_path / "s.npz", system_tokens=[128, 128], tool_tokens=[128, 128]), hours=None)
+    )
     same = sessions_file(tmp_path / "s.npz", tool_tokens=[128, 128], system_tokens=[64, 64])
-    assert [[0, 1, 2, 3], [0, 1, 2, 5], [0, 1, 2, 3, 4]] == blocks_of(open_trace(same, hours=None))
+    assert [[0, 1, 2, 3], [0, 1, 2, 5], [0, 1, 2, 3, 4]] == blocks_of(open_trace(same, hours=None, group=1))
 
 
 def test_sessions_start_within_the_hours(tmp_path: Path) -> None:
     """The same seed gives the same starts; what falls behind is dropped."""
     path = sessions_file(tmp_path / "s.npz", t=[0.0, 7200.0, 0.0])
-    first, again, other = (open_trace(path, hours=1, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (open_trace(path, hours=1, seed=seed, group=1) for seed in (1, 1, 2))
     assert 2 == len(first)
     assert first.time_s.tolist() == again.time_s.tolist() != other.time_s.tolist()
     assert max(first.time_s) < 3600
@@ -207,12 +210,12 @@ def test_broken_lines_can_be_skipped(tmp_path: Path) -> None:
 )
 def test_broken_sessions(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=message):
-        open_trace(sessions_file(tmp_path / "s.npz", **columns), hours=None)
+        open_trace(sessions_file(tmp_path / "s.npz", **columns), hours=None, group=1)
 
 
 def test_broken_sessions_can_be_skipped(tmp_path: Path) -> None:
     path = sessions_file(tmp_path / "s.npz", t=[0.0, np.nan, 0.0], run_start=[1, 1, 4, 1])
-    trace = open_trace(path, hours=None, skip_bad=True)
+    trace = open_trace(path, hours=None, group=1, skip_bad=True)
     assert (2, 1) == (len(trace), trace.num_skipped)
 
 
@@ -291,7 +294,7 @@ def test_damaged_npz(tmp_path: Path, place: int, byte: int, length: int) -> None
     whole[min(place, len(whole) - 1)] = byte
     path = tmp_path / "d.npz"
     path.write_bytes(whole[:length])
-    assert is_right(read(path, hours=None), str(path))
+    assert is_right(read(path, hours=None, group=1), str(path))
 
 
 small = st.integers(0, 6)

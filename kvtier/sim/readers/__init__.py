@@ -24,14 +24,19 @@ FORMATS: Mapping[str, Callable[..., Trace]] = {
 }
 """name of a format -> its reader"""
 
+DEFAULT_GROUPS: Mapping[str, int] = {"sessions": 4}
+"""so many blocks become one unless another number is asked for"""
 
-def open_trace(path: str | os.PathLike[str], *, kind: str | None = None, group: int = 1, skip_bad: bool = False, **options: Any) -> Trace:
+
+def open_trace(
+    path: str | os.PathLike[str], *, kind: str | None = None, group: int | None = None, skip_bad: bool = False, **options: Any
+) -> Trace:
     """Reads a trace.
 
     Args:
         path: the file; with the ending ``.gz`` it is unpacked.
         kind: one of ``FORMATS``; None: what the file looks like.
-        group: so many blocks of the file become one.
+        group: so many blocks of the file become one; None: 4 for ``sessions``, whose blocks have 64 tokens, else 1.
         skip_bad: count broken lines (``Trace.num_skipped``) and go on.
         options: of the format's reader (``sessions``: ``hours``, ``seed``).
 
@@ -40,11 +45,12 @@ def open_trace(path: str | os.PathLike[str], *, kind: str | None = None, group: 
         ValueError: ``kind`` or ``group`` is none that is allowed.
     """
     path = Path(path)
-    if group < 1:
+    if group is not None and group < 1:
         raise ValueError(f"group is {group}; allowed: a whole number of at least 1")
     if kind is not None and kind not in FORMATS:
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(FORMATS)}")
-    trace = FORMATS[kind or detect_format(path)](path, group=group, skip_bad=skip_bad, **options)
+    kind = kind or detect_format(path)
+    trace = FORMATS[kind](path, group=group or DEFAULT_GROUPS.get(kind, 1), skip_bad=skip_bad, **options)
     if not len(trace):
         skipped = f" ({trace.num_skipped} broken lines were skipped)" if trace.num_skipped else ""
         raise TraceError(f"{path}: expected at least one request, found none{skipped}")
