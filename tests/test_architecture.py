@@ -30,6 +30,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.memory": 1,
     "kvtier.io": 1,
     "kvtier.codecs": 1,
+    "kvtier.recording": 1,
     "kvtier.tiers": 2,
     "kvtier.copy": 2,
     "kvtier.control": 3,

@@ -155,13 +155,15 @@ class Replay:
 
     def _start(self, request: Served, now: float) -> None:
         index = request.index
-        self._out.hit_blocks[index] = self._serving.admit(request, now)
+        load = self._serving.admit(request, now)
+        self._out.hit_blocks[index] = 0 if load is None else len(load.slots)
         self._out.host_blocks[index] = min(request.num_found_ready, request.num_ready)
         self._out.wait_s[index] = now - self._trace.time_s[index]
         end = len(request.keys)
         if not self._setup.store_decode_blocks:
             end = min(end, int(self._trace.input_tokens[index]) // self._trace.block_tokens)
-        self._serving.store(request, end, now)
+        if end > request.store_from:
+            self._serving.store(request, end, now)
         self._serving.end_step(now)
 
     # ---- what takes time ----------------------------------------------------------------------------------------

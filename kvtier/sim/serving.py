@@ -5,11 +5,11 @@ Call order of a request: ``look`` (again while it waits for promotions) -> ``adm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.control.planner import Planner
-from kvtier.types import BlockKey, StorePlan
+from kvtier.types import BlockKey, LoadPlan, StorePlan
 
 PIN_TTL_S = 30.0
 
@@ -37,7 +37,9 @@ class Served:
     is_waiting: bool = False
     num_pinned: int = 0
     pin_id: int = 0
+    pinned_until: float = 0.0
     store_from: int = 0
+    is_admitted: bool = False
 
 
 @dataclass(slots=True)
@@ -99,25 +101,34 @@ class Serving:
         if not request.is_waiting:
             self._pin(request, now)
 
-    def admit(self, request: Served, now: float) -> int:
-        """The engine takes what is ready. Returns the blocks that it loads."""
+    def look_once_more(self, request: Served, now: float) -> None:
+        """A request that waits for other things than promotions is asked for again: what is pinned is certain, the rest is looked up."""
+        if request.num_pinned and now >= request.pinned_until:
+            self.release(request, now)
+        known = request.num_pinned
+        first = request.first_block + known
+        if first < request.limit_block:
+            request.num_ready = request.num_promised = known + self._planner.match(request.keys[first : request.limit_block]).ready_blocks
+        if request.num_ready > known or now >= request.pinned_until - PIN_TTL_S / 2:
+            self._pin(request, now)
+
+    def admit(self, request: Served, now: float, *, loads: bool = True) -> LoadPlan | None:
+        """The engine takes what is ready (``loads``: and wants it). Returns the load."""
         first, ready = request.first_block, request.num_ready
-        num_loaded = 0
-        if ready:
+        plan = None
+        request.is_admitted = True
+        if ready and loads:
             plan = self._planner.begin_load(request.keys[first : first + ready], now)
             self._step.loads.append(plan.job_id)
-            num_loaded = len(plan.slots)
         if first + ready:
             self._planner.touch(request.keys[: first + ready], now)
-        self._unpin(request, now)
+        self.release(request, now)
         request.store_from = first + ready
-        return num_loaded
+        return plan
 
-    def store(self, request: Served, end: int, now: float) -> StorePlan | None:
+    def store(self, request: Served, end: int, now: float) -> StorePlan:
         """The blocks before ``end`` are full after this step."""
         first = request.store_from
-        if end <= first:
-            return None
         keys = request.keys[:end]
         plan = self._planner.begin_store(keys, first, self._block_bytes, now)
         self._run_commands()
@@ -132,12 +143,19 @@ class Serving:
 
     def end_step(self, now: float) -> None:
         """All copies of the step are done."""
-        step, self._step = self._step, _Step()
-        for job_id in step.loads:
-            self._planner.end_load(job_id, (), now)
-        for job_id in step.stores:
-            self._planner.commit_store(job_id, (), now)
+        step = self._step
+        for job_id in [*step.loads, *step.stores]:
+            self.end_job(job_id, (), now)
         self.tick(now)
+
+    def end_job(self, job_id: int, failed: Collection[int], now: float) -> None:
+        """One load or store is done; ``failed`` are positions in it."""
+        if job_id in self._step.loads:
+            self._step.loads.remove(job_id)
+            self._planner.end_load(job_id, failed, now)
+        else:
+            self._step.stores.remove(job_id)
+            self._planner.commit_store(job_id, failed, now)
 
     def tick(self, now: float) -> None:
         """As once per engine step."""
@@ -179,11 +197,13 @@ class Serving:
             first = request.first_block
             request.pin_id = self._planner.pin(request.keys[first : first + num_blocks], now + PIN_TTL_S)
             request.num_pinned = num_blocks
+            request.pinned_until = now + PIN_TTL_S
             self._num_pinned_blocks += num_blocks
         if old:
             self._planner.unpin(old, now)
 
-    def _unpin(self, request: Served, now: float) -> None:
+    def release(self, request: Served, now: float) -> None:
+        """Ends what ``look`` keeps for a request: it starts, or is gone."""
         self.waiting.pop(request.index, None)
         if request.num_pinned:
             self._num_pinned_blocks -= request.num_pinned

@@ -325,4 +325,4 @@ def test_ids_need_not_be_chained(prompts: list[list[int]]) -> None:
 
 
 def test_every_format_is_tested() -> None:
-    assert {"bailian", "kv-events", "mooncake", "sessions"} == set(FORMATS)
+    assert {"bailian", "kv-events", "mooncake", "recording", "sessions"} == set(FORMATS)

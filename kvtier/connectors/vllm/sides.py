@@ -9,6 +9,7 @@ import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from kvtier.config import Config
+from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
@@ -46,7 +47,7 @@ class SchedulerSide:
                 block_bytes=sizes.block_bytes,
                 arena=self._arena,
                 device_slots=pool_slots(config, sizes),
-                events=events,
+                events=events or config.record.path is not None,
             )
         except BaseException:
             self._arena.unlink()  # or an engine that does not start would leave its host memory taken
@@ -58,7 +59,13 @@ class SchedulerSide:
             num_workers=sizes.num_workers,
             host_blocks=config.host.capacity_bytes // sizes.block_bytes,
         )
-        self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async)
+        recorder = recorder_of(config, geometry, sizes.block_bytes)
+        if recorder is None:
+            self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async)
+        else:
+            self.half = RecordingHalf(
+                engine, geometry, config.connector, recorder=recorder, keep_events=events, stores_are_async=stores_are_async
+            )
         _LOG.info("kvtier: blocks of %d tokens and %d bytes; %s", sizes.block_tokens, sizes.block_bytes, engine.num_blocks())
 
     def forget_arena_name(self) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.errors import TraceError
+from kvtier.recording import HEADER
 from kvtier.sim.readers.events import read_kv_events
 from kvtier.sim.readers.hashed import read_bailian, read_mooncake
 from kvtier.sim.readers.lines import BadLineError, numbered_lines, parse
+from kvtier.sim.readers.recording import read_recording
 from kvtier.sim.readers.sessions import read_sessions
 from kvtier.sim.trace import Trace
 
@@ -20,6 +22,7 @@ FORMATS: Mapping[str, Callable[..., Trace]] = {
     "bailian": read_bailian,
     "kv-events": read_kv_events,
     "mooncake": read_mooncake,
+    "recording": read_recording,
     "sessions": read_sessions,
 }
 """name of a format -> its reader"""
@@ -69,7 +72,13 @@ def detect_format(path: Path) -> str:
         if isinstance(value, list):
             return "kv-events"
         if isinstance(value, dict):
-            for name, field in (("bailian", "chat_id"), ("mooncake", "hash_ids"), ("kv-events", "events"), ("kv-events", "type")):
+            for name, field in (
+                ("recording", HEADER),
+                ("bailian", "chat_id"),
+                ("mooncake", "hash_ids"),
+                ("kv-events", "events"),
+                ("kv-events", "type"),
+            ):
                 if field in value:
                     return name
         if number > 100:
