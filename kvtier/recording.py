@@ -16,6 +16,7 @@ token or key is written.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -66,6 +67,7 @@ class Recorder:
         self._write(json.dumps({HEADER: VERSION, **header}))
         self._thread = threading.Thread(target=self._run, name="kvtier-record", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     @property
     def is_open(self) -> bool:
@@ -83,6 +85,7 @@ class Recorder:
 
     def close(self) -> None:
         """Writes what waits and closes the file. Idempotent."""
+        atexit.unregister(self.close)
         self._is_closing.set()
         self._thread.join()
         self._drain()

@@ -13,6 +13,7 @@ from kvtier.connectors.requests import ConnectorSettings, Geometry, Lookup, Matc
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.control.commands import BlockEvent
 from kvtier.engine import CacheEngine
+from kvtier.memory.slab import SlabAllocator
 from kvtier.recording import Blocks, Recorder
 
 _NO_IDENTITY = RequestIdentity()
@@ -29,12 +30,12 @@ def recorder_of(config: Config, geometry: Geometry, block_bytes: int) -> Recorde
         "block_tokens": geometry.block_tokens,
         "engine_block_tokens": geometry.engine_block_tokens,
         "block_bytes": block_bytes,
-        "host_blocks": geometry.host_blocks,
+        "host_blocks": SlabAllocator.of_host(host.capacity_bytes, block_bytes).max_slots(block_bytes),
         "host_policy": host.policy,
         "host_ttl_s": host.ttl_s,
         "host_ttl_mode": host.ttl_mode,
         "disk_bytes": 0 if disk is None else disk.capacity_bytes,
-        "max_pinned_fraction": config.connector.max_pinned_fraction,
+        "max_pinned_blocks": int(config.connector.max_pinned_fraction * geometry.host_blocks),
         "promote_wait_s": config.connector.promote_wait_s,
     }
     return Recorder(config.record.path, header, max_bytes=config.record.max_bytes)

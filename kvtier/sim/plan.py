@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from kvtier.config import Config
@@ -120,9 +119,9 @@ def configuration(point: Point, policy: str | None) -> str:
     tiers: list[dict[str, Any]] = [{"type": "host", "capacity": f"{-(-point['capacity_bytes'] // _MIB)}MiB", **more}]
     if point["lower"] == "disk":
         tiers.append({"type": "disk", "path": "/var/lib/kvtier", "capacity": f"{-(-point['disk_capacity_bytes'] // _MIB)}MiB", **more})
-    mapping = {"tiers": tiers}
-    Config.from_mapping(mapping)
-    return yaml.safe_dump(mapping, sort_keys=False)
+    Config.from_mapping({"tiers": tiers})
+    items = ("\n    ".join(f"{key}: {value}" for key, value in tier.items()) for tier in tiers)
+    return "\n".join(["tiers:", *(f"  - {item}" for item in items)])
 
 
 def _sizes(shares: Sequence[float], trace: Trace, block_bytes: int, limit_bytes: int | None) -> list[int]:

@@ -11,6 +11,7 @@ from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
 from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
+from kvtier.memory.slab import SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.policies.base import EvictionPolicy
 from kvtier.stats import Stats
@@ -49,8 +50,9 @@ class Setup:
     def of(cls, config: Config, block_bytes: int) -> Setup:
         """The setup that a configuration means for blocks of a size."""
         host, disk = config.host, config.disk
+        slots = SlabAllocator.of_host(host.capacity_bytes, block_bytes).max_slots(block_bytes)
         return cls(
-            TierSetup(host.capacity_bytes // block_bytes, host.policy, host.ttl_s, host.ttl_mode),
+            TierSetup(slots, host.policy, host.ttl_s, host.ttl_mode),
             None if disk is None else TierSetup(disk.capacity_bytes // block_bytes, disk.policy, disk.ttl_s, disk.ttl_mode),
             "through" if disk is None else disk.write.value,
             256 << 20 if disk is None else disk.max_in_flight_bytes,

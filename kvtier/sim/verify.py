@@ -60,7 +60,7 @@ class _Verifier:
             self._planner,
             lambda: space.draining(self._block_bytes),
             lambda: None,
-            max_pinned_blocks=int(header["max_pinned_fraction"] * header["host_blocks"]),
+            max_pinned_blocks=header["max_pinned_blocks"],
             promote_wait_s=0.0,
             block_bytes=self._block_bytes,
         )

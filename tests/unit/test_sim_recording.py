@@ -112,7 +112,7 @@ def test_differences_are_told(tmp_path: Path) -> None:
         verify(path)
 
 
-HEADER = {"kvtier_recording": 1, "block_tokens": 4, "engine_block_tokens": 4, "block_bytes": 9, "host_blocks": 3, "max_pinned_fraction": 1}
+HEADER = {"kvtier_recording": 1, "block_tokens": 4, "engine_block_tokens": 4, "block_bytes": 9, "host_blocks": 3, "max_pinned_blocks": 1}
 
 
 @pytest.mark.parametrize(

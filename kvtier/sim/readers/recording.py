@@ -92,7 +92,7 @@ class RecordingReader:
         self.block_tokens = count_of(header, "block_tokens", low=1)
         for name in ("engine_block_tokens", "block_bytes", "host_blocks"):
             count_of(header, name, low=1)
-        number_of(header, "max_pinned_fraction")
+        count_of(header, "max_pinned_blocks")
         self.header = header
 
     def _checked(self, value: Any) -> Line:
