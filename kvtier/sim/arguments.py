@@ -27,6 +27,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``kvtier simulate``."""
     parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE", help="a trace; its format is seen, or named by --format")
     _add_trace(parser)
+    parser.add_argument("--verify", action="store_true", help="compare a recording with the simulator event by event, and do nothing else")
     parser.add_argument("--config", type=Path, metavar="FILE", help="take tiers and settings from this YAML file")
     parser.add_argument("--policy", default="default", metavar="P[,P...]", help="eviction policies, or all (default: default)")
     parser.add_argument(

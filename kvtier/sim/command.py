@@ -22,6 +22,7 @@ from kvtier.sim.report import markdown_of, table_of, write_markdown
 from kvtier.sim.runs import Run, Task, host_runs, replay_all
 from kvtier.sim.setup import Setup, TierSetup
 from kvtier.sim.trace import Trace
+from kvtier.sim.verify import verify
 
 DEFAULT_FRACTIONS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
 _WIDTH = 200
@@ -29,13 +30,16 @@ _WIDTH = 200
 
 
 def simulate(options: argparse.Namespace) -> bool:
-    """Runs everything asked for, prints the table and writes the files. True.
+    """Runs everything asked for, prints the table and writes the files. False: ``--verify`` found a difference.
 
     Raises:
         ConfigError: the configuration cannot be used.
         TraceError: a trace cannot be read.
         ValueError: an argument is wrong; OSError: an output file cannot be written.
     """
+    if options.verify:
+        verdicts = [_verify(path) for path in options.traces]
+        return all(verdicts)
     policies = policies_of(options.policy)
     config = None if options.config is None else Config.load(options.config)
     machine = machine_of(options)
@@ -96,6 +100,14 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda more: bar.advance(task, more)
+
+
+def _verify(path: Path) -> bool:
+    verdict = verify(path)
+    told = f"{verdict.num_answers:,} answers, {verdict.num_hit_blocks:,} blocks loaded, {verdict.num_evicted_blocks:,} evicted"
+    differs = "the same in the simulator" if not verdict.differences else "different in the simulator:"
+    console().print("\n  ".join([f"{path}: {told}: {differs}", *verdict.differences]), highlight=False, markup=False, soft_wrap=True)
+    return not verdict.differences
 
 
 def _runs(trace: Trace, config: Config | None, policies: Sequence[str], options: argparse.Namespace, block_bytes: int) -> list[Run]:

@@ -111,14 +111,19 @@ class Replay:
         self._ids = itertools.count()
         self._has_tick = False
         self._keys = [BlockKey(number.to_bytes(KEY_BYTES, "little")) for number in range(trace.num_unique)]
+        # plain lists: reading a number out of numpy costs as much as deciding about a block
+        self._input_tokens: list[int] = trace.input_tokens.tolist()
+        self._arrivals: list[float] = trace.time_s.tolist()
+        self._run_offsets: list[int] = trace.run_offsets.tolist()
+        self._run_starts: list[int] = trace.run_starts.tolist()
+        self._run_lengths: list[int] = trace.run_lengths.tolist()
         num = len(trace)
         self._out = Replayed(setup, self._block_bytes, np.zeros(num, np.int64), np.zeros(num, np.int64), np.zeros(num), {}, 0.0, 0.0)
 
     def run(self, progress: Callable[[int], None] = lambda _done: None) -> Replayed:
         """Replays everything. ``progress`` is told how many requests are done, now and then."""
         start = time.process_time()
-        trace = self._trace
-        for index, now in enumerate(trace.time_s.tolist()):
+        for index, now in enumerate(self._arrivals):
             self._run_until(now)
             self._now = now
             self._times.next_request()
@@ -130,7 +135,7 @@ class Replay:
                 progress(index)
         self._run_until(np.inf)
         self._note_evictions()
-        progress(len(trace))
+        progress(len(self._arrivals))
         self._out.counters = self._stats.snapshot()
         self._out.policy_s = self._times.total_s
         self._out.cpu_s = time.process_time() - start
@@ -141,11 +146,11 @@ class Replay:
         return self._planner.check() + [f"{count} {what} left" for what, count in self._planner.leftovers().items() if count]
 
     def _arrive(self, index: int, now: float) -> None:
-        runs = self._trace.runs(index)
         keys: list[BlockKey] = []
-        for start, length in runs:
-            keys += self._keys[start : start + length]
-        limit = usable_blocks(int(self._trace.input_tokens[index]), self._trace.block_tokens, self._engine_block_tokens)
+        for run in range(self._run_offsets[index], self._run_offsets[index + 1]):
+            start = self._run_starts[run]
+            keys += self._keys[start : start + self._run_lengths[run]]
+        limit = usable_blocks(self._input_tokens[index], self._trace.block_tokens, self._engine_block_tokens)
         request = Served(index, keys, min(limit, len(keys)))
         self._serving.look(request, now)
         if not request.is_waiting:
@@ -158,10 +163,10 @@ class Replay:
         load = self._serving.admit(request, now)
         self._out.hit_blocks[index] = 0 if load is None else len(load.slots)
         self._out.host_blocks[index] = min(request.num_found_ready, request.num_ready)
-        self._out.wait_s[index] = now - self._trace.time_s[index]
+        self._out.wait_s[index] = now - self._arrivals[index]
         end = len(request.keys)
         if not self._setup.store_decode_blocks:
-            end = min(end, int(self._trace.input_tokens[index]) // self._trace.block_tokens)
+            end = min(end, self._input_tokens[index] // self._trace.block_tokens)
         if end > request.store_from:
             self._serving.store(request, end, now)
         self._serving.end_step(now)

@@ -23,7 +23,7 @@ def test_the_simulator_decides_as_the_engine_did(tmp_path: Path, prefix_caching:
     verdict = verify(path)
     assert [] == verdict.differences
     assert verdict.num_evicted_blocks > 20
-    assert verdict.num_hit_blocks > 20
+    assert verdict.num_hit_blocks > 10
     answers = [answer for answers in result["rounds"] for answer in answers]
     assert BLOCK_TOKENS * verdict.num_hit_blocks == loaded_tokens(answers)["host_tokens"]
     trace = open_trace(path)
