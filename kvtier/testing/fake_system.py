@@ -42,7 +42,7 @@ class FakeSystemOptions:
     device_slots: int = 0
     """slots of the pool in front of host memory; 0: no pool"""
     by_layer: Literal["", "thread", "late"] = ""
-    """sync loads layer by layer: copied by a thread, or when they are waited for"""
+    """sync loads layer by layer: copied by a thread, or when they are waited for; then stores too, at the moment a layer is computed"""
     settings: DefaultSettings = field(default_factory=DefaultSettings)
 
 
@@ -89,6 +89,7 @@ class FakeSystem:
             for rank in range(options.num_ranks)
         ]
         self.loaders = [self._loader(memory, rank, options) for rank in range(options.num_ranks)]
+        self.storers = [loader.storer() if isinstance(loader, LateLayerLoader) else None for loader in self.loaders]
         self.half = SchedulerHalf(
             self.cache,
             Geometry(
@@ -109,9 +110,10 @@ class FakeSystem:
                 copier,
                 SlotPart(rank, options.num_ranks, memory.engine_block_bytes, options.blocks_per_slot),
                 loader=loader,
+                storer=storer,
                 strict=strict,
             )
-            for rank, (copier, loader) in enumerate(zip(self.copiers, self.loaders, strict=True))
+            for rank, (copier, loader, storer) in enumerate(zip(self.copiers, self.loaders, self.storers, strict=True))
         ]
         self.engine = FakeEngine(
             self.half,
