@@ -110,7 +110,7 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L1: memory and files", ("memory", "io", "codecs", "recording.py")),
     ("L2: where bytes are kept and how they get there", ("tiers", "copy")),
     ("L3: decisions", ("control", "policies")),
-    ("L4: the two joined", ("engine.py", "transfer.py")),
+    ("L4: the two joined, and the machine they run on", ("engine.py", "transfer.py", "machine.py")),
     ("L4: the simulator", ("sim",)),
     ("L5: engines, benchmarks, tests for third parties", ("connectors", "bench", "testing")),
 )

@@ -159,8 +159,8 @@ class ConnectorConfig(Section):
         "auto",
         kind="name",
         allowed="`auto`, `on`, `off`",
-        about="Loads that are waited for: each layer waits for its own part only (`on`), or the first layer for everything (`off`). "
-        "`auto`: on where a GPU copies beside the computation, off on a CPU.",
+        about="Whether copies follow the forward pass layer by layer: a layer waits for its own part of a load only, and on a GPU is "
+        "stored as soon as it is computed. `auto`: on where a GPU copies beside the computation, off on a CPU.",
     )
     promote_wait_s: Duration = setting(
         2.0,

@@ -43,7 +43,7 @@ class FakeSystemOptions:
     device_slots: int = 0
     """slots of the pool in front of host memory; 0: no pool"""
     by_layer: Literal["", "thread", "late"] = ""
-    """sync loads layer by layer: copied by a thread, or when they are waited for"""
+    """sync loads layer by layer: copied by a thread, or when they are waited for; then stores too, at the moment a layer is computed"""
     settings: DefaultSettings = field(default_factory=DefaultSettings)
     record: Path | None = None
     """the file of a recording"""
@@ -93,6 +93,7 @@ class FakeSystem:
             for rank in range(options.num_ranks)
         ]
         self.loaders = [self._loader(memory, rank, options) for rank in range(options.num_ranks)]
+        self.storers = [loader.storer() if isinstance(loader, LateLayerLoader) else None for loader in self.loaders]
         geometry = Geometry(
             namespace=namespace.digest,
             block_tokens=options.engine_block_tokens * options.blocks_per_slot,
@@ -113,9 +114,10 @@ class FakeSystem:
                 copier,
                 SlotPart(rank, options.num_ranks, memory.engine_block_bytes, options.blocks_per_slot),
                 loader=loader,
+                storer=storer,
                 strict=strict,
             )
-            for rank, (copier, loader) in enumerate(zip(self.copiers, self.loaders, strict=True))
+            for rank, (copier, loader, storer) in enumerate(zip(self.copiers, self.loaders, self.storers, strict=True))
         ]
         self.engine = FakeEngine(
             self.half,

@@ -101,7 +101,7 @@ class WorkerSide:
         layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
         self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and views[0].device.type != "cpu")
         pool_bytes = pool_slots(self._config, self._sizes) * self._sizes.part_bytes
-        copier, loader = movers_of(
+        movers = movers_of(
             self._arena,
             layout,
             views,
@@ -111,7 +111,7 @@ class WorkerSide:
         )
         rank = get_tensor_model_parallel_rank()
         part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
-        self._half = WorkerHalf(self._arena, copier, part, loader=loader)
+        self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer)
 
     @property
     def half(self) -> WorkerHalf:
@@ -129,6 +129,12 @@ class WorkerSide:
     def wait_for_layer(self, name: str) -> None:
         """Before a layer reads its KV. A layer without KV of its own reads that of another one: all are waited for."""
         self.half.wait_for_layer(self._layer_indices.get(name))
+
+    def layer_computed(self, name: str) -> None:
+        """After a layer has written its KV. A layer without KV of its own writes none."""
+        layer = self._layer_indices.get(name)
+        if layer is not None:
+            self.half.layer_computed(layer)
 
     def close(self) -> None:
         """Waits for running copies. Idempotent."""
