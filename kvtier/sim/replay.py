@@ -12,12 +12,13 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtier.control.commands import Demote, Promote, Remove
+from kvtier.control.planner import Planner
 from kvtier.policies import create_policy
 from kvtier.sim.model import Machine
 from kvtier.sim.serving import Served, Serving
@@ -66,6 +67,16 @@ class _Link:
         return self.free_at
 
 
+class Observer(Protocol):
+    """Sees the requests of a replay go by and may act on its planner, as an orchestrator's hints do while serving."""
+
+    def began(self, index: int, keys: Sequence[BlockKey], now: float) -> None:
+        """Request ``index`` of the trace comes; it has not been looked up."""
+
+    def ended(self, index: int, keys: Sequence[BlockKey], now: float) -> None:
+        """It has its blocks, and what it computed is stored."""
+
+
 class Replay:
     """One run of a trace through one setup. Use it once; one thread.
 
@@ -75,6 +86,7 @@ class Replay:
         machine: speeds, for what takes time
         engine_block_tokens: tokens of the engine's blocks; a prompt's last token is always computed, so that many are at most lost
         record_evictions: fill ``Replayed.evictions``
+        observer: told of every request
     """
 
     def __init__(
@@ -85,8 +97,10 @@ class Replay:
         *,
         engine_block_tokens: int = 16,
         record_evictions: bool = False,
+        observer: Observer | None = None,
     ) -> None:
         self._trace = trace
+        self._observer = observer
         self._setup = setup
         self._engine_block_tokens = engine_block_tokens
         self._record_evictions = record_evictions
@@ -141,6 +155,15 @@ class Replay:
         self._out.cpu_s = time.process_time() - start
         return self._out
 
+    @property
+    def planner(self) -> Planner:
+        """The planner that is driven."""
+        return self._planner
+
+    def at(self, when: float, event: Callable[[], None]) -> None:
+        """Calls ``event`` when the clock gets to ``when``."""
+        heapq.heappush(self._events, (when, next(self._ids), event))
+
     def check(self) -> list[str]:
         """Broken promises of the planner in words, and what is still open; empty = healthy."""
         return self._planner.check() + [f"{count} {what} left" for what, count in self._planner.leftovers().items() if count]
@@ -151,12 +174,14 @@ class Replay:
             start = self._run_starts[run]
             keys += self._keys[start : start + self._run_lengths[run]]
         limit = usable_blocks(self._input_tokens[index], self._trace.block_tokens, self._engine_block_tokens)
+        if self._observer is not None:
+            self._observer.began(index, keys, now)
         request = Served(index, keys, min(limit, len(keys)))
         self._serving.look(request, now)
         if not request.is_waiting:
             self._start(request, now)
         elif request.deadline is not None:
-            self._at(request.deadline, lambda: None)
+            self.at(request.deadline, lambda: None)
 
     def _start(self, request: Served, now: float) -> None:
         index = request.index
@@ -170,6 +195,8 @@ class Replay:
         if end > request.store_from:
             self._serving.store(request, end, now)
         self._serving.end_step(now)
+        if self._observer is not None:
+            self._observer.ended(index, request.keys, now)
 
     # ---- what takes time ----------------------------------------------------------------------------------------
 
@@ -185,7 +212,7 @@ class Replay:
 
     def _keep_ticking(self, until: float) -> None:
         if until < np.inf and not self._has_tick and self._planner.has_work:
-            self._at(self._now + IDLE_TICK_S, self._idle_tick)
+            self.at(self._now + IDLE_TICK_S, self._idle_tick)
             self._has_tick = True
 
     def _ask_again(self, now: float) -> None:
@@ -197,18 +224,15 @@ class Replay:
     def _idle_tick(self) -> None:
         self._has_tick = False
 
-    def _at(self, when: float, event: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (when, next(self._ids), event))
-
     def _run_commands(self) -> None:
         for command in self._planner.take_commands():
             if isinstance(command, Remove):
                 continue
             num_bytes = len(command.blocks) * self._block_bytes
             if isinstance(command, Promote):
-                self._at(self._read.end_of(num_bytes, self._now), self._promoted(command))
+                self.at(self._read.end_of(num_bytes, self._now), self._promoted(command))
             else:
-                self._at(self._write.end_of(num_bytes, self._now), self._demoted(command))
+                self.at(self._write.end_of(num_bytes, self._now), self._demoted(command))
 
     def _promoted(self, command: Promote) -> Callable[[], None]:
         return lambda: self._planner.promoted(command.job_id, [Outcome.OK] * len(command.blocks), self._now)

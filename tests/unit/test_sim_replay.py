@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from kvtier.sim.optimum import ideal_hits, look_ahead, optimal_hits
 from kvtier.sim.replay import Replay, Replayed, times_to_first_token, usable_blocks
 from kvtier.sim.setup import Setup, TierSetup
 from kvtier.sim.trace import Trace, TraceBuilder
+from kvtier.types import BlockKey
 
 BLOCK_TOKENS = 32
 MACHINE = Machine(kv_bytes_per_token=1024)
@@ -112,6 +114,32 @@ def test_time_to_live() -> None:
     assert [0, 2, 2] == replay(trace, Setup(TierSetup(9, ttl_s=15))).hit_blocks.tolist()
     assert [0, 2, 0] == replay(trace, Setup(TierSetup(9, ttl_s=15, ttl_mode="fixed"))).hit_blocks.tolist()
     assert [0, 0, 0] == replay(trace, Setup(TierSetup(9, ttl_s=5))).hit_blocks.tolist()
+
+
+def test_an_observer_may_act_on_the_planner() -> None:
+    """A pin that it sets keeps a prefix from eviction, until an event that it asked for ends it."""
+
+    class Keeper:
+        replay: Replay
+        seen: list[tuple[str, int, float]]
+
+        def began(self, index: int, keys: Sequence[BlockKey], now: float) -> None:
+            self.seen.append(("began", index, now))
+
+        def ended(self, index: int, keys: Sequence[BlockKey], now: float) -> None:
+            self.seen.append(("ended", index, now))
+            if index == 0:
+                planner = self.replay.planner
+                pin = planner.pin(keys, None)
+                self.replay.at(3.5, lambda: planner.unpin(pin, 3.5))
+
+    keeper = Keeper()
+    keeper.seen = []
+    trace = trace_of(["ab", "vw", "xy", "ab", "vw", "xy", "ab"])
+    keeper.replay = Replay(trace, host(3), MACHINE, observer=keeper)
+    assert [0, 0, 0, 2, 0, 0, 0] == keeper.replay.run().hit_blocks.tolist()
+    assert [0, 0, 0, 0, 0, 0, 0] == replay(trace, host(3)).hit_blocks.tolist()
+    assert [("began", 0, 0.0), ("ended", 0, 0.0), ("began", 1, 1.0)] == keeper.seen[:3]
 
 
 def test_a_tier_without_room_is_refused() -> None:
