@@ -29,8 +29,8 @@ def trace_of(prompts: list[str], *, every_s: float = 1.0) -> Trace:
     return builder.build("test")
 
 
-def replay(trace: Trace, setup: Setup, machine: Machine = MACHINE, **options: bool) -> Replayed:
-    run = Replay(trace, setup, machine, **options)
+def replay(trace: Trace, setup: Setup, machine: Machine = MACHINE, *, record_evictions: bool = False) -> Replayed:
+    run = Replay(trace, setup, machine, record_evictions=record_evictions)
     replayed = run.run()
     assert [] == run.check()
     return replayed
