@@ -36,7 +36,13 @@ COUNTERS: Mapping[str, str] = {
     "disk.offline": "times the disk tier was taken offline",
     "promote.refused_blocks": "promotions that found no slot",
     "promote.timeouts": "requests that stopped waiting for a promotion",
+    "recompute.refused_blocks": "blocks that were computed although a tier held them, because loading was estimated slower",
+    "recompute.estimated_load_ms": "what loading those was estimated to take, in milliseconds",
+    "recompute.estimated_compute_ms": "what computing those was estimated to take, in milliseconds",
+    "recompute.probes": "loads that were made although estimated slower, to measure again",
     "pin.expired": "pins that ended by their deadline",
+    "control.evicted_blocks": "blocks dropped from a tier by the control API",
+    "control.moved_blocks": "blocks moved from one tier to another by the control API",
     "connector.errors": "unexpected errors inside kvtier that became misses",
     "index.reset": "times the whole cache was forgotten on request",
 }

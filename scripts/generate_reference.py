@@ -109,7 +109,7 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L1: memory and files", ("memory", "io", "codecs")),
     ("L2: where bytes are kept and how they get there", ("tiers", "copy")),
     ("L3: decisions", ("control", "policies")),
-    ("L4: the two joined", ("engine.py", "transfer.py")),
+    ("L4: the two joined", ("engine.py", "transfer.py", "verbs.py", "controller.py", "controlled.py", "job.py", "machine.py")),
     ("L5: engines, benchmarks, tests for third parties", ("connectors", "bench", "testing")),
 )
 """title -> modules and packages of kvtier, in the order of the page"""

@@ -171,6 +171,12 @@ class ConnectorConfig(Section):
     max_pinned_fraction: float = setting(
         0.5, kind="number", allowed="0 to 1", about="Share of host memory that pinned blocks may take.", ge=0, le=1
     )
+    load_or_recompute: Literal["auto", "always"] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `always`",
+        about="Whether blocks are loaded that the engine would compute faster. `auto`: not, once both were measured. `always`: load.",
+    )
     gpu_copy: Literal["auto", "dma", "bulk", "staged"] = setting(
         "auto",
         kind="name",

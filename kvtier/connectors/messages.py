@@ -85,6 +85,8 @@ class WorkerReport:
     """slots that had a new tenant"""
     num_errors: int = 0
     """unexpected errors that became failed copies"""
+    load_times: list[tuple[int, float]] = field(default_factory=list)
+    """loads that did not overlap with computing: bytes of all ranks, seconds"""
 
     def merge(self, other: WorkerReport) -> WorkerReport:
         """Adds another worker's report to this one, in place, and returns it."""
@@ -95,6 +97,7 @@ class WorkerReport:
         self.attached += other.attached
         self.num_stale += other.num_stale
         self.num_errors += other.num_errors
+        self.load_times += other.load_times
         return self
 
     def __bool__(self) -> bool:

@@ -91,7 +91,7 @@ class Demoter:
         stored: list[Entry] = []
         for entry, outcome in zip(plan.entries, outcomes, strict=True):
             entry.busy &= ~tier.bit
-            if outcome is Outcome.OK and not plan.cancelled:
+            if outcome is Outcome.OK and entry.key not in plan.unwanted:
                 stored.append(entry)
             elif outcome is not Outcome.OK:
                 self._stats.add(f"{tier.residency.name}.{OUTCOME_COUNTERS[outcome]}_blocks")
@@ -100,15 +100,17 @@ class Demoter:
             tier.residency.insert(entry.meta, now)
         for entry in plan.entries:
             index.drop_if_gone(entry)
-        if plan.cancelled:
-            self._commands.append(Remove(tier.index, tuple(entry.key for entry in plan.entries)))
+        if plan.unwanted:
+            self._commands.append(Remove(tier.index, tuple(entry.key for entry in plan.entries if entry.key in plan.unwanted)))
         self._stats.add(f"{tier.residency.name}.stored_blocks", len(stored))
         return tier, stored
 
-    def cancel(self) -> None:
-        """Everything is forgotten: what is under way is to be removed again when it arrives."""
+    def cancel(self, is_unwanted: Callable[[Entry, int], bool]) -> None:
+        """These blocks are forgotten in a tier (its number): what is under way there is to be removed again when it arrives."""
         for job_id, plan in self._running.items():
-            self._running[job_id] = dataclasses.replace(plan, cancelled=True)
+            keys = {entry.key for entry in plan.entries if is_unwanted(entry, plan.tier)}
+            if keys:
+                self._running[job_id] = dataclasses.replace(plan, unwanted=plan.unwanted | keys)
 
     def _start_by_size(self, tier: LowerTier, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
         for num_bytes in {entry.num_bytes for entry in entries}:

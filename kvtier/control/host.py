@@ -46,11 +46,11 @@ class HostMemory:
                 self._crowd_out(num_bytes, now)
         return min(count, space.available(num_bytes))
 
-    def open_slots(self, blocks: Sequence[tuple[BlockKey, BlockKey | None]], num_bytes: int) -> list[Entry]:
+    def open_slots(self, blocks: Sequence[tuple[BlockKey, BlockKey | None]], num_bytes: int, tenant: str) -> list[Entry]:
         """Slots for blocks (key, parent) that are about to be filled; the leading part where there are too few."""
         entries: list[Entry] = []
         for key, parent in blocks:
-            entry = self._index.ensure(key, parent, num_bytes)
+            entry = self._index.ensure(key, parent, num_bytes, tenant)
             if not self._space.take(entry):
                 self._index.drop_if_gone(entry)
                 break

@@ -17,15 +17,19 @@ HOST = 1
 class Entry:
     """All the control plane knows of one block."""
 
-    __slots__ = ("busy", "key", "num_bytes", "parent", "readable", "slot")
+    __slots__ = ("busy", "key", "num_bytes", "num_children", "parent", "readable", "slot", "tenant")
 
-    def __init__(self, key: BlockKey, parent: BlockKey | None, num_bytes: int) -> None:
+    def __init__(self, key: BlockKey, parent: BlockKey | None, num_bytes: int, tenant: str) -> None:
         self.key = key
         self.parent = parent
         self.num_bytes = num_bytes
         self.readable = 0
         self.busy = 0
         self.slot = -1
+        self.tenant = tenant
+        """whose block it is; empty: nobody's in particular"""
+        self.num_children = 0
+        """known blocks that continue it, in whichever tier"""
 
     @property
     def meta(self) -> BlockMeta:
@@ -36,23 +40,31 @@ class Entry:
 class Index:
     """Keys -> entries. An entry exists while some tier holds the block or a copy of it is under way."""
 
-    __slots__ = ("_entries", "get")
+    __slots__ = ("_entries", "_orphans", "get")
 
     def __init__(self) -> None:
         self._entries: dict[BlockKey, Entry] = {}
+        self._orphans: dict[BlockKey, int] = {}
+        """unknown block -> known blocks that continue it"""
         self.get = self._entries.get
 
-    def ensure(self, key: BlockKey, parent: BlockKey | None, num_bytes: int) -> Entry:
+    def ensure(self, key: BlockKey, parent: BlockKey | None, num_bytes: int, tenant: str = "") -> Entry:
         """The entry of a key, made where there is none."""
-        entry = self._entries.get(key)
+        entry = self.get(key)
         if entry is None:
-            entry = self._entries[key] = Entry(key, parent, num_bytes)
+            entry = self._entries[key] = Entry(key, parent, num_bytes, tenant)
+            if self._orphans:
+                entry.num_children = self._orphans.pop(key, 0)
+            self._count_child(parent, 1)
         return entry
 
     def drop_if_gone(self, entry: Entry) -> None:
         """Forgets an entry that is nowhere and on its way nowhere."""
         if not entry.readable and not entry.busy:
             del self._entries[entry.key]
+            if entry.num_children:
+                self._orphans[entry.key] = entry.num_children
+            self._count_child(entry.parent, -1)
 
     def match(self, keys: Iterable[BlockKey], visible: int) -> PrefixMatch:
         """The leading run held by the ``visible`` tiers. Stops at the first miss, so ``keys`` may be lazy."""
@@ -96,6 +108,19 @@ class Index:
                 entry = self._entries.get(key)
                 key = None if entry is None else entry.parent
         return found
+
+    def _count_child(self, parent: BlockKey | None, change: int) -> None:
+        if parent is None:
+            return
+        entry = self.get(parent)
+        if entry is not None:
+            entry.num_children += change
+            return
+        count = self._orphans.get(parent, 0) + change
+        if count:
+            self._orphans[parent] = count
+        else:
+            del self._orphans[parent]
 
     def __getitem__(self, key: BlockKey) -> Entry:
         return self._entries[key]

@@ -88,6 +88,24 @@ class Residency:
         if policy is not None:
             policy.unpin(key, now)
 
+    def is_pinned(self, key: BlockKey) -> bool:
+        """Whether a pin names this block."""
+        return key in self._pins
+
+    def set_policy(self, make_policy: Callable[[], EvictionPolicy], meta_of: Callable[[BlockKey], BlockMeta], now: float) -> None:
+        """Takes another policy, seeded in the order in which the old one would let the blocks leave. Times to live go on."""
+        self._make_policy = make_policy
+        for num_bytes, old in list(self._policies.items()):
+            pinned = [key for key in self._pins if key in old]
+            for key in pinned:
+                old.unpin(key, now)
+            new = make_policy()
+            for key in old.victims(len(old), now):
+                new.insert(meta_of(key), now)
+            for key in pinned:
+                new.pin(key)
+            self._policies[num_bytes] = new
+
     def expire(self, prefixes_of: Callable[[Iterable[BlockKey]], set[BlockKey]], now: float) -> list[BlockKey]:
         """The blocks whose time is over; they stay known until ``remove``. Pinned prefixes get a new time to live instead."""
         over = [] if self._expiry is None else self._expiry.expired(now)

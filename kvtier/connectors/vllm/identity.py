@@ -8,7 +8,7 @@ from vllm.v1.request import Request
 
 from kvtier.connectors.messages import RequestOptions
 from kvtier.connectors.requests import RequestIdentity
-from kvtier.hashing import TokenSpan
+from kvtier.hashing import TokenSpan, salt_extra
 
 _LOG = logging.getLogger(__name__)
 _KEY = "kvtier"
@@ -16,18 +16,22 @@ _warned: set[str] = set()
 
 
 def identity_of(request: Request) -> RequestIdentity:
-    """Adapter and cache salt separate whole requests; multimodal items the blocks they lie in and all behind."""
+    """Adapter and cache salt separate whole requests; multimodal items the blocks they lie in and all behind.
+
+    The tenant is the salt, or where there is none the adapter's name.
+    """
     extras: list[bytes] = []
     adapter = request.lora_request
     if adapter is not None:
         extras.append(f"lora {adapter.lora_name}\0{adapter.lora_int_id}\0{adapter.lora_path}".encode())
     if request.cache_salt:
-        extras.append(b"salt " + request.cache_salt.encode())
+        extras.append(salt_extra(request.cache_salt))
     spans = tuple(
         TokenSpan(feature.mm_position.offset, feature.mm_position.length, feature.identifier.encode())
         for feature in request.mm_features or ()
     )
-    return RequestIdentity(tuple(extras), spans)
+    tenant = request.cache_salt or (adapter.lora_name if adapter is not None else "")
+    return RequestIdentity(tuple(extras), spans, tenant)
 
 
 def options_of(request: Request) -> RequestOptions:
