@@ -179,7 +179,8 @@ class Controller:
     ) -> Job[Moved]:
         """Copies what ``from_tier`` holds of a prefix to ``to_tier``, then drops it from ``from_tier``. One of the two is ``host``.
 
-        What does not arrive stays where it is, and so does what is pinned or what blocks continue that are not named.
+        What continues the prefix goes with it. What does not arrive stays where it is, and so does what
+        is pinned or a beginning that others share.
         """
         chain = self._chain(tokens, keys, salt)
         allowed = [name for name, number in self._engine.verbs.tiers.items() if number != DEVICE_TIER]
@@ -191,9 +192,9 @@ class Controller:
     def evict(
         self, tokens: Sequence[int] | None = None, *, keys: Sequence[BlockKey] | None = None, salt: str = "", tier: str
     ) -> Job[Evicted]:
-        """Drops a prefix from a tier, or from ``"all"``. The last block leaves first, up to the first that must stay.
+        """Drops a prefix and all that continues it from a tier, or from ``"all"``.
 
-        What is pinned must stay, and what blocks continue that are not named: name a conversation with its last answer.
+        What is pinned stays with everything before it, and so does a beginning that other prompts share.
         """
         chain = self._chain(tokens, keys, salt)
         tiers = self._tiers(tier)

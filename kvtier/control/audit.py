@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 from kvtier.control.host_space import HostSpace
-from kvtier.control.index import HOST, Index
+from kvtier.control.index import HOST, Index, children_of
 from kvtier.control.residency import Residency
+from kvtier.types import BlockKey
 
 
 def audit(index: Index, space: HostSpace, residencies: Mapping[int, Residency]) -> list[str]:
@@ -17,10 +17,12 @@ def audit(index: Index, space: HostSpace, residencies: Mapping[int, Residency]) 
         readable = sum(1 for entry in index if entry.readable & bit)
         if readable != len(residency):
             problems.append(f"{residency.name}: the index knows {readable} blocks, the policy {len(residency)}")
-    children = Counter(entry.parent for entry in index)
+    children: dict[BlockKey | None, set[BlockKey]] = {}
     for entry in index:
-        if entry.num_children != children[entry.key]:
-            problems.append(f"{entry.key.hex()} counts {entry.num_children} blocks that continue it, there are {children[entry.key]}")
+        children.setdefault(entry.parent, set()).add(entry.key)
+    for entry in index:
+        if {child.key for child in children_of(entry)} != children.get(entry.key, set()):
+            problems.append(f"{entry.key.hex()} does not know the blocks that continue it")
         if not entry.readable and not entry.busy:
             problems.append(f"{entry.key.hex()} is nowhere")
         if bool((entry.readable | entry.busy) & HOST) != (entry.slot >= 0):

@@ -33,26 +33,30 @@ class Rate:
     of what is known.
     """
 
-    __slots__ = ("_bins", "_unknown")
+    __slots__ = ("_bins", "_known", "_unknown")
 
     def __init__(self, unknown: Callable[[Iterable[float]], float]) -> None:
         self._unknown = unknown
         self._bins: dict[int, deque[float]] = {}
+        self._known: dict[int, float] = {}
+        """medians of those of which enough was seen"""
 
     def observe(self, size: int, units: int, seconds: float) -> None:
         """``units`` of work took ``seconds``; ``size`` picks the bin. What cannot have been (no work, no time) is ignored."""
         if units > 0 and size > 0 and seconds > 0:
-            self._bins.setdefault(size.bit_length(), deque(maxlen=WINDOW)).append(seconds / units)
+            samples = self._bins.setdefault(size.bit_length(), deque(maxlen=WINDOW))
+            samples.append(seconds / units)
+            if len(samples) >= MIN_SAMPLES:
+                self._known[size.bit_length()] = statistics.median(samples)
 
     def per_unit(self, size: int) -> float | None:
         """Median seconds per unit at this size, or what ``unknown`` makes of the sizes that are known. None: none is."""
-        known = {key: statistics.median(samples) for key, samples in self._bins.items() if len(samples) >= MIN_SAMPLES}
-        here = known.get(size.bit_length())
-        return here if here is not None or not known else self._unknown(known.values())
+        here = self._known.get(size.bit_length())
+        return here if here is not None or not self._known else self._unknown(self._known.values())
 
     def known_sizes(self) -> list[int]:
         """The sizes (lower ends of their bins) of which enough was seen."""
-        return sorted(1 << key - 1 for key, samples in self._bins.items() if len(samples) >= MIN_SAMPLES)
+        return sorted(1 << key - 1 for key in self._known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ there. ``busy``: a copy into that tier is under way (host: from the engine or fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from kvtier.types import BlockKey, BlockMeta, PrefixMatch
 
@@ -17,7 +17,7 @@ HOST = 1
 class Entry:
     """All the control plane knows of one block."""
 
-    __slots__ = ("busy", "key", "num_bytes", "num_children", "parent", "readable", "slot", "tenant")
+    __slots__ = ("busy", "children", "key", "num_bytes", "parent", "readable", "slot", "tenant")
 
     def __init__(self, key: BlockKey, parent: BlockKey | None, num_bytes: int, tenant: str) -> None:
         self.key = key
@@ -28,13 +28,23 @@ class Entry:
         self.slot = -1
         self.tenant = tenant
         """whose block it is; empty: nobody's in particular"""
-        self.num_children = 0
+        self.children: Entry | set[Entry] | None = None
         """known blocks that continue it, in whichever tier"""
 
     @property
     def meta(self) -> BlockMeta:
         """The block as tiers and policies know it."""
         return BlockMeta(self.key, self.parent, self.num_bytes)
+
+
+Children = Entry | set[Entry] | None
+"""Nearly all blocks are continued by one other at most; a set for each would cost more than the entry."""
+
+
+def children_of(entry: Entry) -> Collection[Entry]:
+    """The known blocks that continue a block."""
+    children = entry.children
+    return () if children is None else (children,) if isinstance(children, Entry) else children
 
 
 class Index:
@@ -44,7 +54,7 @@ class Index:
 
     def __init__(self) -> None:
         self._entries: dict[BlockKey, Entry] = {}
-        self._orphans: dict[BlockKey, int] = {}
+        self._orphans: dict[BlockKey, Children] = {}
         """unknown block -> known blocks that continue it"""
         self.get = self._entries.get
 
@@ -54,17 +64,19 @@ class Index:
         if entry is None:
             entry = self._entries[key] = Entry(key, parent, num_bytes, tenant)
             if self._orphans:
-                entry.num_children = self._orphans.pop(key, 0)
-            self._count_child(parent, 1)
+                entry.children = self._orphans.pop(key, None)
+            if parent is not None:
+                self._adopt(parent, entry)
         return entry
 
     def drop_if_gone(self, entry: Entry) -> None:
         """Forgets an entry that is nowhere and on its way nowhere."""
         if not entry.readable and not entry.busy:
             del self._entries[entry.key]
-            if entry.num_children:
-                self._orphans[entry.key] = entry.num_children
-            self._count_child(entry.parent, -1)
+            if entry.children is not None:
+                self._orphans[entry.key] = entry.children
+            if entry.parent is not None:
+                self._disown(entry.parent, entry)
 
     def match(self, keys: Iterable[BlockKey], visible: int) -> PrefixMatch:
         """The leading run held by the ``visible`` tiers. Stops at the first miss, so ``keys`` may be lazy."""
@@ -109,18 +121,39 @@ class Index:
                 key = None if entry is None else entry.parent
         return found
 
-    def _count_child(self, parent: BlockKey | None, change: int) -> None:
-        if parent is None:
-            return
+    def subtree(self, entry: Entry) -> list[Entry]:
+        """All known blocks that continue a block, and the block itself, which comes last: children before their parents."""
+        found, pending = [], [entry]
+        while pending:
+            found.append(pending.pop())
+            pending += children_of(found[-1])
+        return found[::-1]
+
+    def _adopt(self, parent: BlockKey, child: Entry) -> None:
         entry = self.get(parent)
-        if entry is not None:
-            entry.num_children += change
-            return
-        count = self._orphans.get(parent, 0) + change
-        if count:
-            self._orphans[parent] = count
+        children = self._orphans.get(parent) if entry is None else entry.children
+        if children is None:
+            children = child
+        elif isinstance(children, Entry):
+            children = {children, child}
         else:
+            children.add(child)
+        if entry is None:
+            self._orphans[parent] = children
+        else:
+            entry.children = children
+
+    def _disown(self, parent: BlockKey, child: Entry) -> None:
+        entry = self.get(parent)
+        children = self._orphans.get(parent) if entry is None else entry.children
+        if isinstance(children, set):
+            children.discard(child)
+            if children:
+                return
+        if entry is None:
             del self._orphans[parent]
+        else:
+            entry.children = None
 
     def __getitem__(self, key: BlockKey) -> Entry:
         return self._entries[key]

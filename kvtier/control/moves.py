@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtier.control.books import Books
-from kvtier.control.index import Entry
+from kvtier.control.index import Entry, children_of
 from kvtier.control.operations import HOST_TIER, Operations
 from kvtier.control.promotion import Promoter
 from kvtier.types import BlockKey
@@ -17,7 +17,8 @@ class Move:
     """A move and how far it is. Read it at any time; only the planner changes it."""
 
     keys: tuple[BlockKey, ...]
-    """the leading run that the source held"""
+    """what the source held of the prefix and of what continues it, children before their parents"""
+    prefix: tuple[BlockKey, ...]
     source: int
     target: int
     copied_blocks: int = 0
@@ -39,7 +40,9 @@ class Mover:
     def start(self, keys: Sequence[BlockKey], source: int, target: int, now: float) -> Move:
         """See :meth:`Planner.move`."""
         run = self._books.index.run(keys, 0, 1 << source)
-        move = Move(tuple(entry.key for entry in run), source, target)
+        behind = self._books.index.subtree(run[-1])[:-1] if run and len(run) == len(keys) else []
+        entries = [*(entry for entry in behind if entry.readable & 1 << source), *reversed(run)]
+        move = Move(tuple(entry.key for entry in entries), tuple(keys), source, target)
         self._open.append(move)
         self._copy(move, now)
         self._look(move, now)
@@ -66,19 +69,29 @@ class Mover:
             self._copy(move, now)
             if self._is_pending(move, entries):
                 return
-        move.moved_blocks = len(self._operations.drop(move.keys, move.source, 1 << move.target))
+        move.moved_blocks = len(self._operations.drop(move.prefix, move.source, 1 << move.target))
         self._books.stats.add("control.moved_blocks", move.moved_blocks)
         self._end(move)
 
     def _copy(self, move: Move, now: float) -> None:
+        entries = [entry for key in reversed(move.keys) if (entry := self._books.index.get(key)) is not None]
         if move.target == HOST_TIER:
-            self._promoter.promote(move.keys, now)
+            for entry in entries:
+                if entry is entries[-1] or not children_of(entry):
+                    self._promoter.promote(self._chain(entry), now)
             return
         tier = self._books.lower[move.target - 1]
-        for key in move.keys:
-            entry = self._books.index[key]
+        for entry in entries:
             if not (entry.readable | entry.busy) & tier.bit:
-                tier.write_soon(key)
+                tier.write_soon(entry.key)
+
+    def _chain(self, entry: Entry) -> list[BlockKey]:
+        """The keys from the beginning of a prompt to a block."""
+        chain = [entry.key]
+        while entry.parent is not None and (parent := self._books.index.get(entry.parent)) is not None:
+            entry = parent
+            chain.append(entry.key)
+        return chain[::-1]
 
     def _is_pending(self, move: Move, entries: Sequence[Entry]) -> bool:
         if any(entry.busy & 1 << move.target for entry in entries):

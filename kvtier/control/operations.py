@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvtier.control.books import Books
 from kvtier.control.commands import Remove
-from kvtier.control.index import HOST, Entry
+from kvtier.control.index import HOST, Entry, children_of
 from kvtier.control.promotion import Promoter
 from kvtier.control.residency import Residency
 from kvtier.control.storing import Storing
@@ -60,25 +60,25 @@ class Operations:
         return len(gone)
 
     def drop(self, keys: Sequence[BlockKey], tier_index: int, only_if: int = 0) -> list[BlockKey]:
-        """Drops blocks of a prefix in a tier, the last one first, up to the first that must stay. Returns those that left.
+        """Drops a prefix and what continues it in a tier, from the ends, up to the blocks that must stay. Returns those that left.
 
-        Must stay: what is pinned there, and what a block continues that is not named. ``only_if`` (a mask): blocks must be readable in one
-        of these other tiers; 0: no matter.
+        Must stay: what is pinned there, what another prefix continues, and everything before these. ``only_if`` (a mask): blocks must be
+        readable in one of these other tiers to leave; 0: no matter.
         """
-        books = self._books
+        index = self._books.index
+        named = [entry for key in keys if (entry := index.get(key)) is not None]
+        if not named:
+            return []
+        behind = index.subtree(named[-1])[:-1] if named[-1].key == keys[-1] else []
+        meant = behind + named[::-1]
+        gone = set(meant)
         leaving: list[Entry] = []
-        for position in range(len(keys) - 1, -1, -1):
-            entry = books.index.get(keys[position])
-            if entry is None:
-                continue
-            follower = books.index.get(keys[position + 1]) if position + 1 < len(keys) else None
-            if entry.num_children > (follower is not None):
-                break
-            if not self._is_in(entry, tier_index):
-                continue
-            if books.is_pinned(tier_index, entry.key) or (only_if and not entry.readable & only_if):
-                break
-            leaving.append(entry)
+        for entry in meant:
+            if gone.issuperset(children_of(entry)) and self._may_leave(entry, tier_index, only_if):
+                if self._is_in(entry, tier_index):
+                    leaving.append(entry)
+            else:
+                gone.discard(entry)
         self._leave(leaving, tier_index)
         return [entry.key for entry in leaving]
 
@@ -111,6 +111,11 @@ class Operations:
         if tier_index == DEVICE_TIER and pool is not None:
             return pool.residency
         return self._books.residency(tier_index)
+
+    def _may_leave(self, entry: Entry, tier_index: int, only_if: int) -> bool:
+        if not self._is_in(entry, tier_index):
+            return True
+        return not self._books.is_pinned(tier_index, entry.key) and (not only_if or bool(entry.readable & only_if))
 
     def _is_in(self, entry: Entry, tier_index: int) -> bool:
         pool = self._books.host.device

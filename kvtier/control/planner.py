@@ -200,15 +200,14 @@ class Planner:
         return self._operations.holdings(keys)
 
     def evict(self, keys: Sequence[BlockKey], tiers: Collection[int]) -> int:
-        """Drops a prefix's blocks from tiers, the last one first. Returns how many blocks left at least one of them.
+        """Drops a prefix and all that continues it from tiers, from the ends. Returns how many blocks left at least one of them.
 
-        A pinned block stays with everything before it, and so does one that another known block continues: name a whole
-        conversation to drop it. Nothing is written down on the way.
+        A pinned block stays with everything before it, and so does what other prefixes continue. Nothing is written down on the way.
         """
         return self._operations.evict(keys, tiers)
 
     def move(self, keys: Sequence[BlockKey], source: int, target: int, now: float) -> Move:
-        """Copies the leading run that ``source`` holds to ``target`` and then drops it from ``source``, as ``evict`` would.
+        """Copies what ``source`` holds of a prefix and of what continues it to ``target`` and drops it from ``source``, as ``evict`` would.
 
         One of the two is host memory. A block that does not arrive (no room, a failure) stays where it is. The copies are
         done by the commands; look at the result after ``tick``.

@@ -180,6 +180,7 @@ def controlled(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     controller.clear(tier="all").result(60.0)
     out["after_clear"] = generate(llm, texts)
     out["found"] = controller.lookup(other).result(60.0).hit_tokens
+    out["estimates"] = dict(controller.stats().result(60.0).estimates)
     out["health"] = controller.health(check_books=True).result(60.0).ok
     return out
 

@@ -96,8 +96,9 @@ def test_evicted_and_cleared_prompts_are_computed(tmp_path: Path) -> None:
 
 def test_another_policy_evicts_others() -> None:
     """The oldest prompt is used again before others need its room: under lru it stays, under fifo it leaves all the same."""
+    settings = host(SMALL, connector={"max_pinned_fraction": 0})  # the end of a pin counts as a use, also under fifo
     for policy, expected in (("lru", FULL), ("fifo", 0)):
-        with controlled(host(SMALL)) as (rig, controller):
+        with controlled(settings) as (rig, controller):
             fill(rig, 1, 4)
             controller.set_policy("host", policy).result(10.0)
             assert FULL == loaded(rig, "again", 1)["host_tokens"]

@@ -288,3 +288,15 @@ def test_bad_arguments_are_refused_by_name(tmp_path: Path, call: Callable[[Contr
     """At once, in the caller's thread, with the argument, its value and what is allowed."""
     with controlled(tmp_path) as (_, controller), pytest.raises(ControlError, match=message):
         call(controller)
+
+
+def test_a_prefix_without_a_full_block_is_nothing(tmp_path: Path) -> None:
+    """Nothing found, pinned, moved or dropped, and no error."""
+    with controlled(tmp_path) as (_, controller):
+        assert 0 == controller.lookup([1, 2]).result().hit_blocks
+        pinned = controller.pin([1, 2], ttl_s=1.0).result()
+        assert 0 == pinned.num_blocks
+        controller.unpin(pinned).result()
+        assert 0 == controller.prefetch([1, 2]).result().ready_blocks
+        assert 0 == controller.move([1, 2], from_tier="host", to_tier="disk").result().num_blocks
+        assert 0 == controller.evict([1, 2], tier="all").result().num_blocks
