@@ -28,6 +28,8 @@ from kvtier.errors import (
 
 if TYPE_CHECKING:
     from kvtier.config import Config
+    from kvtier.control.hints import NextUse, SessionOver, ToolCall, Workflow
+    from kvtier.control.steps import StepGraph
     from kvtier.controller import Controller, controllers
     from kvtier.engine import CacheEngine
     from kvtier.hashing import KeyChain, Namespace
@@ -50,12 +52,17 @@ __all__ = [
     "KVTierError",
     "KeyChain",
     "Namespace",
+    "NextUse",
     "QuotaError",
+    "SessionOver",
+    "StepGraph",
     "TierBusyError",
     "TierError",
     "TierFormatError",
+    "ToolCall",
     "UnknownSessionError",
     "UnsupportedModelError",
+    "Workflow",
     "__version__",
     "controllers",
 ]
@@ -65,6 +72,11 @@ _LAZY = {
     "CacheEngine": "kvtier.engine",
     "Controller": "kvtier.controller",
     "Job": "kvtier.job",
+    "NextUse": "kvtier.control.hints",
+    "SessionOver": "kvtier.control.hints",
+    "StepGraph": "kvtier.control.steps",
+    "ToolCall": "kvtier.control.hints",
+    "Workflow": "kvtier.control.hints",
     "controllers": "kvtier.controller",
     "Namespace": "kvtier.hashing",
     "KeyChain": "kvtier.hashing",

@@ -19,11 +19,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from typing import TypeVar
 
+from kvtier.control.grouping import order
+from kvtier.control.hints import Hint, check_hint
 from kvtier.control.operations import DEVICE_TIER, HOST_TIER
 from kvtier.controlled import Cleared, Evicted, Found, Health, Moved, Pinned, Prefetched, Snapshot, TierShare
 from kvtier.engine import CacheEngine
 from kvtier.errors import ClosedError, ControlError, QuotaError
-from kvtier.hashing import KeyChain, Namespace, request_root, salt_extra
+from kvtier.hashing import KeyChain, Namespace, request_root, salt_extra, tenant_extra
 from kvtier.job import Job, Progress
 from kvtier.policies import POLICIES
 from kvtier.types import KEY_BYTES, BlockKey
@@ -46,24 +48,20 @@ class Controller:
 
     Every verb returns a :class:`~kvtier.job.Job`. What is wrong with the arguments raises :class:`~kvtier.ControlError` at once; what only
     the driving thread can find out is raised by ``Job.result``. A prefix is named by its token ids (with ``salt``, the request's
-    cache salt), of which only full blocks count, or by the keys of its blocks.
+    cache salt, and ``tenant``, the one that it named), of which only full blocks count, or by the keys of its blocks.
 
     Args:
         engine: the cache; the controller is closed with it
         namespace: what the engine's keys begin with
         block_tokens: tokens of a block
         name: how ``Controller.of`` finds it; empty: it does not
-        max_pinned_fraction: share of host memory that all pins made here may keep
     """
 
-    def __init__(
-        self, engine: CacheEngine, *, namespace: Namespace, block_tokens: int, name: str = "", max_pinned_fraction: float = 0.25
-    ) -> None:
+    def __init__(self, engine: CacheEngine, *, namespace: Namespace, block_tokens: int, name: str = "") -> None:
         self.name = name
         self._engine = engine
         self._namespace = namespace
         self._block_tokens = block_tokens
-        self._max_pinned_fraction = max_pinned_fraction
         self._queued: deque[Job[object]] = deque()
         self._running: list[Job[object]] = []
         self._driver = threading.get_ident()
@@ -91,9 +89,11 @@ class Controller:
 
     # ---- asking -------------------------------------------------------------------------------------------------
 
-    def lookup(self, tokens: Sequence[int] | None = None, *, keys: Sequence[BlockKey] | None = None, salt: str = "") -> Job[Found]:
+    def lookup(
+        self, tokens: Sequence[int] | None = None, *, keys: Sequence[BlockKey] | None = None, salt: str = "", tenant: str = ""
+    ) -> Job[Found]:
         """Which tiers hold how much of a prefix. Changes nothing."""
-        chain = self._chain(tokens, keys, salt)
+        chain = self._chain(tokens, keys, salt, tenant)
         return self._submit("lookup", self._at_once(lambda: self._look(chain)))
 
     def stats(self) -> Job[Snapshot]:
@@ -120,23 +120,23 @@ class Controller:
         *,
         keys: Sequence[BlockKey] | None = None,
         salt: str = "",
+        tenant: str = "",
         ttl_s: float | None = None,
     ) -> Job[Pinned]:
         """Keeps what is there of a prefix where it is, for ``ttl_s`` seconds or until ``unpin``.
 
         ``result`` raises QuotaError where pins would keep more than their share of host memory.
         """
-        chain = self._chain(tokens, keys, salt)
+        chain = self._chain(tokens, keys, salt, tenant)
         _check_seconds("ttl_s", ttl_s)
 
         def work() -> Pinned:
             verbs = self._engine.verbs
-            limit = int(self._max_pinned_fraction * verbs.capacity_blocks)
-            pin_id, num_blocks = verbs.reserve(chain, ttl_s, limit)
+            pin_id, num_blocks = verbs.reserve(chain, ttl_s)
             if pin_id is None:
                 raise QuotaError(
-                    f"pin of {num_blocks} blocks: {verbs.reserved_blocks} are pinned already; allowed: {limit} in all "
-                    f"({self._max_pinned_fraction:g} of host memory)"
+                    f"pin of {num_blocks} blocks: {verbs.reserved_blocks} are pinned already; "
+                    f"allowed: {verbs.max_reserved_blocks} in all (control.max_pinned_fraction)"
                 )
             return Pinned(pin_id, num_blocks, num_blocks * self._block_tokens)
 
@@ -152,6 +152,7 @@ class Controller:
         *,
         keys: Sequence[BlockKey] | None = None,
         salt: str = "",
+        tenant: str = "",
         tier: str = "host",
         deadline_s: float | None = None,
     ) -> Job[Prefetched]:
@@ -159,12 +160,27 @@ class Controller:
 
         ``tier`` can only be ``host``: device memory is filled by loads alone.
         """
-        chain = self._chain(tokens, keys, salt)
+        chain = self._chain(tokens, keys, salt, tenant)
         _check_seconds("deadline_s", deadline_s)
         if tier != "host":
             raise ControlError(f"tier is {tier!r}; allowed: 'host' (blocks come to device memory when they are loaded)")
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         return self._submit("prefetch", self._prefetch(chain, deadline))
+
+    # ---- hints --------------------------------------------------------------------------------------------------
+
+    def hint(self, hint: Hint) -> Job[None]:
+        """Says what is going to happen with sessions: a ToolCall, NextUse, SessionOver or Workflow.
+
+        A session is known once a request has named it. ``result`` raises UnknownSessionError where none has, and QuotaError where
+        what is to be kept does not fit into the share of pins.
+        """
+        check_hint(hint)
+        return self._submit("hint", self._at_once(lambda: self._engine.hint(hint)))
+
+    def order(self, prompts: Sequence[Sequence[int]], *, salt: str = "", tenant: str = "") -> list[int]:
+        """In which order to run a batch so that prompts with a common prefix follow each other: indexes of ``prompts``. At once, no job."""
+        return order([self._chain(prompt, None, salt, tenant) for prompt in prompts])
 
     # ---- moving and dropping ------------------------------------------------------------------------------------
 
@@ -174,6 +190,7 @@ class Controller:
         *,
         keys: Sequence[BlockKey] | None = None,
         salt: str = "",
+        tenant: str = "",
         from_tier: str,
         to_tier: str,
     ) -> Job[Moved]:
@@ -182,7 +199,7 @@ class Controller:
         What continues the prefix goes with it. What does not arrive stays where it is, and so does what
         is pinned or a beginning that others share.
         """
-        chain = self._chain(tokens, keys, salt)
+        chain = self._chain(tokens, keys, salt, tenant)
         allowed = [name for name, number in self._engine.verbs.tiers.items() if number != DEVICE_TIER]
         source, target = (self._tier(argument, name, allowed) for argument, name in (("from_tier", from_tier), ("to_tier", to_tier)))
         if source == target or HOST_TIER not in (source, target):
@@ -190,13 +207,13 @@ class Controller:
         return self._submit("move", self._move(chain, source, target))
 
     def evict(
-        self, tokens: Sequence[int] | None = None, *, keys: Sequence[BlockKey] | None = None, salt: str = "", tier: str
+        self, tokens: Sequence[int] | None = None, *, keys: Sequence[BlockKey] | None = None, salt: str = "", tenant: str = "", tier: str
     ) -> Job[Evicted]:
         """Drops a prefix and all that continues it from a tier, or from ``"all"``.
 
         What is pinned stays with everything before it, and so does a beginning that other prompts share.
         """
-        chain = self._chain(tokens, keys, salt)
+        chain = self._chain(tokens, keys, salt, tenant)
         tiers = self._tiers(tier)
         return self._submit("evict", self._at_once(lambda: Evicted(self._engine.verbs.evict(chain, tiers))))
 
@@ -315,17 +332,20 @@ class Controller:
             self._engine.verbs.cancel_move(move)
         return Moved(move.moved_blocks, move.copied_blocks)
 
-    def _chain(self, tokens: Sequence[int] | None, keys: Sequence[BlockKey] | None, salt: str) -> list[BlockKey]:
+    def _chain(self, tokens: Sequence[int] | None, keys: Sequence[BlockKey] | None, salt: str, tenant: str) -> list[BlockKey]:
         """The keys that the arguments name."""
         if (tokens is None) == (keys is None):
             raise ControlError("a prefix is named by tokens or by keys; allowed: exactly one of the two")
         if keys is not None:
             wrong = [key for key in keys if type(key) is not bytes or len(key) != KEY_BYTES]
-            if wrong or salt:
-                raise ControlError(f"keys: {wrong[0]!r}; allowed: {KEY_BYTES} bytes" if wrong else "salt goes with tokens, not with keys")
+            if wrong:
+                raise ControlError(f"keys: {wrong[0]!r}; allowed: {KEY_BYTES} bytes")
+            if salt or tenant:
+                raise ControlError("salt and tenant go with tokens, not with keys")
             return list(keys)
         assert tokens is not None
-        root = request_root(self._namespace.digest, (salt_extra(salt),) if salt else ())
+        extras = [*([salt_extra(salt)] if salt else []), *([tenant_extra(tenant)] if tenant else [])]
+        root = request_root(self._namespace.digest, extras)
         try:
             return KeyChain(root, self._block_tokens).update(tokens, len(tokens))
         except (ValueError, TypeError) as error:

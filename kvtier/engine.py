@@ -13,6 +13,7 @@ from kvtier.control.commands import BlockEvent
 from kvtier.control.device_pool import DevicePool
 from kvtier.control.estimates import Estimates
 from kvtier.control.expiry import ExpiryQueue
+from kvtier.control.hints import Hint, Hints
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
 from kvtier.control.planner import Planner
@@ -60,6 +61,7 @@ class EngineParts:
     tiers: Sequence[Tier]
     stats: Stats
     estimates: Estimates
+    hints: Hints
 
 
 class CacheEngine:
@@ -82,8 +84,17 @@ class CacheEngine:
         self._space = parts.space
         self._tiers = parts.tiers
         self._clock = clock
-        self.verbs = Verbs(self._planner, self._runner, parts.tiers, parts.slab, block_bytes=block_bytes, clock=clock)
+        self.verbs = Verbs(
+            self._planner,
+            self._runner,
+            parts.tiers,
+            parts.slab,
+            block_bytes=block_bytes,
+            max_reserved_blocks=parts.hints.max_blocks,
+            clock=clock,
+        )
         """what the control API asks for"""
+        self._hints = parts.hints
         self._attachment: Attachment | None = None
         self._closed = False
         self._grow()
@@ -141,7 +152,10 @@ class CacheEngine:
             planner.recover(index, tier.entries(), now)
         estimates = Estimates()
         runner = TransferRunner(planner, lower, arena, namespace.digest, stats, estimates)
-        parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates)
+        capacity_blocks = slab.max_slots(block_bytes)
+        max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
+        hints = Hints(planner, estimates, stats, max_blocks=max_blocks, capacity_blocks=capacity_blocks)
+        parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints)
         return cls(parts, block_bytes=block_bytes, clock=clock)
 
     def match(self, keys: Iterable[BlockKey]) -> PrefixMatch:
@@ -177,12 +191,13 @@ class CacheEngine:
         """
         self._planner.end_load(job_id, failed, self._clock(), partial=partial)
 
-    def begin_store(self, keys: Sequence[BlockKey], first: int, tenant: str = "") -> StorePlan:
+    def begin_store(self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True) -> StorePlan:
         """Slots for those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far.
 
-        ``tenant``: whose blocks they are. Blocks of one tenant must never continue those of another one.
+        ``tenant``: whose blocks they are. Blocks of one tenant must never continue those of another one. ``may_evict=False``: only
+        what is free is used, nobody leaves.
         """
-        plan = self._planner.begin_store(keys, first, self.block_bytes, self._clock(), tenant)
+        plan = self._planner.begin_store(keys, first, self.block_bytes, self._clock(), tenant, may_evict=may_evict)
         self._runner.run()
         return plan
 
@@ -205,6 +220,7 @@ class CacheEngine:
         self._runner.poll(self._clock(), timeout_s)
         if self._attachment is not None:
             self._attachment.serve()
+        self._hints.tick(self._clock())
         self._planner.tick(self._clock())
         self._runner.run()
 
@@ -230,6 +246,25 @@ class CacheEngine:
         while self.busy and time.monotonic() < deadline:
             self.poll(0.05)
         return not self.busy
+
+    # ---- hints ----------------------------------------------------------------------------------------------------
+
+    def hint(self, hint: Hint) -> None:
+        """Acts on what an orchestrator says. Raises UnknownSessionError or QuotaError, after which nothing has changed but a pin's end."""
+        self._hints.take(hint, self._clock())
+        self._runner.run()
+
+    def hint_began(self, session: str) -> None:
+        """A session has a request again."""
+        self._hints.began(session, self._clock())
+
+    def hint_ended(self, session: str, keys: Sequence[BlockKey], num_tokens: int) -> None:
+        """A session's request has ended, with these blocks and so many tokens."""
+        self._hints.ended(session, keys, num_tokens, self._clock())
+
+    def hint_keep(self, keys: Sequence[BlockKey]) -> None:
+        """A request of high priority has ended."""
+        self._hints.keep(keys, self._clock())
 
     def attach(self, attachment: Attachment) -> None:
         """Lets ``poll`` serve something else too, at most one thing. Raises ClosedError after ``close``."""

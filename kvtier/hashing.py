@@ -100,6 +100,11 @@ def salt_extra(salt: str) -> bytes:
     return b"salt " + salt.encode()
 
 
+def tenant_extra(tenant: str) -> bytes:
+    """What the tenant that a request names adds to the root of its keys."""
+    return b"tenant " + tenant.encode()
+
+
 class KeyChain:
     """The keys of one request's full blocks, in order. Keeps what it has hashed, so a growing request costs only what is new.
 

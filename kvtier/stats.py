@@ -43,6 +43,11 @@ COUNTERS: Mapping[str, str] = {
     "pin.expired": "pins that ended by their deadline",
     "control.evicted_blocks": "blocks dropped from a tier by the control API",
     "control.moved_blocks": "blocks moved from one tier to another by the control API",
+    "hint.taken": "hints that were acted on or refused",
+    "hint.prefetches": "promotions that hints asked for",
+    "hint.refused": "hints that would have kept more than their share",
+    "hint.unknown_sessions": "hints for sessions that no request has named",
+    "hint.bad": "options of requests that made no sense and were left out",
     "connector.errors": "unexpected errors inside kvtier that became misses",
     "index.reset": "times the whole cache was forgotten on request",
 }

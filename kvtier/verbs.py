@@ -29,12 +29,15 @@ class Verbs:
         slab: SlabAllocator,
         *,
         block_bytes: int,
+        max_reserved_blocks: int,
         clock: Callable[[], float],
     ) -> None:
         self.tiers = planner.tiers
         """name of each tier -> its number, fastest first"""
         self.capacity_blocks = slab.max_slots(block_bytes)
         """how many blocks host memory holds once it is prepared"""
+        self.max_reserved_blocks = max_reserved_blocks
+        """share of all pins of users and hints"""
         self._planner = planner
         self._runner = runner
         self._lower = tiers
@@ -50,9 +53,9 @@ class Verbs:
         """What each tier holds of the leading run of ``keys`` that some tier holds."""
         return self._planner.holdings(keys)
 
-    def reserve(self, keys: Sequence[BlockKey], ttl_s: float | None, max_blocks: int) -> tuple[int | None, int]:
+    def reserve(self, keys: Sequence[BlockKey], ttl_s: float | None) -> tuple[int | None, int]:
         """A pin that counts towards a share. Returns its id, None where it is refused, and its blocks in host memory."""
-        return self._planner.reserve(keys, None if ttl_s is None else self._clock() + ttl_s, max_blocks)
+        return self._planner.reserve(keys, None if ttl_s is None else self._clock() + ttl_s, self.max_reserved_blocks)
 
     def evict(self, keys: Sequence[BlockKey], tiers: Collection[int]) -> int:
         """Drops a prefix from tiers, tail first, up to what must stay. Returns how many blocks left."""

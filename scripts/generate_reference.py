@@ -21,7 +21,7 @@ from benchmark_pages import benchmarks_page, readme  # noqa: E402 - after the li
 from pydantic import BaseModel  # noqa: E402
 from version_pages import versions_page  # noqa: E402
 
-from kvtier.config import Config, ConnectorConfig, DiskTierConfig, GpuTierConfig, HostTierConfig  # noqa: E402
+from kvtier.config import Config, ConnectorConfig, ControlConfig, DiskTierConfig, GpuTierConfig, HostTierConfig  # noqa: E402
 from kvtier.config.fields import text_of  # noqa: E402
 from kvtier.config.template import EXAMPLE  # noqa: E402
 from kvtier.units import DURATION_UNITS, SIZE_UNITS, format_duration, format_size  # noqa: E402
@@ -45,6 +45,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`tiers`: `type: host`", HostTierConfig),
     ("`tiers`: `type: disk`", DiskTierConfig),
     ("`connector`", ConnectorConfig),
+    ("`control`", ControlConfig),
 )
 
 

@@ -194,6 +194,19 @@ class ConnectorConfig(Section):
     )
 
 
+class ControlConfig(Section):
+    """What users and hints may claim."""
+
+    max_pinned_fraction: float = setting(
+        0.25,
+        kind="number",
+        allowed="0 to 1",
+        about="Share of host memory that pins of the control API and of hints may keep together.",
+        ge=0,
+        le=1,
+    )
+
+
 TierConfig = Annotated[GpuTierConfig | HostTierConfig | DiskTierConfig, Field(discriminator="type")]
 
 
@@ -212,6 +225,7 @@ class Config(Section):
     )
     tiers: Annotated[tuple[TierConfig, ...], LIST_AS_TUPLE] = setting(REQUIRED, kind="list", allowed=_TIERS, about="Fastest first.")
     connector: ConnectorConfig = setting(ConnectorConfig(), kind="mapping", allowed="a mapping", about="How requests use the tiers.")
+    control: ControlConfig = setting(ControlConfig(), kind="mapping", allowed="a mapping", about="What users and hints may claim.")
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info",
         kind="name",

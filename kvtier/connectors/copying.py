@@ -96,11 +96,12 @@ class Copying:
         if end <= first:
             return
         keys = request.keys(end, block_tokens)
-        plan = self._engine.begin_store(keys, first, request.tenant)
+        may_evict = request.options.priority != "low"
+        plan = self._engine.begin_store(keys, first, request.tenant, may_evict=may_evict)
         if plan.broken:
             # The blocks before have been evicted while the request ran; all of them are still in the engine.
             first = self._engine.match(keys).hit_blocks
-            plan = self._engine.begin_store(keys, first, request.tenant)
+            plan = self._engine.begin_store(keys, first, request.tenant, may_evict=may_evict)
         request.store_from = end - plan.num_refused
         request.store_next(block_tokens)
         if plan.num_refused and request.store_at < NEVER:

@@ -7,6 +7,7 @@ The scheduler half decides and never sees a tensor; the worker half moves bytes 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,22 @@ class RequestOptions:
     """may take KV out of the cache"""
     store: bool = True
     """may put KV into the cache"""
+    store_only_prefix: int | None = None
+    """tokens behind which nothing is stored; None: no bound"""
+    priority: Literal["low", "normal", "high"] = "normal"
+    """low: evicts nothing and refreshes nothing; high: kept for a while after its end"""
+    tenant: str = ""
+    """whose blocks they are; requests of different tenants share nothing"""
+    session: str = ""
+    """what its next requests have in common with it, for hints"""
+    tool: str = ""
+    """the tool that the session is going to call when the request has ended"""
+    expected_s: float | None = None
+    """how long that is expected to take"""
+    next_use_s: float | None = None
+    """when the session's next request is expected, after the end of this one"""
+    num_problems: int = 0
+    """how much of what was asked made no sense"""
 
 
 @dataclass(slots=True)

@@ -157,6 +157,7 @@ class Request:
         "num_found_ready",
         "num_keys",
         "num_store_tokens",
+        "options",
         "request_id",
         "store_at",
         "store_from",
@@ -169,9 +170,10 @@ class Request:
         self.tenant = tenant
         self.token_ids = token_ids
         self.chain = chain
+        self.options = options
         self.can_load = options.load
         self.can_store = options.store
-        self.num_store_tokens = NEVER
+        self.num_store_tokens = NEVER if options.store_only_prefix is None else options.store_only_prefix
         """tokens behind which nothing is stored"""
         self.lookup: Lookup | None = None
         self.deadline: float | None = None

@@ -7,6 +7,8 @@ Call order within one engine step, as vLLM has it::
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -17,7 +19,9 @@ from kvtier.connectors.messages import MoveJob, RequestOptions, ScheduledRequest
 from kvtier.connectors.requests import ConnectorSettings, Geometry, Matched, Request, RequestIdentity, make_request
 from kvtier.connectors.step_meter import StepMeter, StepTokens
 from kvtier.control.commands import BlockEvent
+from kvtier.control.hints import Hint, NextUse, ToolCall
 from kvtier.engine import CacheEngine
+from kvtier.errors import ControlError
 
 IDLE_WAIT_S = 0.005
 """how long an engine step with nothing to compute waits for promotions"""
@@ -89,10 +93,11 @@ class SchedulerHalf:
         if request_id in self._requests:
             return
         with self._boundary.at("add_request"):
-            allowed = RequestOptions(options.load and self._settings.load, options.store and self._settings.store)
+            self._engine.stats.add("hint.bad", options.num_problems)
+            allowed = dataclasses.replace(options, load=options.load and self._settings.load, store=options.store and self._settings.store)
             request = make_request(request_id, token_ids, identity, allowed, geometry=self._geometry)
             if not self._settings.store_decode_blocks:
-                request.num_store_tokens = num_prompt_tokens
+                request.num_store_tokens = min(request.num_store_tokens, num_prompt_tokens)
             self._requests[request_id] = request
 
     def match(self, request_id: str, num_tokens: int, num_computed_tokens: int) -> Matched:
@@ -129,7 +134,10 @@ class SchedulerHalf:
                 host_tokens = min(found_tokens, num_external_tokens)
                 request.hit_tokens = (host_tokens, num_external_tokens - host_tokens)
                 self._copying.plan_load(request, block_ids, num_external_tokens)
-            self._touch(request)
+            if request.options.priority != "low":
+                self._touch(request)
+            if request.options.session:
+                self._engine.hint_began(request.options.session)
         with self._boundary.at("allocated"):
             self._matcher.release(request)
             request.store_next(self._block_tokens)
@@ -203,6 +211,9 @@ class SchedulerHalf:
         if request is not None:
             with self._boundary.at("request_finished"):
                 self._matcher.release(request)
+            if request.is_admitted:
+                with self._boundary.at("hint"):
+                    self._hint(request)
         if not self._stores_are_async or not self._copying.is_reading(request_id):
             return False
         self._held.append(request_id)
@@ -276,6 +287,24 @@ class SchedulerHalf:
         self._engine.stats.add("connector.errors", report.num_errors)
         for num_bytes, seconds in report.load_times:
             self._engine.estimates.transferred("host", num_bytes, seconds)
+
+    def _hint(self, request: Request) -> None:
+        """What a request that has ended says of the next one of its session. A refusal is counted, and changes nothing for anybody."""
+        options = request.options
+        if not options.session and options.priority != "high":
+            return
+        num_tokens = len(request.token_ids)
+        keys = request.keys(num_tokens // self._block_tokens, self._block_tokens)
+        if options.priority == "high":
+            self._engine.hint_keep(keys)
+        if not options.session:
+            return
+        self._engine.hint_ended(options.session, keys, num_tokens)
+        hints: list[Hint] = [ToolCall(options.session, options.tool, options.expected_s)] if options.tool else []
+        hints += [] if options.next_use_s is None else [NextUse(options.session, options.next_use_s)]
+        for hint in hints:
+            with contextlib.suppress(ControlError):
+                self._engine.hint(hint)
 
     def _start_over(self, request: Request) -> None:
         request.start_over()

@@ -130,12 +130,15 @@ class Planner:
 
     # ---- storing ------------------------------------------------------------------------------------------------
 
-    def begin_store(self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float, tenant: str = "") -> StorePlan:
+    def begin_store(
+        self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float, tenant: str = "", *, may_evict: bool = True
+    ) -> StorePlan:
         """Slots for those of ``keys[first:]`` that are not in host memory; ``keys[:first]`` are the blocks before them.
 
-        ``tenant``: whose blocks they are; one tenant's blocks only ever continue its own.
+        ``tenant``: whose blocks they are; one tenant's blocks only ever continue its own. ``may_evict``: others may have to
+        make room; else only what is free is used.
         """
-        return self._storing.begin(keys, first, num_bytes, now, tenant)
+        return self._storing.begin(keys, first, num_bytes, now, tenant, may_evict)
 
     def commit_store(self, job_id: int, failed: Collection[int], now: float) -> None:
         """The copies of a store are done; ``failed`` are indexes into its slots. What lies behind a failed one is given up."""

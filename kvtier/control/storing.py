@@ -18,7 +18,7 @@ class Storing:
         self._books = books
         self._running: dict[int, StoreInFlight] = {}
 
-    def begin(self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float, tenant: str) -> StorePlan:
+    def begin(self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float, tenant: str, may_evict: bool) -> StorePlan:
         """See :meth:`Planner.begin_store`."""
         books = self._books
         job_id = next(books.ids)
@@ -35,7 +35,7 @@ class Storing:
         if not wanted:
             return StorePlan(job_id)
         anchored = books.anchor(anchor)
-        room = books.host.make_room(len(wanted), num_bytes, now)
+        room = books.host.make_room(len(wanted), num_bytes, now) if may_evict else min(len(wanted), books.space.available(num_bytes))
         entries = books.host.open_slots([(keys[p], keys[p - 1] if p else None) for p in wanted[:room]], num_bytes, tenant)
         books.stats.add("store.refused_blocks", len(wanted) - len(entries))
         if not entries:

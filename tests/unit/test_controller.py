@@ -79,7 +79,7 @@ def test_pins_beyond_their_share_are_refused(tmp_path: Path) -> None:
     with controlled(tmp_path) as (held, controller):
         fill(held, [1, 2])
         first = controller.pin(keys=keys_of(1, 4)).result()
-        with pytest.raises(QuotaError, match=r"pin of 4 blocks: 4 are pinned already; allowed: 4 in all \(0\.25 of host memory\)"):
+        with pytest.raises(QuotaError, match=r"pin of 4 blocks: 4 are pinned already; allowed: 4 in all \(control\.max_pinned_fraction\)"):
             controller.pin(keys=keys_of(2, 4)).result()
         controller.unpin(first).result()
         controller.unpin(controller.pin(keys=keys_of(2, 4)).result()).result()
@@ -268,7 +268,7 @@ KEYS = keys_of(1, 2)
         (lambda c: c.lookup(), "named by tokens or by keys; allowed: exactly one"),
         (lambda c: c.lookup([1], keys=KEYS), "exactly one"),
         (lambda c: c.lookup(keys=[BlockKey(b"short")]), r"keys: b'short'; allowed: 16 bytes"),
-        (lambda c: c.lookup(keys=KEYS, salt="x"), "salt goes with tokens"),
+        (lambda c: c.lookup(keys=KEYS, salt="x"), "salt and tenant go with tokens"),
         (lambda c: c.lookup([1, -2, 3, 4]), "tokens: .*allowed: token ids"),
         (lambda c: c.pin(keys=KEYS, ttl_s=-1.0), "ttl_s is -1.0; allowed: more than 0 seconds and finite"),
         (lambda c: c.pin(keys=KEYS, ttl_s=float("inf")), "ttl_s is inf"),

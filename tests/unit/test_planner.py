@@ -51,12 +51,12 @@ TestWriteOnEvict = OnEvictMachine.TestCase
 TestFIFOWithTTL = FIFOMachine.TestCase
 
 
-def make_planner(host_blocks: int, *, ttl_s: float | None = None, extent_blocks: int = 4) -> Planner:
+def make_planner(host_blocks: int, *, ttl_s: float | None = None, extent_blocks: int = 4, has_disk: bool = True) -> Planner:
     slab = SlabAllocator(host_blocks * PAGE_BYTES, extent_blocks * PAGE_BYTES)
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=True)
     host = Residency("host", lambda: create_policy("lru"), expiry)
     disk = LowerTierSpec(Residency("disk", lambda: create_policy("lru"), None), lambda num_bytes: 100, WriteMode.THROUGH, 1 << 30)
-    return Planner(HostSpace(slab, [0] * host_blocks), host, [disk], Stats())
+    return Planner(HostSpace(slab, [0] * host_blocks), host, [disk] if has_disk else [], Stats())
 
 
 def keys_of(prompt: int, num_blocks: int) -> list[BlockKey]:

@@ -108,12 +108,13 @@ class KVTierConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         half = self._half.half
         if not half.knows(request.request_id):
+            options = options_of(request)
             half.add_request(
                 request.request_id,
                 request.all_token_ids,
                 num_prompt_tokens=request.num_prompt_tokens,
-                identity=identity_of(request),
-                options=options_of(request),
+                identity=identity_of(request, options),
+                options=options,
             )
         matched = half.match(request.request_id, request.num_tokens, num_computed_tokens)
         return matched.num_tokens, matched.is_async
