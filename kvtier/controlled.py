@@ -87,6 +87,8 @@ class Snapshot:
     """readable blocks by tier"""
     num_bytes: Mapping[str, int]
     """their bytes by tier"""
+    bytes_by_tenant: Mapping[str, Mapping[str, int]]
+    """tier -> tenant -> bytes; what is nobody's in particular under the empty name"""
     capacity_blocks: Mapping[str, int | None]
     """how many fit; None: no bound"""
     open: Mapping[str, int]

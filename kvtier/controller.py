@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import TypeVar
 
 from kvtier.control.grouping import order
@@ -235,6 +235,19 @@ class Controller:
         if policy not in POLICIES:
             raise ControlError(f"policy is {policy!r}; allowed: {', '.join(sorted(POLICIES))}")
         return self._submit("set_policy", self._at_once(lambda: self._engine.verbs.set_policy(number, policy)))
+
+    def quota(self, tenant: str, *, tier: str, num_bytes: int | None) -> Job[Mapping[str, int]]:
+        """Says how many bytes a tenant may always have in a tier; None: as all tenants without a quota. Gives all quotas of the tier.
+
+        Nobody leaves because of it; from then on a tenant over its quota makes room for itself, and others' unused share is borrowed.
+        ``result`` raises QuotaError where quotas together would exceed the tier. Touches every block of the tier.
+        """
+        number = self._tier("tier", tier, [name for name, number in self._engine.verbs.tiers.items() if number != DEVICE_TIER])
+        if not tenant:
+            raise ControlError("tenant is ''; allowed: a tenant's name")
+        if num_bytes is not None and (type(num_bytes) is not int or num_bytes < 0):
+            raise ControlError(f"num_bytes is {num_bytes!r}; allowed: a whole number from 0, or None")
+        return self._submit("quota", self._at_once(lambda: self._engine.verbs.set_quota(number, tenant, num_bytes)))
 
     @property
     def namespace(self) -> Namespace:

@@ -8,6 +8,7 @@ from kvtier.control.moves import Move
 from kvtier.control.operations import HOST_TIER, Holding
 from kvtier.control.planner import Planner
 from kvtier.controlled import Snapshot
+from kvtier.errors import QuotaError
 from kvtier.memory.slab import SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.tiers.base import Tier
@@ -83,10 +84,32 @@ class Verbs:
         """Gives a tier another policy, seeded with the order of the old one."""
         self._planner.set_policy(tier, lambda: create_policy(name), self._clock())
 
+    def set_quota(self, tier: int, tenant: str, num_bytes: int | None) -> Mapping[str, int]:
+        """Says how many bytes a tenant may always have in a tier (None: as all others). Returns all quotas of the tier.
+
+        Raises:
+            QuotaError: quotas together would exceed the tier.
+        """
+        quotas = {name: quota for name, quota in self._planner.quotas(tier).items() if name != tenant}
+        capacity_bytes = self._capacity_bytes(tier)
+        if num_bytes is not None and capacity_bytes is not None and num_bytes + sum(quotas.values()) > capacity_bytes:
+            raise QuotaError(
+                f"quota of {tenant!r}: {num_bytes} bytes beside {sum(quotas.values())} of other tenants; "
+                f"allowed: {capacity_bytes} in all, what the tier holds"
+            )
+        self._planner.set_quota(tier, tenant, num_bytes, self._clock())
+        return dict(self._planner.quotas(tier))
+
+    def _capacity_bytes(self, tier: int) -> int | None:
+        num_blocks = self.capacity_blocks if tier == HOST_TIER else self._lower[tier - 1].max_blocks(self._block_bytes)
+        return None if num_blocks is None else num_blocks * self._block_bytes
+
     def snapshot(self, counters: Mapping[str, int], figures: Mapping[str, float]) -> Snapshot:
         """All figures at once, beside the engine's counters and estimates."""
         capacity = {"host": self.capacity_blocks} | {tier.name: tier.max_blocks(self._block_bytes) for tier in self._lower}
-        return Snapshot(counters, self._planner.num_blocks(), self._planner.num_bytes(), capacity, self._planner.leftovers(), figures)
+        planner = self._planner
+        tenants = planner.bytes_by_tenant()
+        return Snapshot(counters, planner.num_blocks(), planner.num_bytes(), tenants, capacity, planner.leftovers(), figures)
 
     def online(self) -> dict[str, bool]:
         """Which tiers are online; memory always is."""

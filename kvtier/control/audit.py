@@ -20,6 +20,7 @@ def audit(index: Index, space: HostSpace, residencies: Mapping[int, Residency]) 
     children: dict[BlockKey | None, set[BlockKey]] = {}
     for entry in index:
         children.setdefault(entry.parent, set()).add(entry.key)
+    problems += _tenants(index, residencies)
     for entry in index:
         if {child.key for child in children_of(entry)} != children.get(entry.key, set()):
             problems.append(f"{entry.key.hex()} does not know the blocks that continue it")
@@ -27,4 +28,19 @@ def audit(index: Index, space: HostSpace, residencies: Mapping[int, Residency]) 
             problems.append(f"{entry.key.hex()} is nowhere")
         if bool((entry.readable | entry.busy) & HOST) != (entry.slot >= 0):
             problems.append(f"{entry.key.hex()}: slot {entry.slot} with readable {entry.readable:b}, busy {entry.busy:b}")
+    return problems
+
+
+def _tenants(index: Index, residencies: Mapping[int, Residency]) -> list[str]:
+    """Where a tier's bytes by tenant are not those of its blocks."""
+    problems: list[str] = []
+    for bit, residency in residencies.items():
+        by_tenant: dict[str, int] = {}
+        for entry in index:
+            if entry.readable & bit:
+                by_tenant[entry.tenant] = by_tenant.get(entry.tenant, 0) + entry.num_bytes
+        if by_tenant != residency.bytes_by_tenant():
+            problems.append(f"{residency.name}: tenants have {by_tenant} bytes, counted were {residency.bytes_by_tenant()}")
+        if sum(by_tenant.values()) != residency.num_bytes:
+            problems.append(f"{residency.name}: {sum(by_tenant.values())} bytes, counted were {residency.num_bytes}")
     return problems

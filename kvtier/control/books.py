@@ -29,6 +29,8 @@ class Books:
         self.stats = stats
         self.ids = itertools.count(1)
         self.commands: list[Command] = []
+        for residency in (host, *(tier.residency for tier in self.lower)):
+            residency.tenant_of = self.index.tenant_of
         self.demoter = Demoter(space, self.lower, self.ids, stats)
         self.host = HostMemory(self.index, space, host, self.demoter, stats, events=events)
 

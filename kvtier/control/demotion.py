@@ -67,7 +67,7 @@ class Demoter:
                     batch.append(entry)
                     if len(batch) * entry.num_bytes >= MAX_JOB_BYTES:
                         break
-                self._start_by_size(tier, batch, index, now, forget)
+                self._start_alike(tier, batch, index, now, forget)
 
     def on_evict(self, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
         """Blocks are about to leave host memory: those that a tier still wants are written down from their leased slots."""
@@ -78,7 +78,7 @@ class Demoter:
             for entry in wanted:
                 tier.forget_waiting(entry.key)
             if tier.has_budget():
-                self._start_by_size(tier, wanted, index, now, forget)
+                self._start_alike(tier, wanted, index, now, forget)
             else:
                 self._stats.add(f"{tier.residency.name}.skipped_blocks", len(wanted))
 
@@ -112,9 +112,12 @@ class Demoter:
             if keys:
                 self._running[job_id] = dataclasses.replace(plan, unwanted=plan.unwanted | keys)
 
-    def _start_by_size(self, tier: LowerTier, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
-        for num_bytes in {entry.num_bytes for entry in entries}:
-            self._start(tier, [entry for entry in entries if entry.num_bytes == num_bytes], index, now, forget)
+    def _start_alike(self, tier: LowerTier, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
+        groups: dict[tuple[int, str], list[Entry]] = {}
+        for entry in entries:
+            groups.setdefault((entry.num_bytes, entry.tenant), []).append(entry)
+        for group in groups.values():
+            self._start(tier, group, index, now, forget)
 
     def _start(self, tier: LowerTier, entries: list[Entry], index: Index, now: float, forget: Forget) -> None:
         num_bytes = entries[0].num_bytes
@@ -122,7 +125,7 @@ class Demoter:
         tier.residency.touch([entry.parent for entry in entries if entry.parent is not None], num_bytes, now)
         short = tier.shortage(len(entries), num_bytes)
         if short > 0:
-            victims = tier.residency.victims(short, num_bytes, now)
+            victims = tier.residency.victims(short, num_bytes, now, entries[0].tenant)
             self._evict(tier, victims, index, forget)
             if len(victims) < short:
                 self._stats.add(f"{tier.residency.name}.rejected_blocks", short - len(victims))

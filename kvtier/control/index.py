@@ -78,6 +78,11 @@ class Index:
             if entry.parent is not None:
                 self._disown(entry.parent, entry)
 
+    def tenant_of(self, key: BlockKey) -> str:
+        """Whose a known block is; empty for an unknown one."""
+        entry = self.get(key)
+        return "" if entry is None else entry.tenant
+
     def match(self, keys: Iterable[BlockKey], visible: int) -> PrefixMatch:
         """The leading run held by the ``visible`` tiers. Stops at the first miss, so ``keys`` may be lazy."""
         get = self._entries.get

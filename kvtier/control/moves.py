@@ -39,10 +39,11 @@ class Mover:
 
     def start(self, keys: Sequence[BlockKey], source: int, target: int, now: float) -> Move:
         """See :meth:`Planner.move`."""
-        run = self._books.index.run(keys, 0, 1 << source)
-        behind = self._books.index.subtree(run[-1])[:-1] if run and len(run) == len(keys) else []
-        entries = [*(entry for entry in behind if entry.readable & 1 << source), *reversed(run)]
-        move = Move(tuple(entry.key for entry in entries), tuple(keys), source, target)
+        index = self._books.index
+        named = [entry for key in keys if (entry := index.get(key)) is not None]
+        behind = index.subtree(named[-1])[:-1] if named and named[-1].key == keys[-1] else []
+        here = tuple(entry.key for entry in (*behind, *reversed(named)) if entry.readable & 1 << source)
+        move = Move(here, tuple(keys), source, target)
         self._open.append(move)
         self._copy(move, now)
         self._look(move, now)

@@ -105,6 +105,10 @@ class Operations:
         """See :meth:`Planner.set_policy`."""
         self.residency(tier_index).set_policy(make_policy, lambda key: self._books.index[key].meta, now)
 
+    def set_quota(self, tier_index: int, tenant: str, num_bytes: int | None, now: float) -> None:
+        """See :meth:`Planner.set_quota`."""
+        self._books.residency(tier_index).set_quota(tenant, num_bytes, lambda key: self._books.index[key].meta, now)
+
     def residency(self, tier_index: int) -> Residency:
         """Who is in a tier."""
         pool = self._books.host.device

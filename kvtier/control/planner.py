@@ -6,7 +6,7 @@ engine and the simulator drive the same code.  Stores, loads, promotions and dem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from kvtier.control.audit import audit
 from kvtier.control.books import Books
@@ -234,6 +234,21 @@ class Planner:
         Pinned blocks and those before them come last in the order, as if just used.
         """
         self._operations.set_policy(tier_index, make_policy, now)
+
+    def set_quota(self, tier_index: int, tenant: str, num_bytes: int | None, now: float) -> None:
+        """Says how many bytes a tenant may always have in a tier; None: as all others without a quota. Nobody leaves because of it.
+
+        Touches every block of the tier. The caller sees to it that quotas together do not exceed the tier.
+        """
+        self._operations.set_quota(tier_index, tenant, num_bytes, now)
+
+    def quotas(self, tier_index: int) -> Mapping[str, int]:
+        """Tenant -> bytes that it may always have in a tier."""
+        return self._books.residency(tier_index).quotas
+
+    def bytes_by_tenant(self) -> dict[str, dict[str, int]]:
+        """Bytes of each tenant's blocks, by tier; those of nobody in particular under the empty name."""
+        return {residency.name: residency.bytes_by_tenant() for number, residency in self._residencies().items() if number >= HOST_TIER}
 
     def reset(self, now: float) -> None:
         """Forgets everything in every tier. Copies under way end as failures."""

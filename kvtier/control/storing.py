@@ -35,7 +35,9 @@ class Storing:
         if not wanted:
             return StorePlan(job_id)
         anchored = books.anchor(anchor)
-        room = books.host.make_room(len(wanted), num_bytes, now) if may_evict else min(len(wanted), books.space.available(num_bytes))
+        room = (
+            books.host.make_room(len(wanted), num_bytes, now, tenant) if may_evict else min(len(wanted), books.space.available(num_bytes))
+        )
         entries = books.host.open_slots([(keys[p], keys[p - 1] if p else None) for p in wanted[:room]], num_bytes, tenant)
         books.stats.add("store.refused_blocks", len(wanted) - len(entries))
         if not entries:

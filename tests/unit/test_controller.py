@@ -186,6 +186,21 @@ def test_stats_and_health(tmp_path: Path) -> None:
         assert (True, {"host": True, "disk": True}, ()) == (health.ok, health.online, health.problems)
 
 
+def test_quotas_and_their_bytes(tmp_path: Path) -> None:
+    """A tenant beyond its quota makes room itself; quotas cannot exceed the tier; bytes by tenant are in the statistics."""
+    with controlled(tmp_path, use_disk=False) as (held, controller):
+        quota = 8 * 10_000
+        assert {"a": quota} == controller.quota("a", tier="host", num_bytes=quota).result()
+        with pytest.raises(QuotaError, match="quota of 'b': 90000 bytes beside 80000 of other tenants; allowed: 160000 in all"):
+            controller.quota("b", tier="host", num_bytes=90_000).result()
+        for prompt, tenant in ((1, "a"), (2, "a"), (3, "b"), (4, "b"), (5, "a")):
+            plan = held.engine.begin_store(keys_of(prompt, 4), 0, tenant)
+            held.engine.commit_store(plan.job_id)
+        assert [0, 4, 4, 4, 4] == [ready(held, prompt) for prompt in (1, 2, 3, 4, 5)]
+        assert {"host": {"a": 80_000, "b": 80_000}} == controller.stats().result().bytes_by_tenant
+        assert {} == controller.quota("a", tier="host", num_bytes=None).result()
+
+
 def in_thread(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work)
     thread.start()
@@ -282,6 +297,10 @@ KEYS = keys_of(1, 2)
         (lambda c: c.clear(namespace=Namespace(model="other")), "namespace is not this engine's"),
         (lambda c: c.set_policy("host", "best"), "policy is 'best'; allowed: .*fifo.*lru"),
         (lambda c: c.set_policy("all", "lru"), "tier is 'all'"),
+        (lambda c: c.quota("", tier="host", num_bytes=1), "tenant is ''; allowed: a tenant's name"),
+        (lambda c: c.quota("a", tier="gpu", num_bytes=1), "tier is 'gpu'; allowed: 'host', 'disk'"),
+        (lambda c: c.quota("a", tier="host", num_bytes=-1), "num_bytes is -1; allowed: a whole number from 0, or None"),
+        (lambda c: c.quota("a", tier="host", num_bytes=0.5), "num_bytes is 0.5"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(tmp_path: Path, call: Callable[[Controller], object], message: str) -> None:
