@@ -1,7 +1,7 @@
 """kvtier keeps the KV cache of an LLM engine alive beyond GPU memory and gives it back when the same tokens come again.
 
 The names below are the public API; everything else may change between versions. Importing kvtier imports none of its
-dependencies: `Config`, `CacheEngine`, `Namespace` and `KeyChain` are loaded when they are first used.
+dependencies: `Config`, `CacheEngine`, `Controller`, `Namespace` and `KeyChain` are loaded when they are first used.
 """
 
 from __future__ import annotations
@@ -13,19 +13,28 @@ from kvtier.errors import (
     ArenaError,
     ClosedError,
     ConfigError,
+    ControlError,
     InvariantError,
+    JobCancelledError,
+    JobTimeoutError,
     KVTierError,
+    QuotaError,
     TierBusyError,
     TierError,
     TierFormatError,
     TraceError,
+    UnknownSessionError,
     UnsupportedModelError,
 )
 
 if TYPE_CHECKING:
     from kvtier.config import Config
+    from kvtier.control.hints import NextUse, SessionOver, ToolCall, Workflow
+    from kvtier.control.steps import StepGraph
+    from kvtier.controller import Controller, controllers
     from kvtier.engine import CacheEngine
     from kvtier.hashing import KeyChain, Namespace
+    from kvtier.job import Job
 
 __version__ = "0.1.0"
 
@@ -35,21 +44,42 @@ __all__ = [
     "ClosedError",
     "Config",
     "ConfigError",
+    "ControlError",
+    "Controller",
     "InvariantError",
+    "Job",
+    "JobCancelledError",
+    "JobTimeoutError",
     "KVTierError",
     "KeyChain",
     "Namespace",
+    "NextUse",
+    "QuotaError",
+    "SessionOver",
+    "StepGraph",
     "TierBusyError",
     "TierError",
     "TierFormatError",
+    "ToolCall",
     "TraceError",
+    "UnknownSessionError",
     "UnsupportedModelError",
+    "Workflow",
     "__version__",
+    "controllers",
 ]
 
 _LAZY = {
     "Config": "kvtier.config",
     "CacheEngine": "kvtier.engine",
+    "Controller": "kvtier.controller",
+    "Job": "kvtier.job",
+    "NextUse": "kvtier.control.hints",
+    "SessionOver": "kvtier.control.hints",
+    "StepGraph": "kvtier.control.steps",
+    "ToolCall": "kvtier.control.hints",
+    "Workflow": "kvtier.control.hints",
+    "controllers": "kvtier.controller",
     "Namespace": "kvtier.hashing",
     "KeyChain": "kvtier.hashing",
 }

@@ -6,11 +6,14 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvtier.config import Config
 from kvtier.control.commands import BlockEvent
 from kvtier.control.device_pool import DevicePool
+from kvtier.control.estimates import Estimates
 from kvtier.control.expiry import ExpiryQueue
+from kvtier.control.hints import Hint, Hints
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
 from kvtier.control.planner import Planner
@@ -25,8 +28,23 @@ from kvtier.tiers.base import Tier
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer import TransferRunner
 from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StorePlan
+from kvtier.verbs import Verbs
 
 __all__ = ["EXTENT_BYTES", "BlockEvent", "CacheEngine"]
+
+
+class Attachment(Protocol):
+    """What is served by the thread that drives an engine (:class:`~kvtier.Controller`)."""
+
+    def serve(self) -> None:
+        """Called by every ``poll``."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``poll`` must be called on for it."""
+
+    def close(self) -> None:
+        """The engine is being closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,8 @@ class EngineParts:
     space: HostSpace
     tiers: Sequence[Tier]
     stats: Stats
+    estimates: Estimates
+    hints: Hints
 
 
 class CacheEngine:
@@ -52,6 +72,8 @@ class CacheEngine:
     def __init__(self, parts: EngineParts, *, block_bytes: int, clock: Callable[[], float]) -> None:
         """Use :meth:`open`."""
         self.stats = parts.stats
+        self.estimates = parts.estimates
+        """how long loads and computing take; fed by the tiers and by the connector"""
         self.block_bytes = block_bytes
         self._planner = parts.planner
         self._runner = parts.runner
@@ -60,6 +82,18 @@ class CacheEngine:
         self._space = parts.space
         self._tiers = parts.tiers
         self._clock = clock
+        self.verbs = Verbs(
+            self._planner,
+            self._runner,
+            parts.tiers,
+            parts.slab,
+            block_bytes=block_bytes,
+            max_reserved_blocks=parts.hints.max_blocks,
+            clock=clock,
+        )
+        """what the control API asks for"""
+        self._hints = parts.hints
+        self._attachment: Attachment | None = None
         self._closed = False
         self._grow()
 
@@ -102,15 +136,7 @@ class CacheEngine:
             )
         # Nothing is handed out before the arena has prepared it: see _grow.
         slab = SlabAllocator.of_host(capacity_bytes, block_bytes, limit_bytes=0)
-        if arena is None:
-            arena = Arena.open(
-                f"/dev/shm/kvtier-{os.getuid()}-{os.getpid()}-{time.monotonic_ns()}",
-                config.host.capacity_bytes,
-                huge_pages=config.host.huge_pages,
-                numa_node=config.host.numa_node,
-            )
-            arena.prefault()
-            arena.unlink()
+        arena = arena or _own_arena(config)
         lower = list(tiers) if tiers is not None else _open_tiers(config, arena, block_bytes)
         stats = Stats()
         space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
@@ -122,8 +148,13 @@ class CacheEngine:
         now = clock()
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
-        runner = TransferRunner(planner, lower, arena, namespace.digest, stats)
-        return cls(EngineParts(planner, runner, arena, slab, space, lower, stats), block_bytes=block_bytes, clock=clock)
+        estimates = Estimates()
+        runner = TransferRunner(planner, lower, arena, namespace.digest, stats, estimates)
+        capacity_blocks = slab.max_slots(block_bytes)
+        max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
+        hints = Hints(planner, estimates, stats, max_blocks=max_blocks, capacity_blocks=capacity_blocks)
+        parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints)
+        return cls(parts, block_bytes=block_bytes, clock=clock)
 
     def match(self, keys: Iterable[BlockKey]) -> PrefixMatch:
         """The longest leading run of ``keys`` that some tier holds. Cheap; changes nothing; stops at the first miss."""
@@ -158,9 +189,13 @@ class CacheEngine:
         """
         self._planner.end_load(job_id, failed, self._clock(), partial=partial)
 
-    def begin_store(self, keys: Sequence[BlockKey], first: int) -> StorePlan:
-        """Slots for those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far."""
-        plan = self._planner.begin_store(keys, first, self.block_bytes, self._clock())
+    def begin_store(self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True) -> StorePlan:
+        """Slots for those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far.
+
+        ``tenant``: whose blocks they are. Blocks of one tenant must never continue those of another one. ``may_evict=False``: only
+        what is free is used, nobody leaves.
+        """
+        plan = self._planner.begin_store(keys, first, self.block_bytes, self._clock(), tenant, may_evict=may_evict)
         self._runner.run()
         return plan
 
@@ -181,13 +216,16 @@ class CacheEngine:
             raise ClosedError("this CacheEngine is closed")
         self._grow()
         self._runner.poll(self._clock(), timeout_s)
+        if self._attachment is not None:
+            self._attachment.serve()
+        self._hints.tick(self._clock())
         self._planner.tick(self._clock())
         self._runner.run()
 
     @property
     def busy(self) -> bool:
         """Whether a tier has work whose result was not seen yet, or will get some without further calls but ``poll``."""
-        return self._runner.busy or self._planner.has_work
+        return self._runner.busy or self._planner.has_work or (self._attachment is not None and self._attachment.has_work)
 
     @property
     def draining_blocks(self) -> int:
@@ -206,6 +244,31 @@ class CacheEngine:
         while self.busy and time.monotonic() < deadline:
             self.poll(0.05)
         return not self.busy
+
+    # ---- hints ----------------------------------------------------------------------------------------------------
+
+    def hint(self, hint: Hint) -> None:
+        """Acts on what an orchestrator says. Raises UnknownSessionError or QuotaError, after which nothing has changed but a pin's end."""
+        self._hints.take(hint, self._clock())
+        self._runner.run()
+
+    def hint_began(self, session: str) -> None:
+        """A session has a request again."""
+        self._hints.began(session, self._clock())
+
+    def hint_ended(self, session: str, keys: Sequence[BlockKey], num_tokens: int) -> None:
+        """A session's request has ended, with these blocks and so many tokens."""
+        self._hints.ended(session, keys, num_tokens, self._clock())
+
+    def hint_keep(self, keys: Sequence[BlockKey]) -> None:
+        """A request of high priority has ended."""
+        self._hints.keep(keys, self._clock())
+
+    def attach(self, attachment: Attachment) -> None:
+        """Lets ``poll`` serve something else too, at most one thing. Raises ClosedError after ``close``."""
+        if self._closed:
+            raise ClosedError("this CacheEngine is closed")
+        self._attachment = attachment
 
     def reset(self) -> None:
         """Forgets everything in every tier."""
@@ -234,6 +297,8 @@ class CacheEngine:
             return
         self.drain(30.0)
         self._closed = True
+        if self._attachment is not None:
+            self._attachment.close()
         for tier in self._tiers:
             tier.close()
         self._arena.close()
@@ -243,6 +308,15 @@ class CacheEngine:
         if self._space.growing or self._slab.limit_bytes < self._arena.ready_bytes:
             self._slab.set_limit(self._arena.ready_bytes)
         self._space.growing = self._arena.ready_bytes < self._arena.capacity_bytes and self._arena.reserve_error is None
+
+
+def _own_arena(config: Config) -> Arena:
+    """Host memory without a name, that only this process maps."""
+    path = f"/dev/shm/kvtier-{os.getuid()}-{os.getpid()}-{time.monotonic_ns()}"
+    arena = Arena.open(path, config.host.capacity_bytes, huge_pages=config.host.huge_pages, numa_node=config.host.numa_node)
+    arena.prefault()
+    arena.unlink()
+    return arena
 
 
 def _page_align(num_bytes: int) -> int:

@@ -11,6 +11,11 @@
     +-- ArenaError (OSError)            the arena cannot be made or mapped (too little /dev/shm, ...)
     +-- TraceError (ValueError)         a trace cannot be read: names file, line and what was expected
     +-- ClosedError (ValueError)        used after close()
+    +-- ControlError (ValueError)       a verb of the control API is refused: names the argument, the value, what is allowed
+    |   +-- QuotaError                  it would take more than its share
+    |   +-- UnknownSessionError         a hint for a session that kvtier has never seen
+    +-- JobCancelledError               the result of a job that was cancelled was asked for
+    +-- JobTimeoutError (TimeoutError)  a job is not over yet
     +-- InvariantError (AssertionError) kvtier has a bug
 
 After start nothing of this reaches an engine: what goes wrong then becomes a miss and a counted event.
@@ -53,6 +58,26 @@ class TraceError(KVTierError, ValueError):
 
 class ClosedError(KVTierError, ValueError):
     """An object was used after ``close()``."""
+
+
+class ControlError(KVTierError, ValueError):
+    """A verb of the control API is refused. The message names the argument, the value and what is allowed."""
+
+
+class QuotaError(ControlError):
+    """A pin or a hint would take more than its share. The message names the share."""
+
+
+class UnknownSessionError(ControlError):
+    """A hint names a session that no request has named."""
+
+
+class JobCancelledError(KVTierError):
+    """The result of a job was asked for that was cancelled."""
+
+
+class JobTimeoutError(KVTierError, TimeoutError):
+    """A job is not over after the time that its caller wanted to wait. It goes on."""
 
 
 class InvariantError(KVTierError, AssertionError):

@@ -95,6 +95,16 @@ def request_root(namespace_digest: bytes, extras: Sequence[bytes] = ()) -> bytes
     return hashlib.sha256(b"".join(parts)).digest()[:KEY_BYTES]
 
 
+def salt_extra(salt: str) -> bytes:
+    """What a cache salt adds to the root of a request's keys."""
+    return b"salt " + salt.encode()
+
+
+def tenant_extra(tenant: str) -> bytes:
+    """What the tenant that a request names adds to the root of its keys."""
+    return b"tenant " + tenant.encode()
+
+
 class KeyChain:
     """The keys of one request's full blocks, in order. Keeps what it has hashed, so a growing request costs only what is new.
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from kvtier.control.commands import Command, Demote, Remove
+from kvtier.control.estimates import Estimates
 from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.planner import Planner
 from kvtier.memory.arena import Arena
@@ -19,12 +20,13 @@ _LOG = logging.getLogger(__name__)
 class TransferRunner:
     """Drives the tiers below host memory. One thread, the planner's."""
 
-    def __init__(self, planner: Planner, tiers: Sequence[Tier], arena: Arena, namespace: bytes, stats: Stats) -> None:
+    def __init__(self, planner: Planner, tiers: Sequence[Tier], arena: Arena, namespace: bytes, stats: Stats, estimates: Estimates) -> None:
         self._planner = planner
         self._tiers = tiers
         self._arena = arena
         self._namespace = namespace
         self._stats = stats
+        self._estimates = estimates
         self._running = [0] * len(tiers)
         self._online = [True] * len(tiers)
         self._logged: set[str] = set()
@@ -70,6 +72,7 @@ class TransferRunner:
         if result.kind is JobKind.STORE:
             self._planner.demoted(result.job_id, result.outcomes, result.dropped, now)
         else:
+            self._estimates.transferred(tier.name, result.num_bytes, result.seconds)
             self._planner.promoted(result.job_id, result.outcomes, now)
 
     def _watch_health(self) -> None:

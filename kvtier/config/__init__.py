@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from kvtier.config.model import Config, ConnectorConfig, DiskTierConfig, GpuTierConfig, HostTierConfig, RecordConfig, WriteMode
+from kvtier.config.model import (
+    Config,
+    ConnectorConfig,
+    ControlConfig,
+    DiskTierConfig,
+    GpuTierConfig,
+    HostTierConfig,
+    RecordConfig,
+    WriteMode,
+)
 from kvtier.config.template import commented_defaults
 
 __all__ = [
     "Config",
     "ConnectorConfig",
+    "ControlConfig",
     "DiskTierConfig",
     "GpuTierConfig",
     "HostTierConfig",

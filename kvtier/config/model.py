@@ -172,6 +172,12 @@ class ConnectorConfig(Section):
     max_pinned_fraction: float = setting(
         0.5, kind="number", allowed="0 to 1", about="Share of host memory that pinned blocks may take.", ge=0, le=1
     )
+    load_or_recompute: Literal["auto", "always"] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `always`",
+        about="Whether blocks are loaded that the engine would compute faster. `auto`: not, once both were measured. `always`: load.",
+    )
     gpu_copy: Literal["auto", "dma", "bulk", "staged"] = setting(
         "auto",
         kind="name",
@@ -203,6 +209,19 @@ class RecordConfig(Section):
     )
 
 
+class ControlConfig(Section):
+    """What users and hints may claim."""
+
+    max_pinned_fraction: float = setting(
+        0.25,
+        kind="number",
+        allowed="0 to 1",
+        about="Share of host memory that pins of the control API and of hints may keep together.",
+        ge=0,
+        le=1,
+    )
+
+
 TierConfig = Annotated[GpuTierConfig | HostTierConfig | DiskTierConfig, Field(discriminator="type")]
 
 
@@ -221,6 +240,7 @@ class Config(Section):
     )
     tiers: Annotated[tuple[TierConfig, ...], LIST_AS_TUPLE] = setting(REQUIRED, kind="list", allowed=_TIERS, about="Fastest first.")
     connector: ConnectorConfig = setting(ConnectorConfig(), kind="mapping", allowed="a mapping", about="How requests use the tiers.")
+    control: ControlConfig = setting(ControlConfig(), kind="mapping", allowed="a mapping", about="What users and hints may claim.")
     record: RecordConfig = setting(RecordConfig(), kind="mapping", allowed="a mapping", about="Whether and where to record the workload.")
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvtier.connectors.requests import ConnectorSettings, Geometry, Lookup, Matched, Request
+from kvtier.control.estimates import Piece
 from kvtier.engine import CacheEngine
+from kvtier.types import PrefixMatch
 
 PIN_TTL_S = 30.0
 """a pin that is not asked for again ends after this time: the engine has forgotten the request"""
@@ -27,6 +29,7 @@ class Matcher:
         self._engine_block_tokens = geometry.engine_block_tokens
         self._max_pinned_blocks = int(settings.max_pinned_fraction * geometry.host_blocks)
         self._clock = clock
+        self._lower_name = next((name for name, number in engine.verbs.tiers.items() if number > 0), "")
         self._pinned: dict[str, Lookup] = {}
         self._num_pinned_blocks = 0
         self._waiting: dict[str, Lookup] = {}
@@ -74,11 +77,12 @@ class Matcher:
         """The first question, or one for other blocks than before."""
         is_new = request.lookup is None
         self.release(request)
-        request.lookup = lookup = Lookup(first, limit)
+        request.lookup = lookup = Lookup(first, limit, limit)
         found = self._engine.match(request.keys_from(first, limit, self._block_tokens))
         if is_new:
             self._engine.stats.add("lookup.blocks", limit - first)
             self._engine.stats.add("lookup.hit_blocks", found.hit_blocks)
+        found = self._worth(found, lookup)
         lookup.num_ready = lookup.num_promised = found.ready_blocks
         if is_new:
             request.num_found_ready = first + found.ready_blocks
@@ -86,6 +90,25 @@ class Matcher:
             self._promote(request, lookup, found.hit_blocks)
         self._pin(request, lookup)
         return lookup
+
+    def _worth(self, found: PrefixMatch, lookup: Lookup) -> PrefixMatch:
+        """The part of a hit that is loaded faster than it is computed."""
+        if self._settings.load_or_recompute == "always" or not found.hit_blocks:
+            return found
+        sizes = [(("host",), found.ready_blocks), ((self._lower_name, "host"), found.hit_blocks - found.ready_blocks)]
+        sizes = [(path, num_blocks) for path, num_blocks in sizes if num_blocks]
+        engine = self._engine
+        pieces = [Piece(path, num_blocks * self._block_tokens, num_blocks * engine.block_bytes) for path, num_blocks in sizes]
+        choice = engine.estimates.choose(lookup.first_block * self._block_tokens, pieces)
+        num_blocks = sum(num_blocks for _, num_blocks in sizes[: choice.num_pieces])
+        if num_blocks == found.hit_blocks:
+            engine.stats.add("recompute.probes", int(choice.is_probe))
+            return found
+        lookup.end_block = lookup.first_block + num_blocks
+        engine.stats.add("recompute.refused_blocks", found.hit_blocks - num_blocks)
+        engine.stats.add("recompute.estimated_load_ms", round(1000 * (choice.refused_load_s or 0.0)))
+        engine.stats.add("recompute.estimated_compute_ms", round(1000 * (choice.refused_compute_s or 0.0)))
+        return PrefixMatch(num_blocks, min(num_blocks, found.ready_blocks), found.pending)
 
     def _promote(self, request: Request, lookup: Lookup, num_blocks: int) -> None:
         """Starts promotions as far as waiting requests may hold host memory, while the request may still wait.
@@ -138,8 +161,8 @@ class Matcher:
         if lookup.num_pinned and now >= lookup.pinned_until:
             self._unpin(request, lookup)
         known = lookup.num_pinned
-        if lookup.first_block + known < lookup.limit_block:
-            found = self._engine.match(request.keys_from(lookup.first_block + known, lookup.limit_block, self._block_tokens))
+        if lookup.first_block + known < lookup.end_block:
+            found = self._engine.match(request.keys_from(lookup.first_block + known, lookup.end_block, self._block_tokens))
             lost = known + found.ready_blocks < lookup.num_ready
             lookup.num_ready = lookup.num_promised = known + found.ready_blocks
             if lost and found.hit_blocks > found.ready_blocks:

@@ -7,6 +7,7 @@ The scheduler half decides and never sees a tensor; the worker half moves bytes 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,22 @@ class RequestOptions:
     """may take KV out of the cache"""
     store: bool = True
     """may put KV into the cache"""
+    store_only_prefix: int | None = None
+    """tokens behind which nothing is stored; None: no bound"""
+    priority: Literal["low", "normal", "high"] = "normal"
+    """low: evicts nothing and refreshes nothing; high: kept for a while after its end"""
+    tenant: str = ""
+    """whose blocks they are; requests of different tenants share nothing"""
+    session: str = ""
+    """what its next requests have in common with it, for hints"""
+    tool: str = ""
+    """the tool that the session is going to call when the request has ended"""
+    expected_s: float | None = None
+    """how long that is expected to take"""
+    next_use_s: float | None = None
+    """when the session's next request is expected, after the end of this one"""
+    num_problems: int = 0
+    """how much of what was asked made no sense"""
 
 
 @dataclass(slots=True)
@@ -85,6 +102,8 @@ class WorkerReport:
     """slots that had a new tenant"""
     num_errors: int = 0
     """unexpected errors that became failed copies"""
+    load_times: list[tuple[int, float]] = field(default_factory=list)
+    """loads that did not overlap with computing: bytes of all ranks, seconds"""
 
     def merge(self, other: WorkerReport) -> WorkerReport:
         """Adds another worker's report to this one, in place, and returns it."""
@@ -95,6 +114,7 @@ class WorkerReport:
         self.attached += other.attached
         self.num_stale += other.num_stale
         self.num_errors += other.num_errors
+        self.load_times += other.load_times
         return self
 
     def __bool__(self) -> bool:

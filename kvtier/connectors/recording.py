@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from kvtier.config import Config
+from kvtier.connectors.boundary import Boundary
+from kvtier.connectors.copying import Copying
 from kvtier.connectors.messages import MoveJob, RequestOptions, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import ConnectorSettings, Geometry, Lookup, Matched, Request, RequestIdentity
 from kvtier.connectors.scheduler import SchedulerHalf
@@ -70,6 +72,9 @@ class RecordingHalf(SchedulerHalf):
         self._next_numbers = itertools.count()
         self._ended: list[tuple[int, list[int]]] = []
         self._num_lost_seen = 0
+        self._copying = _RecordedCopying(
+            engine, geometry, self._requests, self._boundary, async_load=settings.async_load, note_store=self._note_store, ended=self._ended
+        )
 
     def add_request(
         self,
@@ -97,14 +102,14 @@ class RecordingHalf(SchedulerHalf):
         request = self._requests.get(request_id)
         if request is None or (request.is_admitted and not num_external_tokens):
             return
-        num_planned = len(self._new_loads)
+        planned = set(self._copying.loads)
         first = request.num_computed_tokens // self._block_tokens
         was_asked = request.lookup is not None
         super().allocated(request_id, block_ids, num_external_tokens)
         with self._boundary.at("record"):
             if not was_asked:  # the engine had all of it, or loads nothing
-                self._note_answer(request, Lookup(first, first))
-            loads = self._new_loads[num_planned:]
+                self._note_answer(request, Lookup(first, first, first))
+            loads = [job for job_id, job in self._copying.loads.items() if job_id not in planned]
             num_loaded = len(loads[0].move.slots) if loads else 0
             job_id = loads[0].move.job_id if loads else 0
             self._recorder.add("start", self._now(), self._numbers[request_id][0], first, num_loaded, job_id)
@@ -113,8 +118,8 @@ class RecordingHalf(SchedulerHalf):
         super().finish_step(report, failed_block_ids)
         with self._boundary.at("record"):
             if self._ended:
-                self._recorder.add("end", self._now(), self._ended)
-                self._ended = []
+                self._recorder.add("end", self._now(), list(self._ended))
+                self._ended.clear()
             self._note_events()
             if self._recorder.num_lost > self._num_lost_seen:
                 lost = self._recorder.num_lost
@@ -147,32 +152,15 @@ class RecordingHalf(SchedulerHalf):
         super().close()
         self._recorder.close()
 
-    def _plan_store(self, request: Request, item: ScheduledRequest, moves: list[MoveJob]) -> None:
-        first, num_moves = request.store_from, len(moves)
-        end = min(request.num_full_blocks(item.num_computed_tokens, self._block_tokens), len(item.block_ids) // self._blocks_per_slot)
-        super()._plan_store(request, item, moves)
-        if end > first:
-            job_id = moves[-1].job_id if len(moves) > num_moves else 0
-            self._recorder.add("store", self._now(), self._numbers[request.request_id][0], first, end, job_id, self._known(request))
-
-    def _advance_load(self, job_id: int, report: WorkerReport) -> None:
-        job = self._loads[job_id]
-        super()._advance_load(job_id, report)
-        if job_id not in self._loads and job_id > 0:
-            self._ended.append((job_id, sorted(job.failed_slots(self._blocks_per_slot))))
-
-    def _advance_store(self, job_id: int, report: WorkerReport) -> None:
-        job = self._stores[job_id]
-        super()._advance_store(job_id, report)
-        if job_id not in self._stores:
-            self._ended.append((job_id, [0] if job.is_void else sorted(job.failed_slots(self._blocks_per_slot))))
-
     def _note_answer(self, request: Request, lookup: Lookup | None) -> None:
         if lookup is None:
             return
         number, num_prompt_tokens = self._numbers[request.request_id]
-        answer: tuple[Any, ...] = (lookup.first_block, lookup.limit_block, lookup.num_ready, lookup.num_promised)
+        answer: tuple[Any, ...] = (lookup.first_block, lookup.end_block, lookup.num_ready, lookup.num_promised)
         self._recorder.add("ask", self._now(), number, num_prompt_tokens, *answer, self._known(request))
+
+    def _note_store(self, request: Request, first: int, end: int, job_id: int) -> None:
+        self._recorder.add("store", self._now(), self._numbers[request.request_id][0], first, end, job_id, self._known(request))
 
     def _note_events(self) -> None:
         """Evictions, tier by tier; the events go on to whoever wants them."""
@@ -184,6 +172,44 @@ class RecordingHalf(SchedulerHalf):
 
     def _known(self, request: Request) -> Blocks:
         return Blocks(request.keys(request.num_keys, self._block_tokens))
+
+
+class _RecordedCopying(Copying):
+    """Tells of every store that is planned and of every job that has ended."""
+
+    def __init__(
+        self,
+        engine: CacheEngine,
+        geometry: Geometry,
+        requests: Mapping[str, Request],
+        boundary: Boundary,
+        *,
+        async_load: bool,
+        note_store: Callable[[Request, int, int, int], None],
+        ended: list[tuple[int, list[int]]],
+    ) -> None:
+        super().__init__(engine, geometry, requests, boundary, async_load=async_load)
+        self._note_store = note_store
+        self._ended = ended
+
+    def plan_store(self, request: Request, item: ScheduledRequest, moves: list[MoveJob]) -> None:
+        first, num_moves = request.store_from, len(moves)
+        end = min(request.num_full_blocks(item.num_computed_tokens, self._block_tokens), len(item.block_ids) // self._blocks_per_slot)
+        super().plan_store(request, item, moves)
+        if end > first:
+            self._note_store(request, first, end, moves[-1].job_id if len(moves) > num_moves else 0)
+
+    def advance_load(self, job_id: int, report: WorkerReport) -> None:
+        job = self.loads[job_id]
+        super().advance_load(job_id, report)
+        if job_id not in self.loads and job_id > 0:
+            self._ended.append((job_id, sorted(job.failed_slots(self._blocks_per_slot))))
+
+    def advance_store(self, job_id: int, report: WorkerReport) -> None:
+        job = self.stores[job_id]
+        super().advance_store(job_id, report)
+        if job_id not in self.stores:
+            self._ended.append((job_id, [0] if job.is_void else sorted(job.failed_slots(self._blocks_per_slot))))
 
 
 def _answer_of(request: Request) -> tuple[object, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from kvtier.connectors.messages import RequestOptions
 from kvtier.hashing import KeyChain, TokenSpan, request_root
@@ -25,6 +25,8 @@ class RequestIdentity:
     """adapter, cache salt, ...: part of the root, so they separate whole requests"""
     spans: tuple[TokenSpan, ...] = ()
     """multimodal items: part of the keys of the blocks they lie in, and so of all blocks behind"""
+    tenant: str = ""
+    """whose blocks they are; requests of different tenants must have different ``extras``"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,14 @@ class ConnectorSettings(Protocol):
     def max_pinned_fraction(self) -> float:
         """Share of host memory that waiting requests may keep from eviction."""
 
+    @property
+    def load_or_recompute(self) -> Literal["auto", "always"]:
+        """Whether loads that are slower than computing are refused, or none."""
+
 
 @dataclass(frozen=True, slots=True)
 class DefaultSettings:
-    """The defaults of :class:`ConnectorSettings`, for tests and scripts."""
+    """The defaults of :class:`ConnectorSettings`, for tests and scripts. No load is refused: that would depend on the machine's speed."""
 
     load: bool = True
     store: bool = True
@@ -106,6 +112,7 @@ class DefaultSettings:
     async_load: bool = False
     promote_wait_s: float = 2.0
     max_pinned_fraction: float = 0.5
+    load_or_recompute: Literal["auto", "always"] = "always"
 
 
 @dataclass(slots=True)
@@ -116,6 +123,8 @@ class Lookup:
     """blocks before it are in the engine already"""
     limit_block: int
     """no block from here on is of use"""
+    end_block: int
+    """nor is one from here on worth loading; at most ``limit_block``"""
     num_wanted: int = 0
     """blocks that some tier holds and that may be promoted"""
     num_promised: int = 0
@@ -144,22 +153,27 @@ class Request:
         "is_stopped",
         "lookup",
         "num_computed_tokens",
+        "num_done_tokens",
         "num_found_ready",
         "num_keys",
         "num_store_tokens",
+        "options",
         "request_id",
         "store_at",
         "store_from",
+        "tenant",
         "token_ids",
     )
 
-    def __init__(self, request_id: str, token_ids: Sequence[int], chain: KeyChain, options: RequestOptions) -> None:
+    def __init__(self, request_id: str, token_ids: Sequence[int], chain: KeyChain, options: RequestOptions, tenant: str) -> None:
         self.request_id = request_id
+        self.tenant = tenant
         self.token_ids = token_ids
         self.chain = chain
+        self.options = options
         self.can_load = options.load
         self.can_store = options.store
-        self.num_store_tokens = NEVER
+        self.num_store_tokens = NEVER if options.store_only_prefix is None else options.store_only_prefix
         """tokens behind which nothing is stored"""
         self.lookup: Lookup | None = None
         self.deadline: float | None = None
@@ -170,6 +184,8 @@ class Request:
         """leading blocks that lay in host memory when it was looked up first"""
         self.num_computed_tokens = 0
         """what the engine had when it asked last"""
+        self.num_done_tokens = 0
+        """tokens whose KV the engine has after the last step: computed or loaded"""
         self.is_admitted = False
         """the engine has given it blocks"""
         self.num_keys = 0
@@ -238,4 +254,4 @@ def make_request(
 ) -> Request:
     """A request that waits. Hashes nothing."""
     keys = KeyChain(request_root(geometry.namespace, identity.extras), geometry.block_tokens, identity.spans)
-    return Request(request_id, token_ids, keys, options)
+    return Request(request_id, token_ids, keys, options, identity.tenant)

@@ -7,18 +7,21 @@ Call order within one engine step, as vLLM has it::
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 
 from kvtier.connectors.boundary import Boundary
-from kvtier.connectors.jobs import LoadJob, StoreJob, void_stores
+from kvtier.connectors.copying import Copying
 from kvtier.connectors.matching import Matcher
 from kvtier.connectors.messages import MoveJob, RequestOptions, ScheduledRequest, StepMessage, WorkerReport
-from kvtier.connectors.requests import NEVER, ConnectorSettings, Geometry, Matched, Request, RequestIdentity, make_request
+from kvtier.connectors.requests import ConnectorSettings, Geometry, Matched, Request, RequestIdentity, make_request
+from kvtier.connectors.step_meter import StepMeter, StepTokens
 from kvtier.control.commands import BlockEvent
+from kvtier.control.hints import Hint, NextUse, ToolCall
 from kvtier.engine import CacheEngine
-from kvtier.types import SlotRef
+from kvtier.errors import ControlError
 
 IDLE_WAIT_S = 0.005
 """how long an engine step with nothing to compute waits for promotions"""
@@ -55,19 +58,14 @@ class SchedulerHalf:
         self._engine = engine
         self._geometry = geometry
         self._block_tokens = geometry.block_tokens
-        self._blocks_per_slot = geometry.blocks_per_slot
-        self._num_workers = geometry.num_workers
         self._settings = settings
         self._stores_are_async = stores_are_async
         self._matcher = Matcher(engine, geometry, settings, clock=clock)
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._requests: dict[str, Request] = {}
-        self._loads: dict[int, LoadJob] = {}
-        self._stores: dict[int, StoreJob] = {}
-        self._new_loads: list[LoadJob] = []
+        self._meter = StepMeter(engine.estimates, clock)
+        self._copying = Copying(engine, geometry, self._requests, self._boundary, async_load=settings.async_load)
         self._held: list[str] = []
-        self._lost_ids = itertools.count(-1, -1)
-        """for loads that could not be planned: no plan of the engine has a negative id"""
         self._num_attached_workers = 0
         self._stats_seen = engine.stats.snapshot()
         self._is_closed = False
@@ -95,10 +93,11 @@ class SchedulerHalf:
         if request_id in self._requests:
             return
         with self._boundary.at("add_request"):
-            allowed = RequestOptions(options.load and self._settings.load, options.store and self._settings.store)
+            self._engine.stats.add("hint.bad", options.num_problems)
+            allowed = dataclasses.replace(options, load=options.load and self._settings.load, store=options.store and self._settings.store)
             request = make_request(request_id, token_ids, identity, allowed, geometry=self._geometry)
             if not self._settings.store_decode_blocks:
-                request.num_store_tokens = num_prompt_tokens
+                request.num_store_tokens = min(request.num_store_tokens, num_prompt_tokens)
             self._requests[request_id] = request
 
     def match(self, request_id: str, num_tokens: int, num_computed_tokens: int) -> Matched:
@@ -128,13 +127,17 @@ class SchedulerHalf:
         if request is None or (request.is_admitted and not num_external_tokens):
             return
         request.is_admitted = True
+        request.num_done_tokens = request.num_computed_tokens + num_external_tokens
         with self._boundary.at("allocated"):
             if num_external_tokens:
                 found_tokens = max(0, request.num_found_ready * self._block_tokens - request.num_computed_tokens)
                 host_tokens = min(found_tokens, num_external_tokens)
                 request.hit_tokens = (host_tokens, num_external_tokens - host_tokens)
-                self._plan_load(request, block_ids, num_external_tokens)
-            self._touch(request)
+                self._copying.plan_load(request, block_ids, num_external_tokens)
+            if request.options.priority != "low":
+                self._touch(request)
+            if request.options.session:
+                self._engine.hint_began(request.options.session)
         with self._boundary.at("allocated"):
             self._matcher.release(request)
             request.store_next(self._block_tokens)
@@ -145,18 +148,24 @@ class SchedulerHalf:
         ``preempted`` are requests that lost their blocks since the last step (vLLM: ``preempted_req_ids`` and those in
         ``resumed_req_ids``).  With nothing scheduled and promotions running it waits some milliseconds for them, GIL released.
         """
-        loads, self._new_loads = self._new_loads, []
+        loads = self._copying.take_new_loads()
         held, self._held = self._held, []
         stores: list[MoveJob] = []
         requests = self._requests
+        tokens = StepTokens()
         for item in scheduled:
             request = requests.get(item.request_id)
-            if request is not None and item.num_computed_tokens >= request.store_at:
+            if request is None:
+                continue
+            tokens.add(item.num_computed_tokens - request.num_done_tokens, item.num_computed_tokens)
+            request.num_done_tokens = item.num_computed_tokens
+            if item.num_computed_tokens >= request.store_at:
                 with self._boundary.at("build_step"):
-                    self._plan_store(request, item, stores)
+                    self._copying.plan_store(request, item, stores)
         if not scheduled and not loads and (self._matcher.num_waiting or self._engine.busy):
             with self._boundary.at("poll"):
                 self._engine.poll(IDLE_WAIT_S)
+        self._meter.begin(tokens, is_pure=not any(not job.is_async for job in loads))
         return StepMessage(
             loads=tuple(job.move for job in loads if not job.is_async),
             async_loads=tuple(job.move for job in loads if job.is_async),
@@ -173,21 +182,22 @@ class SchedulerHalf:
         ``report`` is merged over all workers that reported; ``failed_block_ids`` are the engine blocks that the engine was
         told to recompute.  Steps without any worker output need no call, but each call also drives the tiers.
         """
+        self._meter.end()
         if report is not None:
             with self._boundary.at("finish_step"):
                 self._count(report)
             # Failed loads first: they void stores that the same report calls done.
             if failed_block_ids:
                 with self._boundary.at("finish_step"):
-                    self._void_stores(set(failed_block_ids))
+                    self._copying.void_stores(set(failed_block_ids))
             for job_id in report.done:
-                if job_id in self._loads:
+                if job_id in self._copying.loads:
                     with self._boundary.at("end_load"):
-                        self._advance_load(job_id, report)
+                        self._copying.advance_load(job_id, report)
             for job_id in report.done:
-                if job_id in self._stores:
+                if job_id in self._copying.stores:
                     with self._boundary.at("commit_store"):
-                        self._advance_store(job_id, report)
+                        self._copying.advance_store(job_id, report)
         with self._boundary.at("poll"):
             self._engine.poll()
 
@@ -201,8 +211,10 @@ class SchedulerHalf:
         if request is not None:
             with self._boundary.at("request_finished"):
                 self._matcher.release(request)
-        stores = self._stores.values()
-        if not self._stores_are_async or not any(job.move.request_id == request_id and not job.is_detached for job in stores):
+            if request.is_admitted:
+                with self._boundary.at("hint"):
+                    self._hint(request)
+        if not self._stores_are_async or not self._copying.is_reading(request_id):
             return False
         self._held.append(request_id)
         return True
@@ -228,7 +240,7 @@ class SchedulerHalf:
     @property
     def has_pending_work(self) -> bool:
         """Whether the engine must keep stepping for kvtier: copies not reported, holds not told, writes to slower tiers."""
-        return bool(self._loads or self._stores or self._held) or self._engine.busy
+        return bool(self._copying.loads or self._copying.stores or self._held) or self._engine.busy
 
     @property
     def num_attached_workers(self) -> int:
@@ -273,12 +285,30 @@ class SchedulerHalf:
         self._num_attached_workers += report.attached
         self._engine.stats.add("load.stale_slots", report.num_stale)
         self._engine.stats.add("connector.errors", report.num_errors)
+        for num_bytes, seconds in report.load_times:
+            self._engine.estimates.transferred("host", num_bytes, seconds)
+
+    def _hint(self, request: Request) -> None:
+        """What a request that has ended says of the next one of its session. A refusal is counted, and changes nothing for anybody."""
+        options = request.options
+        if not options.session and options.priority != "high":
+            return
+        num_tokens = len(request.token_ids)
+        keys = request.keys(num_tokens // self._block_tokens, self._block_tokens)
+        if options.priority == "high":
+            self._engine.hint_keep(keys)
+        if not options.session:
+            return
+        self._engine.hint_ended(options.session, keys, num_tokens)
+        hints: list[Hint] = [ToolCall(options.session, options.tool, options.expected_s)] if options.tool else []
+        hints += [] if options.next_use_s is None else [NextUse(options.session, options.next_use_s)]
+        for hint in hints:
+            with contextlib.suppress(ControlError):
+                self._engine.hint(hint)
 
     def _start_over(self, request: Request) -> None:
         request.start_over()
-        for job in self._stores.values():
-            if job.move.request_id == request.request_id:
-                job.is_detached = True
+        self._copying.detach(request.request_id)
 
     def _touch(self, request: Request) -> None:
         """What the request uses is worth keeping, also what the engine had itself."""
@@ -287,111 +317,3 @@ class SchedulerHalf:
             num_blocks += request.lookup.num_ready
         if num_blocks:
             self._engine.touch(request.keys(num_blocks, self._block_tokens))
-
-    def _plan_load(self, request: Request, block_ids: Sequence[int], num_external_tokens: int) -> None:
-        """Leases slots for what was promised; what has no slot any more is handed on as missing."""
-        size = self._geometry.engine_block_tokens
-        start = request.num_computed_tokens // size
-        end = -(-(request.num_computed_tokens + num_external_tokens) // size)
-        promised = tuple(block_ids[start:end])
-        first_block = start // self._blocks_per_slot
-        request.store_from = end // self._blocks_per_slot
-        job_id = next(self._lost_ids)
-        slots: tuple[SlotRef, ...] = ()
-        device_slots: tuple[int, ...] = ()
-        device_ready: tuple[bool, ...] = ()
-        with self._boundary.at("begin_load"):
-            limit = -(-end // self._blocks_per_slot)
-            plan = self._engine.begin_load(request.keys(limit, self._block_tokens)[first_block:])
-            job_id, slots = plan.job_id, plan.slots
-            device_slots, device_ready = plan.device_slots, plan.device_ready
-        first_index = start % self._blocks_per_slot
-        num_present = min(len(promised), max(0, len(slots) * self._blocks_per_slot - first_index))
-        move = MoveJob(
-            job_id,
-            request.request_id,
-            promised[:num_present],
-            tuple(ref.slot for ref in slots),
-            tuple(ref.generation for ref in slots),
-            first_index,
-            promised[num_present:],
-            device_slots,
-            device_ready,
-        )
-        job = LoadJob(move, self._settings.async_load, first_block, self._num_workers)
-        if move.missing:
-            request.load_failed(job.first_failed_block(self._blocks_per_slot), self._block_tokens)
-        self._new_loads.append(job)
-        self._loads[job_id] = job
-
-    def _plan_store(self, request: Request, item: ScheduledRequest, moves: list[MoveJob]) -> None:
-        """Slots for the blocks that are full after this step."""
-        block_tokens, per_slot = self._block_tokens, self._blocks_per_slot
-        end = min(request.num_full_blocks(item.num_computed_tokens, block_tokens), len(item.block_ids) // per_slot)
-        first = request.store_from
-        if end <= first:
-            return
-        keys = request.keys(end, block_tokens)
-        plan = self._engine.begin_store(keys, first)
-        if plan.broken:
-            # The blocks before have been evicted while the request ran; all of them are still in the engine.
-            first = self._engine.match(keys).hit_blocks
-            plan = self._engine.begin_store(keys, first)
-        request.store_from = end - plan.num_refused
-        request.store_next(block_tokens)
-        if plan.num_refused and request.store_at < NEVER:
-            request.store_at = item.num_computed_tokens + block_tokens
-        if not plan.slots:
-            return
-        block_ids = [
-            block_id
-            for position in plan.positions
-            for block_id in item.block_ids[(first + position) * per_slot : (first + position + 1) * per_slot]
-        ]
-        move = MoveJob(
-            plan.job_id,
-            request.request_id,
-            tuple(block_ids),
-            tuple(ref.slot for ref in plan.slots),
-            tuple(ref.generation for ref in plan.slots),
-            device_slots=plan.device_slots,
-        )
-        self._stores[plan.job_id] = StoreJob(move, first + plan.positions[0], item.block_ids[: end * per_slot], self._num_workers)
-        moves.append(move)
-
-    def _advance_load(self, job_id: int, report: WorkerReport) -> None:
-        job = self._loads[job_id]
-        job.remaining -= report.done[job_id]
-        job.failed |= report.failed.get(job_id, set())
-        if job.failed or job.move.missing:
-            self._load_failed(job)
-        if job.remaining <= 0:
-            del self._loads[job_id]
-            if job_id > 0:
-                per_slot = self._blocks_per_slot
-                self._engine.end_load(job_id, job.failed_slots(per_slot), partial=job.partial_slots(per_slot))
-
-    def _load_failed(self, job: LoadJob) -> None:
-        """The engine computes the failed blocks itself; nothing computed on top of them may be stored."""
-        request = self._requests.get(job.move.request_id)
-        if request is not None:
-            request.load_failed(job.first_failed_block(self._blocks_per_slot), self._block_tokens)
-        self._void_stores(job.failed_block_ids())
-
-    def _void_stores(self, block_ids: set[int]) -> None:
-        for store in void_stores(self._stores.values(), block_ids):
-            request = self._requests.get(store.move.request_id)
-            if request is not None:
-                request.store_again(store.first_block, self._block_tokens)
-
-    def _advance_store(self, job_id: int, report: WorkerReport) -> None:
-        job = self._stores[job_id]
-        job.remaining -= report.done[job_id]
-        job.failed |= report.failed.get(job_id, set())
-        if job.remaining > 0:
-            return
-        del self._stores[job_id]
-        if job.is_void:
-            self._engine.abort_store(job_id)
-        else:
-            self._engine.commit_store(job_id, job.failed_slots(self._blocks_per_slot))

@@ -14,6 +14,7 @@ each layer has written its KV.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +67,8 @@ class _Copy:
     positions: list[int]
     event: CopyEvent | None
     failed: set[int] = field(default_factory=set)
+    started: float | None = None
+    """of a load that is copied as a whole: when"""
 
 
 class WorkerHalf:
@@ -253,6 +256,8 @@ class WorkerHalf:
     def _start(self, job: MoveJob, *, is_load: bool) -> _Copy:
         """Starts the copies of a job whose slots still have the tenant they were planned for."""
         copy = self._prepare(job)
+        if is_load:
+            copy.started = time.monotonic()
         if copy.positions:
             with self._copying.at("scatter" if is_load else "gather"):
                 copies = self._block_copies(copy)
@@ -328,6 +333,9 @@ class WorkerHalf:
                 stale = self._stale_positions(copy.job) - copy.failed
                 self._count_stale(copy.job, stale)
             copy.failed |= stale
+        if copy.started is not None and not copy.failed:
+            num_bytes = len(copy.positions) * self._part.engine_block_bytes * self._part.num_workers
+            self._report.load_times.append((num_bytes, time.monotonic() - copy.started))
         self._failed_block_ids.update(copy.job.missing)
         self._failed_block_ids.update(copy.job.block_ids[position] for position in copy.failed)
         self._end(copy)

@@ -67,7 +67,7 @@ class Demoter:
                     batch.append(entry)
                     if len(batch) * entry.num_bytes >= MAX_JOB_BYTES:
                         break
-                self._start_by_size(tier, batch, index, now, forget)
+                self._start_alike(tier, batch, index, now, forget)
 
     def on_evict(self, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
         """Blocks are about to leave host memory: those that a tier still wants are written down from their leased slots."""
@@ -78,7 +78,7 @@ class Demoter:
             for entry in wanted:
                 tier.forget_waiting(entry.key)
             if tier.has_budget():
-                self._start_by_size(tier, wanted, index, now, forget)
+                self._start_alike(tier, wanted, index, now, forget)
             else:
                 self._stats.add(f"{tier.residency.name}.skipped_blocks", len(wanted))
 
@@ -91,7 +91,7 @@ class Demoter:
         stored: list[Entry] = []
         for entry, outcome in zip(plan.entries, outcomes, strict=True):
             entry.busy &= ~tier.bit
-            if outcome is Outcome.OK and not plan.cancelled:
+            if outcome is Outcome.OK and entry.key not in plan.unwanted:
                 stored.append(entry)
             elif outcome is not Outcome.OK:
                 self._stats.add(f"{tier.residency.name}.{OUTCOME_COUNTERS[outcome]}_blocks")
@@ -100,19 +100,24 @@ class Demoter:
             tier.residency.insert(entry.meta, now)
         for entry in plan.entries:
             index.drop_if_gone(entry)
-        if plan.cancelled:
-            self._commands.append(Remove(tier.index, tuple(entry.key for entry in plan.entries)))
+        if plan.unwanted:
+            self._commands.append(Remove(tier.index, tuple(entry.key for entry in plan.entries if entry.key in plan.unwanted)))
         self._stats.add(f"{tier.residency.name}.stored_blocks", len(stored))
         return tier, stored
 
-    def cancel(self) -> None:
-        """Everything is forgotten: what is under way is to be removed again when it arrives."""
+    def cancel(self, is_unwanted: Callable[[Entry, int], bool]) -> None:
+        """These blocks are forgotten in a tier (its number): what is under way there is to be removed again when it arrives."""
         for job_id, plan in self._running.items():
-            self._running[job_id] = dataclasses.replace(plan, cancelled=True)
+            keys = {entry.key for entry in plan.entries if is_unwanted(entry, plan.tier)}
+            if keys:
+                self._running[job_id] = dataclasses.replace(plan, unwanted=plan.unwanted | keys)
 
-    def _start_by_size(self, tier: LowerTier, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
-        for num_bytes in {entry.num_bytes for entry in entries}:
-            self._start(tier, [entry for entry in entries if entry.num_bytes == num_bytes], index, now, forget)
+    def _start_alike(self, tier: LowerTier, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
+        groups: dict[tuple[int, str], list[Entry]] = {}
+        for entry in entries:
+            groups.setdefault((entry.num_bytes, entry.tenant), []).append(entry)
+        for group in groups.values():
+            self._start(tier, group, index, now, forget)
 
     def _start(self, tier: LowerTier, entries: list[Entry], index: Index, now: float, forget: Forget) -> None:
         num_bytes = entries[0].num_bytes
@@ -120,7 +125,7 @@ class Demoter:
         tier.residency.touch([entry.parent for entry in entries if entry.parent is not None], num_bytes, now)
         short = tier.shortage(len(entries), num_bytes)
         if short > 0:
-            victims = tier.residency.victims(short, num_bytes, now)
+            victims = tier.residency.victims(short, num_bytes, now, entries[0].tenant)
             self._evict(tier, victims, index, forget)
             if len(victims) < short:
                 self._stats.add(f"{tier.residency.name}.rejected_blocks", short - len(victims))

@@ -35,22 +35,22 @@ class HostMemory:
         self._num_bytes = 0
         """size of the block that was stored last"""
 
-    def make_room(self, count: int, num_bytes: int, now: float) -> int:
-        """Evicts exactly as many blocks as are missing. Returns how many of ``count`` find a slot now."""
+    def make_room(self, count: int, num_bytes: int, now: float, tenant: str) -> int:
+        """Evicts exactly as many blocks as are missing for a tenant. Returns how many of ``count`` find a slot now."""
         space = self._space
         self._num_bytes = num_bytes
         short = count - space.available(num_bytes) - space.draining(num_bytes)
         if short > 0 and not space.growing:
-            self._evict(self.residency.victims(short, num_bytes, now), now)
+            self._evict(self.residency.victims(short, num_bytes, now, tenant), now)
             if not space.available(num_bytes) and not space.draining(num_bytes):
                 self._crowd_out(num_bytes, now)
         return min(count, space.available(num_bytes))
 
-    def open_slots(self, blocks: Sequence[tuple[BlockKey, BlockKey | None]], num_bytes: int) -> list[Entry]:
+    def open_slots(self, blocks: Sequence[tuple[BlockKey, BlockKey | None]], num_bytes: int, tenant: str) -> list[Entry]:
         """Slots for blocks (key, parent) that are about to be filled; the leading part where there are too few."""
         entries: list[Entry] = []
         for key, parent in blocks:
-            entry = self._index.ensure(key, parent, num_bytes)
+            entry = self._index.ensure(key, parent, num_bytes, tenant)
             if not self._space.take(entry):
                 self._index.drop_if_gone(entry)
                 break

@@ -6,7 +6,7 @@ there. ``busy``: a copy into that tier is under way (host: from the engine or fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from kvtier.types import BlockKey, BlockMeta, PrefixMatch
 
@@ -17,15 +17,19 @@ HOST = 1
 class Entry:
     """All the control plane knows of one block."""
 
-    __slots__ = ("busy", "key", "num_bytes", "parent", "readable", "slot")
+    __slots__ = ("busy", "children", "key", "num_bytes", "parent", "readable", "slot", "tenant")
 
-    def __init__(self, key: BlockKey, parent: BlockKey | None, num_bytes: int) -> None:
+    def __init__(self, key: BlockKey, parent: BlockKey | None, num_bytes: int, tenant: str) -> None:
         self.key = key
         self.parent = parent
         self.num_bytes = num_bytes
         self.readable = 0
         self.busy = 0
         self.slot = -1
+        self.tenant = tenant
+        """whose block it is; empty: nobody's in particular"""
+        self.children: Entry | set[Entry] | None = None
+        """known blocks that continue it, in whichever tier"""
 
     @property
     def meta(self) -> BlockMeta:
@@ -33,26 +37,51 @@ class Entry:
         return BlockMeta(self.key, self.parent, self.num_bytes)
 
 
+Children = Entry | set[Entry] | None
+"""Nearly all blocks are continued by one other at most; a set for each would cost more than the entry."""
+
+
+def children_of(entry: Entry) -> Collection[Entry]:
+    """The known blocks that continue a block."""
+    children = entry.children
+    return () if children is None else (children,) if isinstance(children, Entry) else children
+
+
 class Index:
     """Keys -> entries. An entry exists while some tier holds the block or a copy of it is under way."""
 
-    __slots__ = ("_entries", "get")
+    __slots__ = ("_entries", "_orphans", "get")
 
     def __init__(self) -> None:
         self._entries: dict[BlockKey, Entry] = {}
+        self._orphans: dict[BlockKey, Children] = {}
+        """unknown block -> known blocks that continue it"""
         self.get = self._entries.get
 
-    def ensure(self, key: BlockKey, parent: BlockKey | None, num_bytes: int) -> Entry:
+    def ensure(self, key: BlockKey, parent: BlockKey | None, num_bytes: int, tenant: str = "") -> Entry:
         """The entry of a key, made where there is none."""
-        entry = self._entries.get(key)
+        entry = self.get(key)
         if entry is None:
-            entry = self._entries[key] = Entry(key, parent, num_bytes)
+            entry = self._entries[key] = Entry(key, parent, num_bytes, tenant)
+            if self._orphans:
+                entry.children = self._orphans.pop(key, None)
+            if parent is not None:
+                self._adopt(parent, entry)
         return entry
 
     def drop_if_gone(self, entry: Entry) -> None:
         """Forgets an entry that is nowhere and on its way nowhere."""
         if not entry.readable and not entry.busy:
             del self._entries[entry.key]
+            if entry.children is not None:
+                self._orphans[entry.key] = entry.children
+            if entry.parent is not None:
+                self._disown(entry.parent, entry)
+
+    def tenant_of(self, key: BlockKey) -> str:
+        """Whose a known block is; empty for an unknown one."""
+        entry = self.get(key)
+        return "" if entry is None else entry.tenant
 
     def match(self, keys: Iterable[BlockKey], visible: int) -> PrefixMatch:
         """The leading run held by the ``visible`` tiers. Stops at the first miss, so ``keys`` may be lazy."""
@@ -96,6 +125,40 @@ class Index:
                 entry = self._entries.get(key)
                 key = None if entry is None else entry.parent
         return found
+
+    def subtree(self, entry: Entry) -> list[Entry]:
+        """All known blocks that continue a block, and the block itself, which comes last: children before their parents."""
+        found, pending = [], [entry]
+        while pending:
+            found.append(pending.pop())
+            pending += children_of(found[-1])
+        return found[::-1]
+
+    def _adopt(self, parent: BlockKey, child: Entry) -> None:
+        entry = self.get(parent)
+        children = self._orphans.get(parent) if entry is None else entry.children
+        if children is None:
+            children = child
+        elif isinstance(children, Entry):
+            children = {children, child}
+        else:
+            children.add(child)
+        if entry is None:
+            self._orphans[parent] = children
+        else:
+            entry.children = children
+
+    def _disown(self, parent: BlockKey, child: Entry) -> None:
+        entry = self.get(parent)
+        children = self._orphans.get(parent) if entry is None else entry.children
+        if isinstance(children, set):
+            children.discard(child)
+            if children:
+                return
+        if entry is None:
+            del self._orphans[parent]
+        else:
+            entry.children = None
 
     def __getitem__(self, key: BlockKey) -> Entry:
         return self._entries[key]

@@ -44,7 +44,7 @@ class LowerTierSpec:
 class LowerTier:
     """Book-keeping of one lower tier. ``bit`` is its place in the index's masks."""
 
-    __slots__ = ("_in_flight_blocks", "_waiting", "bit", "in_flight_bytes", "index", "online", "residency", "spec")
+    __slots__ = ("_in_flight_blocks", "_urgent", "_waiting", "bit", "in_flight_bytes", "index", "online", "residency", "spec")
 
     def __init__(self, index: int, spec: LowerTierSpec) -> None:
         self.index = index
@@ -55,11 +55,22 @@ class LowerTier:
         self.in_flight_bytes = 0
         self._in_flight_blocks: dict[int, int] = {}
         self._waiting: OrderedDict[BlockKey, float] = OrderedDict()
+        self._urgent: dict[BlockKey, None] = {}
+        """to be written as soon as possible, whatever the write mode; in order"""
 
     def committed(self, entry: Entry, now: float) -> None:
         """A block came to host memory and is not here: queue it as the write mode says."""
         if not (entry.readable | entry.busy) & self.bit:
             self._waiting[entry.key] = now + _DELAY_S[self.spec.write]
+
+    def write_soon(self, key: BlockKey) -> None:
+        """A block in host memory that is not here is to be written before all others, whatever the write mode."""
+        self._waiting.pop(key, None)
+        self._urgent[key] = None
+
+    def is_waiting_for(self, key: BlockKey) -> bool:
+        """Whether a block was asked for by ``write_soon`` and its write has not begun."""
+        return key in self._urgent
 
     def wants_on_evict(self, entry: Entry) -> bool:
         """Whether a block that leaves host memory must be written here first.
@@ -71,7 +82,10 @@ class LowerTier:
 
     def forget_waiting(self, key: BlockKey) -> bool:
         """Takes a block out of the queue; whether it was there."""
-        return self._waiting.pop(key, None) is not None
+        was_waiting = key in self._waiting or key in self._urgent
+        self._waiting.pop(key, None)
+        self._urgent.pop(key, None)
+        return was_waiting
 
     def due(self, now: float, num_dirty: float) -> Iterator[BlockKey]:
         """Takes out of the queue what is to be written now, oldest first, while it is consumed.
@@ -79,12 +93,17 @@ class LowerTier:
         Beside what is due, that is everything above ``num_dirty`` blocks.
         """
         while self.has_due(now, num_dirty):
-            yield self._waiting.popitem(last=False)[0]
+            if self._urgent:
+                key = next(iter(self._urgent))
+                del self._urgent[key]
+                yield key
+            else:
+                yield self._waiting.popitem(last=False)[0]
 
     def has_due(self, now: float, num_dirty: float) -> bool:
         """Whether something waits to be written now."""
         waiting = self._waiting
-        return bool(waiting) and (len(waiting) > num_dirty or next(iter(waiting.values())) <= now)
+        return bool(self._urgent) or (bool(waiting) and (len(waiting) > num_dirty or next(iter(waiting.values())) <= now))
 
     def has_budget(self) -> bool:
         """Whether another demotion may start."""
@@ -110,8 +129,4 @@ class LowerTier:
     @property
     def will_write(self) -> bool:
         """Whether something is queued that will be written without being evicted."""
-        return self.online and bool(self._waiting) and self.spec.write is not WriteMode.ON_EVICT
-
-    def clear_waiting(self) -> None:
-        """Forgets the queue."""
-        self._waiting.clear()
+        return self.online and (bool(self._urgent) or (bool(self._waiting) and self.spec.write is not WriteMode.ON_EVICT))

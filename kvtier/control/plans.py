@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvtier.control.index import Entry
 from kvtier.control.pins import Pin
+from kvtier.types import BlockKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,8 @@ class StoreInFlight:
 
     entries: tuple[Entry, ...]
     anchor: Pin
-    epoch: int
+    is_cancelled: bool = False
+    """its blocks were forgotten meanwhile: what arrives is not used"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class PromotionPlan:
 
     tier: int
     entries: tuple[Entry, ...]
-    epoch: int
+    is_cancelled: bool = False
+    """its blocks were forgotten meanwhile: what arrives is not used"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class DemotionPlan:
     tier: int
     entries: tuple[Entry, ...]
     slots: tuple[int, ...]
-    cancelled: bool = False
+    unwanted: frozenset[BlockKey] = frozenset()
+    """to be removed again when they have arrived"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,16 @@
 """What the planner keeps of one tier: who is in it, in which order they leave, until when, and who may not.
 
-Blocks of different sizes have an order each, because room freed by one size is of no use to another.
+Blocks of different sizes have an order each, because room freed by one size is of no use to another; and so have the blocks of each
+tenant with a quota, so that a tenant's blocks can leave without others'. A tenant's blocks continue only its own, so victims are leaves
+in each order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kvtier.control.expiry import ExpiryQueue
+from kvtier.control.quotas import POOL, Quotas
 from kvtier.policies.base import EvictionPolicy
 from kvtier.types import BlockKey, BlockMeta
 
@@ -15,31 +18,35 @@ from kvtier.types import BlockKey, BlockMeta
 class Residency:
     """The committed blocks of one tier. Pure; ``now`` in seconds."""
 
-    __slots__ = ("_expiry", "_make_policy", "_pins", "_policies", "name", "num_bytes")
+    __slots__ = ("_expiry", "_make_policy", "_pins", "_policies", "_quotas", "name", "num_bytes", "tenant_of")
 
     def __init__(self, name: str, make_policy: Callable[[], EvictionPolicy], expiry: ExpiryQueue | None) -> None:
         self.name = name
         self.num_bytes = 0
+        self.tenant_of: Callable[[BlockKey], str] = lambda _key: POOL
+        """whose a block is; it must know each block as long as it is here"""
         self._make_policy = make_policy
-        self._policies: dict[int, EvictionPolicy] = {}
+        self._policies: dict[tuple[int, str], EvictionPolicy] = {}
+        """(bytes of a block, tenant with a quota or the pool of the others) -> their order"""
+        self._quotas = Quotas()
         self._expiry = expiry
         self._pins: dict[BlockKey, int] = {}
 
     def insert(self, block: BlockMeta, now: float) -> None:
         """Takes a block in as just used."""
-        policy = self._policies.get(block.num_bytes)
-        if policy is None:
-            policy = self._policies[block.num_bytes] = self._make_policy()
+        tenant = self.tenant_of(block.key)
+        policy = self._ensure_policy(block.num_bytes, self._quotas.owner(tenant))
         policy.insert(block, now)
         self.num_bytes += block.num_bytes
+        self._quotas.count(tenant, block.num_bytes)
         if self._expiry is not None:
             self._expiry.insert(block.key, now)
         if self._pins and block.key in self._pins:
             policy.pin(block.key)
 
     def touch(self, keys: Sequence[BlockKey], num_bytes: int, now: float) -> None:
-        """Marks blocks of one size as used, in the given order."""
-        policy = self._policies.get(num_bytes)
+        """Marks blocks of one size and one tenant as used, in the given order."""
+        policy = self._policy_of(keys, num_bytes)
         if policy is None:
             return
         policy.touch(keys, now)
@@ -49,31 +56,38 @@ class Residency:
 
     def remove(self, key: BlockKey, num_bytes: int) -> None:
         """Forgets a block; an absent one is fine. Pins on it stay and hold again when it comes back."""
-        policy = self._policies.get(num_bytes)
+        policy = self._policy_of((key,), num_bytes)
         if policy is None or key not in policy:
             return
         policy.remove(key)
-        self.num_bytes -= num_bytes
-        if self._expiry is not None:
-            self._expiry.remove(key)
+        self._left(key, num_bytes)
 
-    def victims(self, count: int, num_bytes: int, now: float) -> list[BlockKey]:
-        """Chooses and forgets up to ``count`` blocks of one size, leaves first."""
-        policy = self._policies.get(num_bytes)
-        if policy is None:
-            return []
-        chosen = policy.victims(count, now)
-        self.num_bytes -= num_bytes * len(chosen)
-        if self._expiry is not None:
-            for key in chosen:
-                self._expiry.remove(key)
+    def victims(self, count: int, num_bytes: int, now: float, tenant: str = POOL) -> list[BlockKey]:
+        """Chooses and forgets up to ``count`` blocks of one size, leaves first. ``tenant``: whose blocks want the room.
+
+        Over its quota a tenant makes room itself; else those do who have borrowed what it may have.
+        """
+        chosen: list[BlockKey] = []
+        exhausted: set[str] = set()
+        while len(chosen) < count:
+            owners = [owner for size, owner in self._policies if size == num_bytes and owner not in exhausted]
+            source = self._quotas.source(owners, tenant, num_bytes, count, len(chosen))
+            if source is None:
+                break
+            owner, share = source
+            leaving = self._policies[num_bytes, owner].victims(share, now)
+            if len(leaving) < share:
+                exhausted.add(owner)
+            for key in leaving:
+                self._left(key, num_bytes)
+            chosen += leaving
         return chosen
 
     def pin(self, key: BlockKey, num_bytes: int) -> None:
         """Keeps a block (and so its whole prefix in this tier) until as many ``unpin`` calls."""
         self._pins[key] = self._pins.get(key, 0) + 1
         if self._pins[key] == 1:
-            policy = self._policies.get(num_bytes)
+            policy = self._policy_of((key,), num_bytes)
             if policy is not None:
                 policy.pin(key)
 
@@ -84,9 +98,32 @@ class Residency:
             self._pins[key] = left
             return
         del self._pins[key]
-        policy = self._policies.get(num_bytes)
+        policy = self._policy_of((key,), num_bytes)
         if policy is not None:
             policy.unpin(key, now)
+
+    def is_pinned(self, key: BlockKey) -> bool:
+        """Whether a pin names this block."""
+        return key in self._pins
+
+    def set_policy(self, make_policy: Callable[[], EvictionPolicy], meta_of: Callable[[BlockKey], BlockMeta], now: float) -> None:
+        """Takes another policy, seeded in the order in which the old one would let the blocks leave. Times to live go on."""
+        self._make_policy = make_policy
+        self._sort_anew(meta_of, now)
+
+    def set_quota(self, tenant: str, num_bytes: int | None, meta_of: Callable[[BlockKey], BlockMeta], now: float) -> None:
+        """Gives a tenant a quota, another one, or (None) takes it away. Nobody leaves because of it. Touches every block."""
+        self._quotas.set(tenant, num_bytes)
+        self._sort_anew(meta_of, now)
+
+    @property
+    def quotas(self) -> Mapping[str, int]:
+        """Tenant -> bytes that it may always have."""
+        return self._quotas.limits
+
+    def bytes_by_tenant(self) -> dict[str, int]:
+        """Bytes of each tenant's blocks here; those of blocks that are nobody's under the empty name."""
+        return dict(self._quotas.used)
 
     def expire(self, prefixes_of: Callable[[Iterable[BlockKey]], set[BlockKey]], now: float) -> list[BlockKey]:
         """The blocks whose time is over; they stay known until ``remove``. Pinned prefixes get a new time to live instead."""
@@ -101,8 +138,39 @@ class Residency:
 
     def count(self, num_bytes: int) -> int:
         """How many blocks of this size there are."""
-        policy = self._policies.get(num_bytes)
-        return 0 if policy is None else len(policy)
+        return sum(len(policy) for (size, _), policy in self._policies.items() if size == num_bytes)
 
     def __len__(self) -> int:
         return sum(len(policy) for policy in self._policies.values())
+
+    def _ensure_policy(self, num_bytes: int, owner: str) -> EvictionPolicy:
+        policy = self._policies.get((num_bytes, owner))
+        if policy is None:
+            policy = self._policies[num_bytes, owner] = self._make_policy()
+        return policy
+
+    def _policy_of(self, keys: Sequence[BlockKey], num_bytes: int) -> EvictionPolicy | None:
+        """The order in which blocks of one tenant are; it may not hold all of them."""
+        owner = POOL
+        if self._quotas.limits:
+            tenant = next((tenant for key in keys if (tenant := self.tenant_of(key))), POOL)
+            owner = self._quotas.owner(tenant)
+        return self._policies.get((num_bytes, owner))
+
+    def _left(self, key: BlockKey, num_bytes: int) -> None:
+        self.num_bytes -= num_bytes
+        self._quotas.count(self.tenant_of(key), -num_bytes)
+        if self._expiry is not None:
+            self._expiry.remove(key)
+
+    def _sort_anew(self, meta_of: Callable[[BlockKey], BlockMeta], now: float) -> None:
+        """Puts every block into a new order, one for each owner. Pinned ones and those before them come last."""
+        olds, self._policies = self._policies, {}
+        for (num_bytes, _), old in olds.items():
+            pinned = [key for key in self._pins if key in old]
+            for key in pinned:
+                old.unpin(key, now)
+            for key in old.victims(len(old), now):
+                self._ensure_policy(num_bytes, self._quotas.owner(self.tenant_of(key))).insert(meta_of(key), now)
+            for key in pinned:
+                self._ensure_policy(num_bytes, self._quotas.owner(self.tenant_of(key))).pin(key)

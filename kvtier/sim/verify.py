@@ -1,6 +1,7 @@
 """Replays a recording event by event and compares: were the same blocks hits, and did the same blocks leave, in the same order?
 
-For recordings of host memory alone: with a disk the moments at which transfers end decide as well, and a recording does not have them.
+For recordings of host memory alone: with a disk the moments at which transfers end decide as well, and a recording does not have them. Nor
+does it have what the control API, hints and quotas did.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from kvtier.control.device_pool import DevicePool
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
+from kvtier.control.moves import Move
 from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
 from kvtier.memory.slab import SlabAllocator
@@ -34,6 +35,11 @@ def chain(prompt: int, num_blocks: int) -> list[BlockKey]:
     """Keys of a prompt's first blocks. Even prompts share their first two blocks."""
     heads = [prompt if position >= 2 or prompt % 2 else 0 for position in range(num_blocks)]
     return [BlockKey(bytes([head, position]) + bytes(14)) for position, head in enumerate(heads)]
+
+
+def tenant_of(prompt: int) -> str:
+    """Prompts that share blocks are one tenant's."""
+    return f"tenant {prompt if prompt % 2 else 0}"
 
 
 class PlannerMachine(RuleBasedStateMachine):
@@ -57,6 +63,9 @@ class PlannerMachine(RuleBasedStateMachine):
         self.queue: list[Command] = []
         self.open_stores: dict[int, tuple[StorePlan, list[BlockKey]]] = {}
         self.open_loads: dict[int, tuple[LoadPlan, list[BlockKey]]] = {}
+        self.void: set[int] = set()
+        """stores whose blocks were cleared while they were copied"""
+        self.moves: list[Move] = []
         extents = SlabAllocator(HOST_BLOCKS * PAGE_BYTES, 4 * PAGE_BYTES)
         self.generations = [0] * HOST_BLOCKS
         spec = LowerTierSpec(self.residency("disk"), lambda _: TIER_BLOCKS, self.write, 4 * PAGE_BYTES)
@@ -78,7 +87,7 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(target=stores, prompt=st.integers(0, PROMPTS - 1), first=st.integers(0, MAX_BLOCKS - 1), count=st.integers(1, MAX_BLOCKS))
     def begin_store(self, prompt: int, first: int, count: int) -> object:
         keys = chain(prompt, min(first + count, MAX_BLOCKS))
-        plan = self.planner.begin_store(keys, first, PAGE_BYTES, self.now)
+        plan = self.planner.begin_store(keys, first, PAGE_BYTES, self.now, tenant_of(prompt))
         self.carry_on()
         assert len(plan.positions) == len(plan.slots)
         assert sorted(plan.positions) == list(plan.positions)
@@ -102,6 +111,12 @@ class PlannerMachine(RuleBasedStateMachine):
 
     @rule(job_id=consumes(stores), failed=st.sets(st.integers(0, MAX_BLOCKS), max_size=2))
     def commit(self, job_id: int, failed: set[int]) -> None:
+        before = self.planner.num_blocks()["host"]
+        self.end_store(job_id, failed)
+        if job_id in self.void:
+            assert before == self.planner.num_blocks()["host"], "what was cleared while it was copied came back"
+
+    def end_store(self, job_id: int, failed: set[int]) -> None:
         plan, _ = self.open_stores.pop(job_id)
         for position in failed:
             self.spoil(plan.device_slots[position : position + 1])
@@ -129,8 +144,9 @@ class PlannerMachine(RuleBasedStateMachine):
     def end_load(self, job_id: int, failed: set[int]) -> None:
         plan, keys = self.open_loads.pop(job_id)
         gone = {position for position in failed if position < len(plan.slots)}
+        filled = set(self.filled(plan))
         for position in gone:
-            self.spoil(plan.device_slots[position : position + 1])
+            self.spoil([slot for slot in plan.device_slots[position : position + 1] if slot in filled])
         self.planner.end_load(job_id, gone, self.now)
         again = self.planner.begin_load(keys, self.now)
         assert not {plan.slots[position] for position in gone} & set(again.slots)
@@ -169,12 +185,96 @@ class PlannerMachine(RuleBasedStateMachine):
         if really:
             return
         self.planner.reset(self.now)
+        self.void |= set(self.open_stores)
         self.carry_on()
         assert all(self.planner.match(chain(prompt, 1)).hit_blocks == 0 for prompt in range(PROMPTS))
 
     @rule(offline=st.integers(0, 5))
     def health(self, offline: int) -> None:
         self.planner.set_online(1, offline != 0)
+
+    # ---- control ----
+
+    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS), tiers=st.sets(st.sampled_from([-1, 0, 1]), min_size=1))
+    def evict(self, prompt: int, count: int, tiers: set[int]) -> None:
+        """Others that part from the prefix before its end and go on lose nothing; what continues it goes with it."""
+        named = chain(prompt, count)
+        before = [self.planner.match(chain(other, MAX_BLOCKS)) for other in range(PROMPTS)]
+        self.planner.evict(named, tiers)
+        self.carry_on()
+        for other, found in enumerate(before):
+            num_shared = sum(key in named for key in chain(other, MAX_BLOCKS))
+            if num_shared < min(count, found.hit_blocks):
+                assert found == self.planner.match(chain(other, MAX_BLOCKS))
+            elif num_shared == count and not self.open_stores and not self.planner.leftovers()["pins"]:
+                after = self.planner.holdings(chain(other, MAX_BLOCKS))
+                assert not any(holding.num_blocks > count for holding in (after[tier] for tier in tiers if tier in after))
+
+    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
+    def evict_what_is_pinned(self, prompt: int, count: int) -> None:
+        keys = chain(prompt, count)
+        pin_id = self.planner.pin(keys, None)
+        before = self.planner.match(keys)
+        self.planner.evict(chain(prompt, MAX_BLOCKS), {0, 1})
+        self.carry_on()
+        assert before.ready_blocks == self.planner.match(keys).ready_blocks
+        self.planner.unpin(pin_id, self.now)
+
+    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS), down=st.booleans())
+    def move(self, prompt: int, count: int, down: bool) -> None:
+        source, target = (0, 1) if down else (1, 0)
+        before = self.planner.match(chain(prompt, count))
+        move = self.planner.move(chain(prompt, count), source, target, self.now)
+        self.carry_on()
+        assert not down or len(move.keys) >= before.ready_blocks
+        assert move.copied_blocks <= len(move.keys)
+        self.moves.append(move)
+
+    @rule()
+    def cancel_moves(self) -> None:
+        for move in self.moves:
+            self.planner.cancel_move(move)
+            assert move.is_done
+        self.moves.clear()
+
+    @rule(really=st.integers(0, 2), prompt=st.none() | st.integers(0, PROMPTS - 1), tiers=st.sets(st.sampled_from([-1, 0, 1]), min_size=1))
+    def clear(self, really: int, prompt: int | None, tiers: set[int]) -> None:
+        """The scope is empty afterwards, also of what was on its way there; nobody else loses anything."""
+        if really:
+            return
+        tenant = None if prompt is None else tenant_of(prompt)
+        before = [self.planner.match(chain(other, MAX_BLOCKS)) for other in range(PROMPTS)]
+        self.planner.clear(tiers, tenant)
+        self.carry_on()
+        for other, found in enumerate(before):
+            if tenant is None or tenant_of(other) == tenant:
+                holdings = self.planner.holdings(chain(other, MAX_BLOCKS))
+                assert not any(holdings[tier].num_blocks for tier in tiers if tier in holdings)
+            else:
+                assert found == self.planner.match(chain(other, MAX_BLOCKS))
+        if 0 in tiers:
+            theirs = {key for other in range(PROMPTS) if tenant in (None, tenant_of(other)) for key in chain(other, MAX_BLOCKS)}
+            self.void |= {job_id for job_id, (_, keys) in self.open_stores.items() if theirs & set(keys)}
+
+    @rule(tier=st.sampled_from([-1, 0, 1]), policy=st.sampled_from(["lru", "fifo"]))
+    def set_policy(self, tier: int, policy: str) -> None:
+        """No block comes or goes."""
+        if tier == -1 and not self.device_slots:
+            return
+        before = [self.planner.holdings(chain(prompt, MAX_BLOCKS)) for prompt in range(PROMPTS)]
+        self.planner.set_policy(tier, lambda: create_policy(policy), self.now)
+        assert before == [self.planner.holdings(chain(prompt, MAX_BLOCKS)) for prompt in range(PROMPTS)]
+
+    @rule(tier=st.sampled_from([0, 1]), prompt=st.integers(0, PROMPTS - 1), num_blocks=st.none() | st.integers(0, 3))
+    def set_quota(self, tier: int, prompt: int, num_blocks: int | None) -> None:
+        """No block comes or goes. Two tenants' quotas fit into the tier below."""
+        tenant = tenant_of(prompt)
+        quotas = dict(self.planner.quotas(tier))
+        if num_blocks is not None and sum({**quotas, tenant: num_blocks * PAGE_BYTES}.values()) > TIER_BLOCKS * PAGE_BYTES:
+            return
+        before = [self.planner.holdings(chain(prompt, MAX_BLOCKS)) for prompt in range(PROMPTS)]
+        self.planner.set_quota(tier, tenant, None if num_blocks is None else num_blocks * PAGE_BYTES, self.now)
+        assert before == [self.planner.holdings(chain(prompt, MAX_BLOCKS)) for prompt in range(PROMPTS)]
 
     # ---- the tier's side ----
 
@@ -277,5 +377,6 @@ class PlannerMachine(RuleBasedStateMachine):
         self.now += 1000.0
         self.settle()
         left = self.planner.leftovers()
-        assert {"stores": 0, "loads": 0, "transfers": 0, "leases": 0, "pins": left["pins"], "device slots": 0} == left
+        assert all(move.is_done for move in self.moves)
+        assert {"stores": 0, "loads": 0, "transfers": 0, "moves": 0, "leases": 0, "pins": left["pins"], "device slots": 0} == left
         assert self.planner.check() == []

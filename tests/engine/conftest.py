@@ -12,7 +12,7 @@ from tests.engine.harness import ENVIRONMENT
 collect_ignore_glob: list[str] = []
 
 if find_spec("vllm") is None:
-    collect_ignore_glob += ["test_vllm_adapter.py", "test_vllm_versions.py"]
+    collect_ignore_glob += ["test_vllm_adapter.py", "test_vllm_control.py", "test_vllm_versions.py"]
 else:
     # vLLM reads them when it is imported.
     for _name, _value in {**ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR"}.items():

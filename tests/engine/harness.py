@@ -59,14 +59,17 @@ def _template() -> ForkServerContext:
     return context
 
 
-def host(capacity: str = "512MiB", **more: object) -> Result:
-    """kvtier's settings with host memory alone. ``more``: top-level keys."""
+def host(capacity: str = "512MiB", **more: Any) -> Result:
+    """kvtier's settings with host memory alone. ``more``: top-level keys. Whatever is there is loaded, however fast the engine is."""
+    more["connector"] = {"load_or_recompute": "always", **more.get("connector", {})}
     return {"tiers": [{"type": "host", "capacity": capacity}], **more}
 
 
-def host_and_disk(path: Path, capacity: str = "512MiB", **more: object) -> Result:
+def host_and_disk(path: Path, capacity: str = "512MiB", **more: Any) -> Result:
     """kvtier's settings with a disk below host memory."""
-    return {"tiers": [{"type": "host", "capacity": capacity}, {"type": "disk", "path": str(path), "capacity": "1GiB"}], **more}
+    settings = host(capacity, **more)
+    settings["tiers"].append({"type": "disk", "path": str(path), "capacity": "1GiB"})
+    return settings
 
 
 def assert_same(expected: list[Result], got: list[Result]) -> None:

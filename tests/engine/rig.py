@@ -291,17 +291,16 @@ class Rig:
 
 
 def host(capacity: str = "16MiB", **more: Any) -> dict[str, Any]:
-    """Settings with host memory alone."""
+    """Settings with host memory alone. Loads are not compared with computing, which takes no time here."""
+    more["connector"] = {"load_or_recompute": "always", **more.get("connector", {})}
     return {"tiers": [{"type": "host", "capacity": capacity, "huge_pages": False}], **more}
 
 
 def host_and_disk(path: Path, **more: Any) -> dict[str, Any]:
     """Settings with a disk below."""
-    tiers = [
-        {"type": "host", "capacity": "16MiB", "huge_pages": False},
-        {"type": "disk", "path": str(path), "capacity": "64MiB", "segment": "4MiB"},
-    ]
-    return {"tiers": tiers, **more}
+    settings = host(**more)
+    settings["tiers"].append({"type": "disk", "path": str(path), "capacity": "64MiB", "segment": "4MiB"})
+    return settings
 
 
 def prompt(number: int, length: int = 200) -> list[int]:

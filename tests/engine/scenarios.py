@@ -154,6 +154,43 @@ def failing(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return {"rounds": rounds}
 
 
+def controlled(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every verb of the control API on this engine, and what the next request then gets from where."""
+    from kvtier import Controller  # noqa: PLC0415
+
+    controller = Controller.of()
+    texts = [prompts()[number] for number in (0, 2, 4)]
+    tokenizer = llm.get_tokenizer()
+    kept, moved, other = (tokenizer(text)["input_ids"] for text in texts)
+    out: dict[str, Any] = {"first": [generate(llm, [text])[0] for text in texts]}
+    out["pinned"] = controller.pin(kept, ttl_s=600.0).result(60.0).num_tokens
+    pressure(llm, 1)
+    out["after_pressure"] = [generate(llm, [text])[0] for text in texts]
+    pressure(llm, 2)
+    out["prefetched"] = controller.prefetch(moved, deadline_s=60.0).result(60.0).ready_tokens
+    out["after_prefetch"] = generate(llm, texts[1:2])
+    out["moved"] = controller.move(moved, from_tier="host", to_tier="disk").result(60.0).num_blocks
+    out["after_move"] = generate(llm, texts[1:2])
+    out["evicted"] = controller.evict(moved, tier="all").result(60.0).num_blocks
+    out["after_evict"] = generate(llm, texts[1:2])
+    controller.set_policy("host", "fifo").result(60.0)
+    salted = [llm_salted(llm, texts[2]), llm_salted(llm, texts[2])]
+    out["cleared"] = controller.clear(tenant="tenant").result(60.0).num_blocks
+    out["salted"] = [*salted, llm_salted(llm, texts[2])]
+    controller.clear(tier="all").result(60.0)
+    out["after_clear"] = generate(llm, texts)
+    out["found"] = controller.lookup(other).result(60.0).hit_tokens
+    out["estimates"] = dict(controller.stats().result(60.0).estimates)
+    out["health"] = controller.health(check_books=True).result(60.0).ok
+    return out
+
+
+def pressure(llm: Any, number: int) -> None:
+    """Prompts that nobody asks for again, more than host memory holds."""
+    for text in prompts():
+        generate(llm, [f"{number} of those. " + text])
+
+
 def timing(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds of rounds of fresh prompts, for the cost of storing what is never used again."""
     seconds = []
@@ -178,7 +215,7 @@ def refusals(settings: dict[str, Any]) -> dict[str, Any]:
     return {"messages": messages}
 
 
-SCENARIOS = {"repeat": repeat, "separated": separated, "failing": failing, "timing": timing}
+SCENARIOS = {"repeat": repeat, "separated": separated, "failing": failing, "controlled": controlled, "timing": timing}
 
 
 def main(out: Path, log: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:

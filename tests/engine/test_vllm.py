@@ -150,6 +150,38 @@ def test_what_must_be_apart_stays_apart(alone: list[Result]) -> None:
     assert_same(alone, result["after_abort"])
 
 
+def test_the_control_api_on_a_running_engine(alone: list[Result], tmp_path: Path) -> None:
+    """Every verb, and its effect in the engine: what is loaded from where; the tokens stay the same."""
+    settings = host_and_disk(tmp_path / "tier", capacity="40MiB", connector={"load_or_recompute": "auto"})
+    result = run("controlled", kvtier=settings)
+    same = [alone[number] for number in (0, 2, 4)]
+    for name in ("first", "after_pressure", "after_clear"):
+        assert_same(same, result[name])
+    for name in ("after_prefetch", "after_move", "after_evict"):
+        assert_same(same[1:2], result[name])
+    assert_same(same[2:] * 3, result["salted"])
+    loaded = [one["loaded"] for one in result["after_pressure"]]
+    assert result["pinned"] > 100
+    assert (result["pinned"], 0) == (loaded[0]["host_tokens"], loaded[0]["disk_tokens"]), "the pinned prompt stayed in host memory"
+    assert all(one["disk_tokens"] > 100 for one in loaded[1:]), "the others left it"
+    (prefetched,) = (one["loaded"] for one in result["after_prefetch"])
+    assert prefetched["host_tokens"] > 100
+    assert prefetched["disk_tokens"] == 0
+    (moved,) = (one["loaded"] for one in result["after_move"])
+    assert result["moved"] > 0
+    assert moved["host_tokens"] == 0
+    assert 100 < moved["disk_tokens"] <= result["moved"] * 32, "the answer moved as well"
+    assert result["evicted"] > 0
+    assert result["after_evict"][0]["cached"] == 0
+    assert [True, False] == [one["cached"] > 0 for one in result["salted"][1:]]
+    assert result["cleared"] > 0
+    assert [0, 0, 0] == [one["cached"] for one in result["after_clear"]]
+    assert result["found"] > 100
+    assert result["health"]
+    measured = {name.partition("@")[0] for name in result["estimates"]}
+    assert {"host.bytes_per_s", "prefill.tokens_per_s"} <= measured
+
+
 def test_in_processes_of_their_own(alone: list[Result]) -> None:
     """Scheduler and worker in processes of their own share the arena."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}

@@ -293,6 +293,11 @@ def refuses(config: VllmConfig, made: Any, role: KVConnectorRole, kind: type[KVT
 # ---- which requests share blocks ----------------------------------------------------------------------------------
 
 
+def tenant(name: str) -> dict[str, Any]:
+    """A request that names its tenant."""
+    return {"sampling": {"extra_args": {"kv_transfer_params": {"kvtier": {"tenant": name}}}}}
+
+
 def adapter(name: str = "poet", number: int = 1, path: str = "/adapters/poet") -> LoRARequest:
     return LoRARequest(name, number, path)
 
@@ -308,6 +313,9 @@ APART: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({"lora_request": adapter()}, {"lora_request": adapter("critic")}),
     ({"lora_request": adapter()}, {"lora_request": adapter(path="/adapters/other")}),
     ({"lora_request": adapter("x")}, {"cache_salt": "x"}),
+    ({}, tenant("x")),
+    (tenant("x"), tenant("y")),
+    ({"cache_salt": "x"}, tenant("x")),
     ({}, {"mm_features": image("cat")}),
     ({"mm_features": image("cat")}, {"mm_features": image("dog")}),
     ({"mm_features": image("cat", length=16)}, {"mm_features": image("cat", length=17)}),
@@ -330,7 +338,7 @@ def test_a_picture_counts_from_where_it_lies(rig: Rig) -> None:
     assert [True, True, False, False, False, False] == [one == other for one, other in zip(*keys, strict=True)]
 
 
-@pytest.mark.parametrize("more", [{"cache_salt": "a"}, {"lora_request": adapter()}])
+@pytest.mark.parametrize("more", [{"cache_salt": "a"}, {"lora_request": adapter()}, tenant("a")])
 def test_requests_load_their_own_blocks_only(rig: Rig, more: dict[str, Any]) -> None:
     """Through vLLM's scheduler: the same prompt with another salt or adapter is computed, with the same one it is loaded."""
     assert 0 == rig.ask("plain", prompt(1))

@@ -51,6 +51,7 @@ def test_one_capacity_is_enough(tmp_path: Path) -> None:
         "promote_wait_s": 2.0,
         "store": True,
         "load": True,
+        "load_or_recompute": "auto",
         "max_pinned_fraction": 0.5,
         "gpu_copy": "auto",
         "copy_threads": 2,
@@ -71,7 +72,7 @@ tiers:
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
      io_engine: threads, queue_depth: 32, io_threads: 3, max_in_flight: 1MiB, durable: false}
 connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false,
-    max_pinned_fraction: 1, gpu_copy: staged, copy_threads: 3}
+    max_pinned_fraction: 1, gpu_copy: staged, copy_threads: 3, load_or_recompute: always}
 log_level: debug
 """,
         )
@@ -84,7 +85,8 @@ log_level: debug
     assert config.disk is not None
     assert {**disk, "durable": False} == config.disk.model_dump()
     connector = {"store_decode_blocks": False, "async_load": True, "layerwise": "on", "promote_wait_s": 0.25, "store": False, "load": False}
-    assert {**connector, "max_pinned_fraction": 1.0, "gpu_copy": "staged", "copy_threads": 3} == config.connector.model_dump()
+    connector |= {"max_pinned_fraction": 1.0, "gpu_copy": "staged", "copy_threads": 3, "load_or_recompute": "always"}
+    assert connector == config.connector.model_dump()
     assert (64, "a", "debug") == (config.block_tokens, config.namespace_salt, config.log_level)
 
 
@@ -311,6 +313,7 @@ def test_exports_are_sorted() -> None:
     exports = {
         "Config",
         "ConnectorConfig",
+        "ControlConfig",
         "DiskTierConfig",
         "GpuTierConfig",
         "HostTierConfig",

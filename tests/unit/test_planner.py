@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtier.control.commands import Promote
+from kvtier.control.commands import Promote, Remove
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
@@ -51,12 +51,12 @@ TestWriteOnEvict = OnEvictMachine.TestCase
 TestFIFOWithTTL = FIFOMachine.TestCase
 
 
-def make_planner(host_blocks: int, *, ttl_s: float | None = None, extent_blocks: int = 4) -> Planner:
+def make_planner(host_blocks: int, *, ttl_s: float | None = None, extent_blocks: int = 4, has_disk: bool = True) -> Planner:
     slab = SlabAllocator(host_blocks * PAGE_BYTES, extent_blocks * PAGE_BYTES)
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=True)
     host = Residency("host", lambda: create_policy("lru"), expiry)
     disk = LowerTierSpec(Residency("disk", lambda: create_policy("lru"), None), lambda num_bytes: 100, WriteMode.THROUGH, 1 << 30)
-    return Planner(HostSpace(slab, [0] * host_blocks), host, [disk], Stats())
+    return Planner(HostSpace(slab, [0] * host_blocks), host, [disk] if has_disk else [], Stats())
 
 
 def keys_of(prompt: int, num_blocks: int) -> list[BlockKey]:
@@ -150,6 +150,70 @@ def test_a_promotion_overtaken_by_a_reset_comes_to_nothing() -> None:
     planner.reset(1.0)
     planner.promoted(promotion.job_id, [Outcome.OK], 1.0)
     assert 0 == planner.match(keys_of(1, 1)).hit_blocks
+    assert [] == planner.check()
+
+
+def test_another_policy_begins_with_the_old_order() -> None:
+    """What lru would let leave first leaves first under fifo as well; pins go on, and what is pinned is the last to leave."""
+    planner = make_planner(8)
+    for prompt in range(4):
+        store(planner, keys_of(prompt, 2), now=float(prompt))
+    planner.touch(keys_of(0, 2), 5.0)
+    pin = planner.pin(keys_of(1, 2), None)
+    planner.set_policy(0, lambda: create_policy("fifo"), 6.0)
+    store(planner, keys_of(4, 2), now=7.0)
+    assert [2, 2, 0, 2, 2] == [planner.match(keys_of(prompt, 2)).ready_blocks for prompt in range(5)]
+    store(planner, keys_of(5, 4), now=8.0)
+    assert [0, 2, 0, 0, 2, 4] == [planner.match(keys_of(prompt, 4)).ready_blocks for prompt in range(6)]
+    planner.unpin(pin, 9.0)
+    assert [] == planner.check()
+
+
+def test_evicting_drops_the_tail_first_up_to_what_must_stay() -> None:
+    """A pinned block stays with what is before it; so does what another prompt continues."""
+    planner = make_planner(8)
+    store(planner, keys_of(1, 4))
+    pin = planner.pin(keys_of(1, 2), None)
+    assert 2 == planner.evict(keys_of(1, 4), {0})
+    assert 2 == planner.match(keys_of(1, 4)).ready_blocks
+    planner.unpin(pin, 0.0)
+    store(planner, keys_of(1, 1) + keys_of(2, 2)[1:], now=1.0)
+    assert 1 == planner.evict(keys_of(1, 4), {0})
+    assert 1 == planner.evict(keys_of(2, 2)[1:], {0})
+    assert 1 == planner.evict(keys_of(1, 4), {0})
+    assert {"host": 0, "disk": 0} == planner.num_blocks()
+
+
+def test_a_move_waits_for_its_copies_and_drops_only_what_arrived() -> None:
+    """Of two blocks one fails: it and the one before it stay where they are."""
+    for outcomes, expected in (((Outcome.OK, Outcome.OK), 2), ((Outcome.OK, Outcome.FAILED), 0), ((Outcome.FAILED, Outcome.OK), 1)):
+        planner = make_planner(4)
+        store(planner, keys_of(1, 2))
+        move = planner.move(keys_of(1, 2), 0, 1, 0.0)
+        planner.tick(0.0)
+        (demotion,) = planner.take_commands()
+        assert (False, 2) == (move.is_done, planner.match(keys_of(1, 2)).ready_blocks)
+        planner.demoted(demotion.job_id, outcomes, (), 1.0)  # type: ignore[union-attr]
+        planner.tick(1.0)
+        assert (True, expected) == (move.is_done, move.moved_blocks)
+        assert 2 == planner.match(keys_of(1, 2)).hit_blocks
+        assert [] == planner.check()
+
+
+def test_a_tenants_copies_under_way_come_to_nothing_when_it_is_cleared() -> None:
+    """A store and a demotion that were running: neither leaves anything behind, and the other tenant's go on."""
+    planner = make_planner(8)
+    plans = [planner.begin_store(keys_of(prompt, 2), 0, PAGE_BYTES, 0.0, tenant) for prompt, tenant in enumerate("ab")]
+    stored = planner.begin_store(keys_of(2, 2), 0, PAGE_BYTES, 0.0, "a")
+    planner.commit_store(stored.job_id, (), 0.0)
+    planner.tick(0.0)
+    (demotion,) = planner.take_commands()
+    assert 2 == planner.clear({0, 1}, "a")
+    for plan in plans:
+        planner.commit_store(plan.job_id, (), 1.0)
+    planner.demoted(demotion.job_id, (Outcome.OK, Outcome.OK), (), 1.0)  # type: ignore[union-attr]
+    assert [0, 2, 0] == [planner.match(keys_of(prompt, 2)).hit_blocks for prompt in range(3)]
+    assert tuple(keys_of(2, 2)) in [command.keys for command in planner.take_commands() if isinstance(command, Remove)]
     assert [] == planner.check()
 
 

@@ -72,7 +72,9 @@ class KVTierConnector(KVConnectorBase_V1):
             namespace = namespace_of(vllm_config, kv_cache_config, config, sizes)
             is_async = vllm_config.device_config.device_type != "cpu"
             events = _wants_events(vllm_config)
-            self._scheduler = SchedulerSide(config, namespace, sizes, arena_path, stores_are_async=is_async, events=events)
+            self._scheduler = SchedulerSide(
+                config, namespace, sizes, arena_path, name=_engine_name(vllm_config), stores_are_async=is_async, events=events
+            )
         else:
             self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks)
 
@@ -106,12 +108,13 @@ class KVTierConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         half = self._half.half
         if not half.knows(request.request_id):
+            options = options_of(request)
             half.add_request(
                 request.request_id,
                 request.all_token_ids,
                 num_prompt_tokens=request.num_prompt_tokens,
-                identity=identity_of(request),
-                options=options_of(request),
+                identity=identity_of(request, options),
+                options=options,
             )
         matched = half.match(request.request_id, request.num_tokens, num_computed_tokens)
         return matched.num_tokens, matched.is_async
@@ -232,6 +235,12 @@ def _arena_path(vllm_config: VllmConfig) -> str:
     """Shared by the processes of one engine and by no other engine."""
     parallel = vllm_config.parallel_config
     return f"/dev/shm/kvtier-{os.getuid()}-{vllm_config.kv_transfer_config.engine_id}-{parallel.data_parallel_rank}"
+
+
+def _engine_name(vllm_config: VllmConfig) -> str:
+    """How ``kvtier.Controller.of`` finds the engine: its ``engine_id``, and its rank where there are several."""
+    parallel, engine_id = vllm_config.parallel_config, str(vllm_config.kv_transfer_config.engine_id)
+    return engine_id if parallel.data_parallel_size == 1 else f"{engine_id}-{parallel.data_parallel_rank}"
 
 
 def _wants_events(vllm_config: VllmConfig) -> bool:

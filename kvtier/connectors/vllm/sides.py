@@ -15,6 +15,7 @@ from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
 from kvtier.connectors.vllm.movers import movers_of
 from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.controller import Controller
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena, remove_stale
@@ -35,7 +36,7 @@ class SchedulerSide:
     """Owns the cache engine and the scheduler half. One thread."""
 
     def __init__(
-        self, config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, *, stores_are_async: bool, events: bool
+        self, config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, *, name: str, stores_are_async: bool, events: bool
     ) -> None:
         self.sizes = sizes
         self._arena = open_arena(arena_path, config)
@@ -59,6 +60,7 @@ class SchedulerSide:
             num_workers=sizes.num_workers,
             host_blocks=config.host.capacity_bytes // sizes.block_bytes,
         )
+        self.controller = Controller(engine, namespace=namespace, block_tokens=sizes.block_tokens, name=name)
         recorder = recorder_of(config, geometry, sizes.block_bytes)
         if recorder is None:
             self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async)

@@ -1,0 +1,88 @@
+"""Promotions: copies from a lower tier into slots of host memory, from the plan to the verified bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from kvtier.control.books import Books
+from kvtier.control.commands import Promote, Remove
+from kvtier.control.demotion import OUTCOME_COUNTERS
+from kvtier.control.index import HOST, Entry
+from kvtier.control.lower import LowerTier
+from kvtier.control.plans import PromotionPlan
+from kvtier.types import BlockKey, Outcome
+
+
+class Promoter:
+    """Starts and ends promotions for the planner, whose methods document them."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._running: dict[int, PromotionPlan] = {}
+
+    def promote(self, keys: Sequence[BlockKey], now: float) -> int:
+        """See :meth:`Planner.promote`."""
+        books = self._books
+        run = books.index.run(keys, 0, books.visible)
+        missing = [entry for entry in run if not (entry.readable | entry.busy) & HOST]
+        if not missing:
+            return len(run)
+        anchored = books.anchor(books.last_in_host(run))
+        room = books.host.make_room(len(missing), missing[0].num_bytes, now, missing[0].tenant)
+        taken = missing[:room]
+        for position, entry in enumerate(taken):
+            if not books.space.take(entry):
+                taken = taken[:position]
+                break
+            entry.busy |= HOST
+        books.release(anchored, now)
+        for tier in books.lower:
+            self._start(tier, [entry for entry in taken if self._source(entry) is tier])
+        if len(taken) == len(missing):
+            return len(run)
+        books.stats.add("promote.refused_blocks", len(missing) - len(taken))
+        return run.index(missing[len(taken)])
+
+    def finished(self, job_id: int, outcomes: Sequence[Outcome], now: float) -> None:
+        """See :meth:`Planner.promoted`."""
+        books = self._books
+        plan = self._running.pop(job_id)
+        tier = books.lower[plan.tier - 1]
+        good: list[Entry] = []
+        for entry, outcome in zip(plan.entries, outcomes, strict=True):
+            if plan.is_cancelled:
+                books.host.close_slot(entry)
+            elif outcome is Outcome.OK:
+                good.append(entry)
+            else:
+                books.stats.add(f"{tier.residency.name}.{OUTCOME_COUNTERS[outcome]}_blocks")
+                if entry.readable & tier.bit:
+                    tier.residency.remove(entry.key, entry.num_bytes)
+                    entry.readable &= ~tier.bit
+                    books.host.tell(False, tier.residency.name, entry)
+                    books.commands.append(Remove(tier.index, (entry.key,)))
+                books.host.close_slot(entry)
+        books.stats.add(f"{tier.residency.name}.loaded_blocks", len(good))
+        for entry in reversed(good):
+            books.host.filled(entry, now)
+
+    def cancel(self, is_unwanted: Callable[[Entry], bool]) -> None:
+        """What is under way of these blocks will come to nothing."""
+        for job_id, plan in self._running.items():
+            if any(is_unwanted(entry) for entry in plan.entries):
+                self._running[job_id] = dataclasses.replace(plan, is_cancelled=True)
+
+    def _source(self, entry: Entry) -> LowerTier:
+        return next(tier for tier in self._books.lower if entry.readable & tier.bit & self._books.visible)
+
+    def _start(self, tier: LowerTier, entries: list[Entry]) -> None:
+        if not entries:
+            return
+        books = self._books
+        job_id = next(books.ids)
+        self._running[job_id] = PromotionPlan(tier.index, tuple(entries))
+        books.commands.append(Promote(job_id, tier.index, tuple(e.meta for e in entries), tuple(e.slot for e in entries)))
+
+    def __len__(self) -> int:
+        return len(self._running)

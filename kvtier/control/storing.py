@@ -1,0 +1,82 @@
+"""Stores: copies from the engine into slots of host memory, from the plan to the commit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+
+from kvtier.control.books import Books
+from kvtier.control.index import HOST, Entry
+from kvtier.control.plans import StoreInFlight
+from kvtier.types import BlockKey, StorePlan
+
+
+class Storing:
+    """Starts and ends stores for the planner, whose methods document them."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._running: dict[int, StoreInFlight] = {}
+
+    def begin(self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float, tenant: str, may_evict: bool) -> StorePlan:
+        """See :meth:`Planner.begin_store`."""
+        books = self._books
+        job_id = next(books.ids)
+        anchor = books.index.get(keys[first - 1]) if first else None
+        if first and anchor is None:
+            return StorePlan(job_id, broken=True)
+        wanted: list[int] = []
+        for position in range(first, len(keys)):
+            entry = books.index.get(keys[position])
+            if entry is None or not (entry.readable | entry.busy) & HOST:
+                wanted.append(position)
+            elif not wanted:
+                anchor = entry
+        if not wanted:
+            return StorePlan(job_id)
+        anchored = books.anchor(anchor)
+        room = (
+            books.host.make_room(len(wanted), num_bytes, now, tenant) if may_evict else min(len(wanted), books.space.available(num_bytes))
+        )
+        entries = books.host.open_slots([(keys[p], keys[p - 1] if p else None) for p in wanted[:room]], num_bytes, tenant)
+        books.stats.add("store.refused_blocks", len(wanted) - len(entries))
+        if not entries:
+            books.release(anchored, now)
+            return StorePlan(job_id, num_refused=len(wanted))
+        self._running[job_id] = StoreInFlight(tuple(entries), anchored)
+        positions = tuple(position - first for position in wanted[: len(entries)])
+        pool = books.host.device
+        return StorePlan(
+            job_id,
+            positions,
+            tuple(books.space.ref(entry.slot) for entry in entries),
+            len(wanted) - len(entries),
+            device_slots=() if pool is None else pool.begin_fill(job_id, [entry.meta for entry in entries], now),
+        )
+
+    def commit(self, job_id: int, failed: Collection[int], now: float) -> None:
+        """See :meth:`Planner.commit_store`."""
+        books = self._books
+        plan = self._running.pop(job_id)
+        good = 0 if plan.is_cancelled else min(failed, default=len(plan.entries))
+        for entry in plan.entries[good:]:
+            books.host.close_slot(entry)
+        books.stats.add("store.aborted_blocks", len(plan.entries) - good)
+        books.stats.add("host.stored_blocks", good)
+        for entry in reversed(plan.entries[:good]):
+            books.host.filled(entry, now)
+        if books.host.device is not None:
+            books.host.device.end_fill(job_id, [entry.key for entry in plan.entries[good:]], now)
+        if books.lower:
+            for entry in plan.entries[:good]:
+                books.demoter.committed(entry, now)
+        books.release(plan.anchor, now)
+
+    def cancel(self, is_unwanted: Callable[[Entry], bool]) -> None:
+        """What is under way of these blocks will come to nothing."""
+        for job_id, plan in self._running.items():
+            if any(is_unwanted(entry) for entry in plan.entries):
+                self._running[job_id] = dataclasses.replace(plan, is_cancelled=True)
+
+    def __len__(self) -> int:
+        return len(self._running)
