@@ -92,4 +92,4 @@ def test_an_unknown_policy_is_named() -> None:
     """The message names the value and what is allowed."""
     with pytest.raises(ValueError, match="'mru' is not one of default, fifo, lru"):
         create_policy("mru")
-    assert ["fifo", "lru"] == sorted(POLICIES)
+    assert ["default", "fifo", "lru"] == sorted(POLICIES)
