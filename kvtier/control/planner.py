@@ -143,12 +143,14 @@ class Planner:
         if not wanted:
             return StorePlan(job_id)
         anchored = self._anchor(anchor)
-        room = self._host.make_room(len(wanted), num_bytes, now)
-        entries = self._host.open_slots([(keys[p], keys[p - 1] if p else None) for p in wanted[:room]], num_bytes)
-        self._stats.add("store.refused_blocks", len(wanted) - len(entries))
+        blocks = [BlockMeta(keys[p], keys[p - 1] if p else None, num_bytes) for p in wanted]
+        room, num_declined = self._host.make_room(len(blocks), num_bytes, now, blocks)
+        entries = self._host.open_slots(blocks[:room])
+        num_refused = len(blocks) - len(entries) - num_declined
+        self._stats.add("store.refused_blocks", num_refused)
         if not entries:
             self._release_pin(anchored, now)
-            return StorePlan(job_id, num_refused=len(wanted))
+            return StorePlan(job_id, num_refused=num_refused, num_declined=num_declined)
         self._stores[job_id] = StoreInFlight(tuple(entries), anchored, self._epoch)
         positions = tuple(position - first for position in wanted[: len(entries)])
         pool = self._host.device
@@ -156,7 +158,8 @@ class Planner:
             job_id,
             positions,
             tuple(self._space.ref(entry.slot) for entry in entries),
-            len(wanted) - len(entries),
+            num_refused,
+            num_declined,
             device_slots=() if pool is None else pool.begin_fill(job_id, [entry.meta for entry in entries], now),
         )
 
@@ -219,7 +222,8 @@ class Planner:
         if not missing:
             return len(run)
         anchored = self._anchor(self._last_in_host(run))
-        room = self._host.make_room(len(missing), missing[0].num_bytes, now)
+        # Unconditional: whatever the blocks are worth, the request that waits for them gets them only through host memory.
+        room = self._host.make_room(len(missing), missing[0].num_bytes, now).num_blocks
         taken = missing[:room]
         for position, entry in enumerate(taken):
             if not self._space.take(entry):

@@ -6,10 +6,18 @@ Blocks of different sizes have an order each, because room freed by one size is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.policies.base import EvictionPolicy
 from kvtier.types import BlockKey, BlockMeta
+
+
+class Victims(NamedTuple):
+    """Who leaves a tier, and how many of those that want the room are turned away because they are worth less."""
+
+    keys: list[BlockKey]
+    num_declined: int
 
 
 class Residency:
@@ -57,17 +65,18 @@ class Residency:
         if self._expiry is not None:
             self._expiry.remove(key)
 
-    def victims(self, count: int, num_bytes: int, now: float) -> list[BlockKey]:
-        """Chooses and forgets up to ``count`` blocks of one size, leaves first."""
+    def victims(self, count: int, num_bytes: int, now: float, incoming: Sequence[BlockMeta] = ()) -> Victims:
+        """Chooses and forgets up to ``count`` blocks of one size, leaves first; fewer where ``incoming`` are worth less than they."""
         policy = self._policies.get(num_bytes)
         if policy is None:
-            return []
-        chosen = policy.victims(count, now)
+            return Victims([], 0)
+        declined_before = policy.num_declined
+        chosen = policy.victims(count, now, incoming)
         self.num_bytes -= num_bytes * len(chosen)
         if self._expiry is not None:
             for key in chosen:
                 self._expiry.remove(key)
-        return chosen
+        return Victims(chosen, policy.num_declined - declined_before)
 
     def pin(self, key: BlockKey, num_bytes: int) -> None:
         """Keeps a block (and so its whole prefix in this tier) until as many ``unpin`` calls."""

@@ -13,7 +13,7 @@ revived when the block comes (back).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvtier.types import BlockKey, BlockMeta
 
@@ -84,7 +84,11 @@ class LeafOrder:
             node.state = QUEUED
             self._order[key] = node
 
-    def victims(self, num_blocks: int, now: float) -> list[BlockKey]:
+    @property
+    def num_declined(self) -> int:
+        return 0
+
+    def victims(self, num_blocks: int, now: float, incoming: Sequence[BlockMeta] = ()) -> list[BlockKey]:
         order = self._order
         chosen: list[BlockKey] = []
         while len(chosen) < num_blocks and order:
