@@ -18,6 +18,7 @@ from kvtier.errors import (
     TierBusyError,
     TierError,
     TierFormatError,
+    TraceError,
     UnsupportedModelError,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "TierBusyError",
     "TierError",
     "TierFormatError",
+    "TraceError",
     "UnsupportedModelError",
     "__version__",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``kvtier config``, ``kvtier check``, ``kvtier bench``, ``kvtier env`` and ``kvtier version``.
+"""The command line: ``kvtier config``, ``check``, ``simulate``, ``plan``, ``bench``, ``env`` and ``version``.
 
 A command imports what it needs when it runs, so that ``kvtier version`` answers at once and a machine without, say, a
 working LMDB can still have its configuration checked.
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kvtier
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, TraceError
+from kvtier.sim import arguments
 
 if TYPE_CHECKING:
     from kvtier.types import Damage
@@ -71,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
     check.add_argument("path", type=Path, metavar="PATH", help="the directory of a disk tier")
     check.set_defaults(command=_check_directory)
+
+    text = "replay a recorded workload through kvtier's own decisions, for any policy and size"
+    simulation = commands.add_parser("simulate", help=text, description=text.capitalize() + ".")
+    arguments.add_simulate(simulation)
+    simulation.set_defaults(command=_simulate)
+
+    text = "find the cheapest sizes of the tiers that meet a time to first token, by simulation"
+    planning = commands.add_parser("plan", help=text, description=text.capitalize() + ".")
+    arguments.add_plan(planning)
+    planning.set_defaults(command=_plan)
 
     bench = commands.add_parser(
         "bench",
@@ -129,6 +140,27 @@ def _check_directory(options: argparse.Namespace) -> int:
     _print_damage(found)
     print(f"{path}: {len(found)} {'finding' if len(found) == 1 else 'findings'}")
     return DAMAGED
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from kvtier.sim.command import simulate  # noqa: PLC0415 - takes numpy
+
+    return _answer(simulate, options)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from kvtier.sim.plan import plan  # noqa: PLC0415 - takes numpy
+
+    return _answer(plan, options)
+
+
+def _answer(work: Callable[[argparse.Namespace], bool], options: argparse.Namespace) -> int:
+    try:
+        return OK if work(options) else DAMAGED
+    except (ConfigError, TraceError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        return _refuse(str(error))
 
 
 def _bench(options: argparse.Namespace) -> int:

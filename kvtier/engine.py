@@ -18,7 +18,7 @@ from kvtier.control.residency import Residency
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena
-from kvtier.memory.slab import SlabAllocator
+from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.stats import Stats
 from kvtier.tiers.base import Tier
@@ -27,8 +27,6 @@ from kvtier.transfer import TransferRunner
 from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StorePlan
 
 __all__ = ["EXTENT_BYTES", "BlockEvent", "CacheEngine"]
-
-EXTENT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,7 @@ class CacheEngine:
                 f"Allowed: at least {_page_align(block_bytes)} bytes; some thousand blocks are sensible"
             )
         # Nothing is handed out before the arena has prepared it: see _grow.
-        slab = SlabAllocator(capacity_bytes, max(min(EXTENT_BYTES, capacity_bytes), _page_align(block_bytes)), limit_bytes=0)
+        slab = SlabAllocator.of_host(capacity_bytes, block_bytes, limit_bytes=0)
         if arena is None:
             arena = Arena.open(
                 f"/dev/shm/kvtier-{os.getuid()}-{os.getpid()}-{time.monotonic_ns()}",

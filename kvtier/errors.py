@@ -9,6 +9,7 @@
     |   +-- TierBusyError               another process holds the directory: names it
     |   +-- TierFormatError             the directory is of another format or damaged beyond use
     +-- ArenaError (OSError)            the arena cannot be made or mapped (too little /dev/shm, ...)
+    +-- TraceError (ValueError)         a trace cannot be read: names file, line and what was expected
     +-- ClosedError (ValueError)        used after close()
     +-- InvariantError (AssertionError) kvtier has a bug
 
@@ -44,6 +45,10 @@ class TierFormatError(TierError):
 
 class ArenaError(KVTierError, OSError):
     """The arena cannot be created or mapped."""
+
+
+class TraceError(KVTierError, ValueError):
+    """A trace cannot be read. The message names the file, the line and what was expected there."""
 
 
 class ClosedError(KVTierError, ValueError):

@@ -40,6 +40,7 @@ COUNTERS: Mapping[str, str] = {
     "promote.refused_blocks": "promotions that found no slot",
     "promote.timeouts": "requests that stopped waiting for a promotion",
     "pin.expired": "pins that ended by their deadline",
+    "record.lost_lines": "lines of the recording that could not be written",
     "connector.errors": "unexpected errors inside kvtier that became misses",
     "index.reset": "times the whole cache was forgotten on request",
 }

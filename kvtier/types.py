@@ -53,8 +53,7 @@ class Outcome(enum.Enum):
     """an I/O error or a tier that is offline"""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockIO:
+class BlockIO(NamedTuple):
     """One block of a job: ``buffer`` holds exactly the block's bytes (STORE: read, LOAD: written).
 
     The buffer belongs to the tier from ``submit`` until the job's result was polled.

@@ -30,6 +30,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.memory": 1,
     "kvtier.io": 1,
     "kvtier.codecs": 1,
+    "kvtier.recording": 1,
     "kvtier.tiers": 2,
     "kvtier.copy": 2,
     "kvtier.control": 3,
@@ -37,6 +38,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.engine": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,
+    "kvtier.sim": 4,
     "kvtier.connectors": 5,
     "kvtier.bench": 5,
     "kvtier.testing": 5,
@@ -51,7 +53,7 @@ FACADE = "kvtier"
 MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench", "kvtier.machine")
 
 THIRD_PARTY: Mapping[str, Sequence[str]] = {
-    "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
+    "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.sim", "kvtier.testing"),
     "torch": ("kvtier.copy.pool", "kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu", "kvtier.testing"),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
@@ -61,8 +63,8 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "yaml": ("kvtier.config",),
     "vllm": ("kvtier.connectors.vllm", "kvtier.bench.engine"),
     "prometheus_client": ("kvtier.connectors.vllm",),
-    "rich": ("kvtier.cli", "kvtier.bench"),
-    "matplotlib": ("kvtier.bench",),
+    "rich": ("kvtier.cli", "kvtier.bench", "kvtier.sim.command", "kvtier.sim.plan", "kvtier.sim.report"),
+    "matplotlib": ("kvtier.bench", "kvtier.sim.plot"),
     "hypothesis": ("kvtier.testing",),
 }
 """package -> who may import it"""

@@ -27,6 +27,7 @@ PUBLIC = {
     "TierError",
     "TierBusyError",
     "TierFormatError",
+    "TraceError",
     "ArenaError",
     "ClosedError",
     "InvariantError",

@@ -6,18 +6,23 @@ Targets, not limits, stand beside the figures: there is no physical limit of a d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import itertools
+import mmap
 import resource
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from kvtier.bench.report import Record, publish, record, time_rounds
+from kvtier.bench.report import Record, in_turns, publish, record, time_rounds
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import DefaultSettings, Geometry
@@ -27,14 +32,19 @@ from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
 from kvtier.engine import CacheEngine
 from kvtier.hashing import KeyChain, Namespace
+from kvtier.io import AlignedFile, preallocate
 from kvtier.memory.slab import SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.stats import Stats
 from kvtier.tiers.disk import DiskTier
-from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, TransferJob
+from kvtier.tiers.disk.geometry import divide
+from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, TransferJob
 
 PROMPT_TOKENS = 131_072
 BLOCKS_PER_PROMPT = 64
+DISK_BATCH = 256
+"""blocks of one job"""
+SEGMENT_BYTES = 64 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +140,7 @@ def evictions(resident: Sequence[int], rounds: int) -> Iterator[Record]:
 def disk_evictions(resident: Sequence[int], rounds: int, directory: Path | None) -> Iterator[Record]:
     """The disk tier's own cost per block: remove one, put one, commit to the durable index; one page of payload each.
 
-    The same pages are written to a plain file in the same run; that time is subtracted, since it is the I/O.
+    By turns, as many bytes are written to a plain file; that time is subtracted, since it is the I/O.
     """
     for count in resident:
         path = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=directory))
@@ -141,40 +151,69 @@ def disk_evictions(resident: Sequence[int], rounds: int, directory: Path | None)
 
 
 def _disk_eviction(path: Path, count: int, rounds: int) -> Iterator[Record]:
-    batch = 256
-    tier = DiskTier(path / "tier", count * 2 * PAGE_BYTES * 5 // 4 + (256 << 20), durable=False, max_in_flight_bytes=1 << 30)
-    payload = memoryview(bytearray(PAGE_BYTES * batch))
-    jobs = 0
+    tier = DiskTier(path / "tier", _capacity_for(count), durable=False, max_in_flight_bytes=1 << 30)
+    payload = memoryview(bytearray(PAGE_BYTES * DISK_BATCH))
+    jobs = itertools.count(1)
 
     def put(keys: Sequence[BlockKey]) -> None:
-        nonlocal jobs
-        jobs += 1
         pages = [payload[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] for i in range(len(keys))]
         blocks = tuple(BlockIO(BlockMeta(key, None, PAGE_BYTES), page) for key, page in zip(keys, pages, strict=True))
-        tier.submit(TransferJob(jobs, JobKind.STORE, b"n" * 16, blocks))
-        while not tier.poll(1.0):
+        tier.submit(TransferJob(next(jobs), JobKind.STORE, b"n" * 16, blocks))
+        while not (results := tier.poll(1.0)):
             pass
+        assert {Outcome.OK} == set(results[0].outcomes), "the tier takes them all, or nothing was measured"
 
-    stored: list[list[BlockKey]] = []
-    while len(stored) * batch < count:
-        stored.append([BlockKey((len(stored) * batch + i).to_bytes(16, "big")) for i in range(batch)])
-        put(stored[-1])
-    fresh = iter(range(len(stored), len(stored) + rounds + 2))
+    prompts = ([BlockKey((number * DISK_BATCH + i).to_bytes(16, "big")) for i in range(DISK_BATCH)] for number in itertools.count())
+    stored = deque(itertools.islice(prompts, count // DISK_BATCH))
+    for keys in stored:
+        put(keys)
 
     def replace() -> None:
-        number = next(fresh)
-        tier.remove(stored[number % len(stored)])
-        put([BlockKey((number * batch + i).to_bytes(16, "big")) for i in range(batch)])
+        tier.remove(stored.popleft())
+        stored.append(next(prompts))
+        put(stored[-1])
 
-    raw = path / "raw"
-    with raw.open("wb", buffering=0) as file:
-        io_times = time_rounds(lambda: [file.write(payload[: 2 * PAGE_BYTES]) for _ in range(batch)], rounds=rounds)
-    times = time_rounds(replace, rounds=rounds)
-    io_s = sorted(io_times)[len(io_times) // 2]
-    per_block = [max(0.0, seconds - io_s) / batch for seconds in times]
-    params = {"resident": count, "io_us": round(1e6 * io_s / batch, 1)}
+    with contextlib.closing(_RawFile(path / "raw")) as raw:
+        own, plain = in_turns([lambda: _seconds(replace), lambda: _seconds(raw.write)], rounds)
+    io_s = statistics.median(plain)
+    per_block = [(seconds - io_s) / DISK_BATCH for seconds in own]
+    params = {"resident": count, "io_us": round(1e6 * io_s / DISK_BATCH, 1)}
     yield record("put + evict, disk, beyond the I/O", params, per_block, "us", limit=20.0)
     tier.close()
+
+
+class _RawFile:
+    """A file that is written in pieces as large as a batch of records, directly, around and around."""
+
+    def __init__(self, path: Path) -> None:
+        preallocate(path, SEGMENT_BYTES)
+        self._file = AlignedFile(path)
+        self._piece = memoryview(mmap.mmap(-1, 2 * PAGE_BYTES * DISK_BATCH))
+        self._offsets = itertools.cycle(range(0, SEGMENT_BYTES, len(self._piece)))
+        for _ in range(SEGMENT_BYTES // len(self._piece)):
+            self.write()
+
+    def write(self) -> None:
+        """Writes the next piece."""
+        self._file.writev([self._piece], next(self._offsets))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _capacity_for(num_blocks: int) -> int:
+    """The least power of two in bytes that holds so many blocks of a page: with such small ones the index is the bound."""
+    capacity_bytes = 1 << 28
+    while divide(capacity_bytes, SEGMENT_BYTES).max_blocks(PAGE_BYTES) < num_blocks + DISK_BATCH:
+        capacity_bytes *= 2
+    return capacity_bytes
 
 
 def _put(planner: Planner, keys: list[BlockKey]) -> None:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from kvtier.config.model import Config, ConnectorConfig, DiskTierConfig, GpuTierConfig, HostTierConfig, WriteMode
+from kvtier.config.model import Config, ConnectorConfig, DiskTierConfig, GpuTierConfig, HostTierConfig, RecordConfig, WriteMode
 from kvtier.config.template import commented_defaults
 
-__all__ = ["Config", "ConnectorConfig", "DiskTierConfig", "GpuTierConfig", "HostTierConfig", "WriteMode", "commented_defaults"]
+__all__ = [
+    "Config",
+    "ConnectorConfig",
+    "DiskTierConfig",
+    "GpuTierConfig",
+    "HostTierConfig",
+    "RecordConfig",
+    "WriteMode",
+    "commented_defaults",
+]

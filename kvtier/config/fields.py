@@ -89,10 +89,15 @@ def _duration_or_null(value: object) -> float | None:
     return None if value is None else parse_duration(value)
 
 
+def _path_or_null(value: object) -> Path | None:
+    return None if value is None else expand_path(value)
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 OptionalDuration = Annotated[float | None, BeforeValidator(_duration_or_null)]
 ExpandedPath = Annotated[Path, BeforeValidator(expand_path)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_path_or_null)]
 AUTO_IS_NONE = BeforeValidator(_auto_is_none)
 ON_OFF = BeforeValidator(_switch)
 LIST_AS_TUPLE = BeforeValidator(_as_tuple)

@@ -20,6 +20,7 @@ from kvtier.config.fields import (
     Duration,
     ExpandedPath,
     OptionalDuration,
+    OptionalPath,
     Section,
     Size,
     setting,
@@ -158,8 +159,8 @@ class ConnectorConfig(Section):
         "auto",
         kind="name",
         allowed="`auto`, `on`, `off`",
-        about="Loads that are waited for: each layer waits for its own part only (`on`), or the first layer for everything (`off`). "
-        "`auto`: on where a GPU copies beside the computation, off on a CPU.",
+        about="Whether copies follow the forward pass layer by layer: a layer waits for its own part of a load only, and on a GPU is "
+        "stored as soon as it is computed. `auto`: on where a GPU copies beside the computation, off on a CPU.",
     )
     promote_wait_s: Duration = setting(
         2.0,
@@ -188,6 +189,20 @@ class ConnectorConfig(Section):
     )
 
 
+class RecordConfig(Section):
+    """A recording of the requests and of what the tiers had for them, for `kvtier simulate` and `kvtier plan`."""
+
+    path: OptionalPath = setting(
+        None,
+        kind="path",
+        allowed="null, or a file",
+        about="The file to write; where it is there, `.1`, `.2`, ... is added. It holds no prompts and no tokens. null: no recording.",
+    )
+    max_bytes: Size = setting(
+        1 << 30, key="max_size", kind="size", allowed=f"more than 0: {_SIZE}", about="Recording ends when the file has grown to this.", gt=0
+    )
+
+
 TierConfig = Annotated[GpuTierConfig | HostTierConfig | DiskTierConfig, Field(discriminator="type")]
 
 
@@ -206,6 +221,7 @@ class Config(Section):
     )
     tiers: Annotated[tuple[TierConfig, ...], LIST_AS_TUPLE] = setting(REQUIRED, kind="list", allowed=_TIERS, about="Fastest first.")
     connector: ConnectorConfig = setting(ConnectorConfig(), kind="mapping", allowed="a mapping", about="How requests use the tiers.")
+    record: RecordConfig = setting(RecordConfig(), kind="mapping", allowed="a mapping", about="Whether and where to record the workload.")
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info",
         kind="name",

@@ -181,6 +181,10 @@ class Request:
         self.is_stopped = False
         """its blocks are not to be stored until it starts over"""
 
+    def num_full_blocks(self, num_computed_tokens: int, block_tokens: int) -> int:
+        """Blocks that are full and may be stored once so many tokens are computed."""
+        return min(num_computed_tokens, len(self.token_ids), self.num_store_tokens) // block_tokens
+
     def start_over(self) -> None:
         """The engine has taken its blocks away; it waits again."""
         self.is_admitted = self.is_stopped = False

@@ -327,8 +327,7 @@ class SchedulerHalf:
     def _plan_store(self, request: Request, item: ScheduledRequest, moves: list[MoveJob]) -> None:
         """Slots for the blocks that are full after this step."""
         block_tokens, per_slot = self._block_tokens, self._blocks_per_slot
-        num_tokens = min(item.num_computed_tokens, len(request.token_ids), request.num_store_tokens)
-        end = min(num_tokens // block_tokens, len(item.block_ids) // per_slot)
+        end = min(request.num_full_blocks(item.num_computed_tokens, block_tokens), len(item.block_ids) // per_slot)
         first = request.store_from
         if end <= first:
             return

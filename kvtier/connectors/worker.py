@@ -8,7 +8,8 @@ Call order around one forward pass, as vLLM has it::
 Without sync loads in a step ``start_loads`` may come after the forward pass.
 
 With a layer loader the sync loads may overlap the forward pass: ``start_loads(by_layer=True)``, no ``wait_for_loads``, and
-``wait_for_layer(index)`` before each layer reads its KV.
+``wait_for_layer(index)`` before each layer reads its KV. With a layer storer stores may overlap it too: ``layer_computed(index)`` after
+each layer has written its KV.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import numpy as np
 
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.layer_pipeline import LayerPipeline
+from kvtier.connectors.layer_stores import LayerStores
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
-from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent, LayerLoader
+from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent, LayerLoader, LayerStorer
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 
@@ -77,6 +79,7 @@ class WorkerHalf:
         copier: bound to this rank's KV memory and to the arena
         part: where this rank's bytes lie in a slot
         loader: loads layer by layer, where the engine can wait for each layer; closed by ``close()``
+        storer: stores layer by layer, where the engine tells of each layer
         strict: re-raise unexpected errors, except those of the copier (tests only)
     """
 
@@ -87,11 +90,14 @@ class WorkerHalf:
         part: SlotPart,
         *,
         loader: LayerLoader | None = None,
+        storer: LayerStorer | None = None,
         strict: bool = False,
     ) -> None:
         self._generations = arena.generations
         self._copier = copier
         self._layers = LayerPipeline(loader)
+        self._layer_stores = LayerStores(storer)
+        self._stores_by_layer: list[_Copy] = []
         self._part = part
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._copying = Boundary(on_error=self._count_error)
@@ -163,6 +169,20 @@ class WorkerHalf:
                 copy.failed.update(copy.positions)
             self._count_error()
 
+    def layer_computed(self, layer: int) -> None:
+        """The engine has submitted what computes this layer's KV in the step. Cheap without stores, or without a layer storer."""
+        if not self._orders.stores or self._stores_started or not (self._layer_stores.is_usable or self._stores_by_layer):
+            return
+        if not self._stores_by_layer:
+            # What passes through the device pool is not divided by layers.
+            self._stores_by_layer = [self._prepare(job) for job in self._orders.stores if not job.device_slots]
+            copies = [block for copy in self._stores_by_layer for block in self._block_copies(copy)]
+            with self._copying.at("gather by layer"):
+                if copies:
+                    self._layer_stores.start(copies)
+        with self._copying.at("gather by layer"):
+            self._layer_stores.computed(layer)
+
     def start_stores(self) -> None:
         """Starts the stores of the step; the forward pass must have been submitted. Idempotent in a step.
 
@@ -171,7 +191,12 @@ class WorkerHalf:
         if self._stores_started:
             return
         self._stores_started = True
+        by_layer, self._stores_by_layer = self._stores_by_layer, []
+        if by_layer:
+            self._finish_by_layer(by_layer)
         for job in self._orders.stores:
+            if any(copy.job is job for copy in by_layer):
+                continue
             copy = self._start(job, is_load=False)
             if self._copier.is_async:
                 self._stores.append(copy)
@@ -248,6 +273,18 @@ class WorkerHalf:
             copy.event = event if copy.positions else None
             if copy.event is None:
                 copy.failed.update(copy.positions)
+
+    def _finish_by_layer(self, stores: list[_Copy]) -> None:
+        """Ends the step's stores by layer, which run as one. Where any layer could not be copied all have failed."""
+        event: CopyEvent | None = None
+        with self._copying.at("gather by layer"):
+            if self._layer_stores.is_storing:
+                event = self._layer_stores.finish()
+        for copy in stores:
+            copy.event = event if copy.positions else None
+            if copy.event is None:
+                copy.failed.update(copy.positions)
+        self._stores += stores
 
     def _prepare(self, job: MoveJob) -> _Copy:
         """Finds out which of a job's slots still have the tenant they were planned for; the others have failed."""

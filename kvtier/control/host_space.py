@@ -15,6 +15,7 @@ from kvtier.types import SlotRef
 
 PAGE_BYTES = 4096
 _GENERATION_MASK = 0xFFFFFFFF
+_TENANTS_STEP = 4096
 
 
 class SlotAllocator(Protocol):
@@ -41,7 +42,9 @@ class HostSpace:
         self._allocator = allocator
         self._generations = generations
         self._leases = LeaseTable()
-        self._tenants: dict[int, Entry] = {}
+        self._tenants: list[Entry | None] = []
+        """by slot; a slot behind the end has no tenant"""
+        self._num_tenants = 0
         self._draining: dict[int, int] = {}
         """retired slots that are still leased -> size of their block"""
         self._draining_count: dict[int, int] = {}
@@ -63,14 +66,20 @@ class HostSpace:
             return False
         slot = offset // PAGE_BYTES
         self._generations[slot] = (self._generations[slot] + 1) & _GENERATION_MASK
-        self._tenants[slot] = entry
+        try:
+            self._tenants[slot] = entry
+        except IndexError:
+            self._tenants.extend([None] * (slot + _TENANTS_STEP - len(self._tenants)))
+            self._tenants[slot] = entry
+        self._num_tenants += 1
         entry.slot = slot
         return True
 
     def vacate(self, entry: Entry) -> None:
         """Takes an entry's slot away; the slot is free once no lease is left."""
         slot = entry.slot
-        del self._tenants[slot]
+        self._tenants[slot] = None
+        self._num_tenants -= 1
         entry.slot = -1
         if self._leases.retire(slot):
             self._allocator.free(slot * PAGE_BYTES)
@@ -97,14 +106,13 @@ class HostSpace:
 
     def crowd(self, num_bytes: int) -> list[Entry]:
         """The tenants that must leave for blocks of another size to get an extent; empty where that cannot help."""
-        slots = [offset // PAGE_BYTES for offset in self._allocator.crowded_out(num_bytes)]
-        if any(slot not in self._tenants for slot in slots):
-            return []
-        return [self._tenants[slot] for slot in slots]
+        tenants = [self.tenant(offset // PAGE_BYTES) for offset in self._allocator.crowded_out(num_bytes)]
+        present = [tenant for tenant in tenants if tenant is not None]
+        return present if len(present) == len(tenants) else []
 
     def tenant(self, slot: int) -> Entry | None:
         """Who lives in a slot."""
-        return self._tenants.get(slot)
+        return self._tenants[slot] if 0 <= slot < len(self._tenants) else None
 
     @property
     def num_leases(self) -> int:
@@ -114,13 +122,14 @@ class HostSpace:
     @property
     def num_used(self) -> int:
         """How many slots have a tenant or are draining."""
-        return len(self._tenants) + len(self._draining)
+        return self._num_tenants + len(self._draining)
 
     def check(self) -> list[str]:
         """Broken promises in words; empty = healthy."""
         problems = list(self._allocator.check())
-        for slot, entry in self._tenants.items():
-            if entry.slot != slot:
-                problems.append(f"slot {slot}: its tenant believes to live in slot {entry.slot}")
-        problems += [f"slot {slot} drains although it has a tenant" for slot in self._draining if slot in self._tenants]
+        tenants = [(slot, entry) for slot, entry in enumerate(self._tenants) if entry is not None]
+        if len(tenants) != self._num_tenants:
+            problems.append(f"{len(tenants)} slots have a tenant, {self._num_tenants} were counted")
+        problems += [f"slot {slot}: its tenant believes to live in slot {entry.slot}" for slot, entry in tenants if entry.slot != slot]
+        problems += [f"slot {slot} drains although it has a tenant" for slot in self._draining if self.tenant(slot) is not None]
         return problems

@@ -65,3 +65,22 @@ class LayerLoader(Protocol):
 
     def close(self) -> None:
         """Waits for running copies and ends what the loader keeps for them. Idempotent."""
+
+
+class LayerStore(Protocol):
+    """A store whose layers are copied as the engine computes them. Where a call raises, nothing of the store runs any more."""
+
+    def copy_layer(self, layer: int) -> None:
+        """Starts to copy one layer, after everything the engine has submitted to its compute stream so far. Once for each layer."""
+
+    def end(self) -> CopyEvent:
+        """The end of all layers, after the last ``copy_layer``."""
+
+
+class LayerStorer(Protocol):
+    """Stores blocks layer by layer. Bound like a :class:`BlockCopier`."""
+
+    num_layers: int
+
+    def gather_layers(self, copies: Sequence[BlockCopy]) -> LayerStore:
+        """engine -> arena. Nothing is copied yet. Offsets and block ids are checked (IndexError)."""

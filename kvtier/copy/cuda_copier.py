@@ -65,7 +65,7 @@ class CopierOptions:
     forced: Way | None = None
     """the way to go whatever was measured"""
     layers: Sequence[range] | None = None
-    """the segments of each layer, in the order of the forward pass, together all segments; None: loads by layer are not wanted"""
+    """the segments of each layer, in the order of the forward pass, together all segments; None: copies by layer are not wanted"""
 
 
 class CudaCopier:
@@ -138,6 +138,16 @@ class CudaCopier:
             after = self._runtime.record(self._compute_stream())
             return [self._event(ways[way].submit(batch, "load", after)) for _, ways in self._layers]
 
+    def gather_layers(self, copies: Sequence[BlockCopy]) -> DeviceLayerStore:
+        """Engine -> arena, each layer as soon as it is computed. See :class:`~kvtier.copy.base.LayerStorer`."""
+        return DeviceLayerStore(self, self._checked(copies))
+
+    def store_layer(self, layer: int, batch: Batch) -> DeviceCopyEvent:
+        """Copies one layer of some blocks, after what the engine has submitted so far."""
+        way = self.choose(self._layers[0][0], batch, "store")  # one way for all layers, so that the last one ends last
+        with self._stopping_on_error():
+            return self._event(self._layers[layer][1][way].submit(batch, "store", self._runtime.record(self._compute_stream())))
+
     def choose(self, table: DeviceTable, batch: Batch, direction: Direction) -> Way:
         """The way that a batch goes: by the length of its runs."""
         runs = runs_of(table.rows, batch.block_ids, batch.offsets, self._arena.address)
@@ -181,6 +191,24 @@ class CudaCopier:
         for lane in self._lanes.values():
             for stream in (lane.transfer, lane.kernel):
                 self._runtime.record(stream).wait()
+
+
+class DeviceLayerStore:
+    """A store under way; see :class:`~kvtier.copy.base.LayerStore`."""
+
+    def __init__(self, copier: CudaCopier, batch: Batch) -> None:
+        self._copier = copier
+        self._batch = batch
+        self._last: DeviceCopyEvent | None = None
+
+    def copy_layer(self, layer: int) -> None:
+        """Starts to copy one layer."""
+        self._last = self._copier.store_layer(layer, self._batch)
+
+    def end(self) -> DeviceCopyEvent:
+        """The end of the layer that was copied last, which is the end of all: they go through the same streams, in order."""
+        assert self._last is not None, "no layer was copied"
+        return self._last
 
 
 def merged_by_layer(layout: KVLayout, layers: Sequence[range] | None) -> tuple[list[Segment], list[range]]:

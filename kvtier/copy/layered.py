@@ -50,10 +50,10 @@ class ThreadedLayerLoader:
         """Waits for running copies. Idempotent."""
         self._pool.close()
 
-    def copy_layer(self, layer: int, block_ids: array[int], offsets: np.ndarray) -> None:
+    def copy_layer(self, layer: int, block_ids: array[int], offsets: np.ndarray, *, to_arena: bool = False) -> None:
         """Copies one layer of some blocks, on the caller's thread."""
         place = offsets + self._offsets[layer]
-        _native.copy_blocks(self._paged[layer], self._arena_address, self._arena_bytes, block_ids, place, False)
+        _native.copy_blocks(self._paged[layer], self._arena_address, self._arena_bytes, block_ids, place, to_arena)
 
 
 class LayerCopy:

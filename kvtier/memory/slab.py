@@ -12,6 +12,8 @@ from __future__ import annotations
 from kvtier.errors import InvariantError
 
 PAGE_BYTES = 4096
+EXTENT_BYTES = 64 << 20
+"""of host memory"""
 """slot sizes and offsets are multiples of this"""
 
 
@@ -101,6 +103,12 @@ class SlabAllocator:
         self._pool: list[_Extent] = []
         """whole extents that belong to no size and were used before; those not in ``_extents`` yet are free as well"""
         self._classes: dict[int, _SizeClass] = {}
+
+    @classmethod
+    def of_host(cls, capacity_bytes: int, block_bytes: int, *, limit_bytes: int | None = None) -> SlabAllocator:
+        """The allocator of a host tier whose blocks mostly have this size."""
+        capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
+        return cls(capacity_bytes, max(min(EXTENT_BYTES, capacity_bytes), slot_bytes_for(block_bytes)), limit_bytes=limit_bytes)
 
     @property
     def limit_bytes(self) -> int:

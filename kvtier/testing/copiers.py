@@ -110,5 +110,46 @@ class LateLayerLoader:
 
         return [_LateCopy(partial(copy_layer, layer), 1, fails=False) for layer in range(self.num_layers)]
 
+    def storer(self) -> EagerLayerStorer:
+        """What stores the same layers."""
+        return EagerLayerStorer(self._inner)
+
     def close(self) -> None:
         self._inner.close()
+
+
+class EagerLayerStorer:
+    """A layer storer that copies a layer at the very moment it is told of it: what the engine writes later is not in the arena.
+
+    ``faults`` are layers at which a store breaks.
+    """
+
+    def __init__(self, inner: ThreadedLayerLoader) -> None:
+        self.num_layers = inner.num_layers
+        self.faults: deque[int] = deque()
+        """for each of the next stores the layer that fails; ``num_layers`` or more: none"""
+        self.num_stores = 0
+        self.inner = inner
+
+    def gather_layers(self, copies: Sequence[BlockCopy]) -> _EagerLayerStore:
+        self.num_stores += 1
+        return _EagerLayerStore(self, copies, self.faults.popleft() if self.faults else self.num_layers)
+
+
+class _EagerLayerStore:
+    def __init__(self, storer: EagerLayerStorer, copies: Sequence[BlockCopy], bad_layer: int) -> None:
+        self._inner = storer.inner
+        self._block_ids = array("q", [copy.block_id for copy in copies])
+        self._offsets = np.array([copy.arena_offset for copy in copies], np.int64)
+        self._bad_layer = bad_layer
+        self._open_layers = set(range(storer.num_layers))
+
+    def copy_layer(self, layer: int) -> None:
+        if layer == self._bad_layer:
+            raise InjectedCopyError(f"layer {layer} could not be stored")
+        self._open_layers.remove(layer)
+        self._inner.copy_layer(layer, self._block_ids, self._offsets, to_arena=True)
+
+    def end(self) -> CopyEvent:
+        assert not self._open_layers, "layers were forgotten"
+        return FINISHED

@@ -105,6 +105,11 @@ class Memory:
         offsets = np.array([4096 + slot * self.slot_bytes for _, slot in pairs], np.int64)
         move_on_cpu(runs_of(rows, blocks, offsets, self.expected_host.ctypes.data), direction)
 
+    def span(self, layer: range) -> tuple[int, int]:
+        """From where to where in ``pages`` some neighbouring segments lie, of all blocks."""
+        (start, _), (last, (stride, _)) = self._starts[layer.start], self._starts[layer.stop - 1]
+        return start, last + self.shape.num_blocks * stride
+
     def put(self, pages: Bytes) -> None:
         """Fills the device's memory."""
         self._plain(self.device.address, pages)
@@ -221,6 +226,34 @@ class CudaContract(ABC):
                 memory.expect(pairs, "load")
                 memory.check(f"{way.value}, by layers")
                 copier.close()
+            memory.close()
+
+    def test_layers_are_stored_as_they_are_computed(self) -> None:
+        """Each layer is written on the busy stream of the engine, then stored without the host waiting."""
+        runtime = self.open_runtime()
+        for seed, (shape, way) in enumerate(itertools.product(SHAPES[:2], Way)):
+            memory = Memory(runtime, shape, seed)
+            layers = [range(index, index + 2) for index in range(0, len(shape.segments), 2)]
+            copier = memory.copier(way, layers=layers)
+            if copier is not None:
+                pairs = _pairs(shape.num_blocks, 10, seed=3)
+                pages = np.random.default_rng(200 + seed).integers(0, 256, len(memory.pages), dtype=np.uint8)
+                new = runtime.allocate(len(pages))
+                runtime.copy(memory.stream, *_places(new.address, pages.ctypes.data), np.array([len(pages)], np.int64))
+                store = copier.gather_layers(memory.copies(pairs))
+                for index, layer in enumerate(layers):
+                    start, stop = memory.span(layer)
+                    for _ in range(self.rounds):  # also what keeps the stream busy
+                        places = _places(memory.device.address + start, new.address + start)
+                        runtime.copy(memory.stream, *places, np.array([stop - start], np.int64))
+                    store.copy_layer(index)
+                    memory.pages[start:stop] = pages[start:stop]
+                event = store.end()
+                event.wait()
+                memory.expect(pairs, "store")
+                memory.check(f"{way.value}, by layers")
+                copier.close()
+                new.close()
             memory.close()
 
     def test_calibration_finds_nothing_wrong(self) -> None:

@@ -292,9 +292,10 @@ class FakeEngine:
                 end = request.num_computed_tokens + num_new
                 if not self.memory.forward(request.block_ids, self._states_of(request)[:end], request.num_computed_tokens, part):
                     output.contaminated.add(request_id)
+            for worker in self.workers:
+                worker.layer_computed(layer)
         for request_id, num_new in step.scheduled.items():
-            self.requests[request_id].num_computed_tokens += num_new
-            self.requests[request_id].num_forward_tokens += num_new
+            self.requests[request_id].computed(num_new)
 
     def _reported_by_all(self, what: str, request_ids: Sequence[str]) -> list[str]:
         """vLLM waits until every rank has named a request."""

@@ -53,6 +53,11 @@ class FakeRequest:
         """Where the states of its tokens start."""
         return weights * 1009 + int.from_bytes(self.adapter, "little")
 
+    def computed(self, num_tokens: int) -> None:
+        """The engine computed its next tokens."""
+        self.num_computed_tokens += num_tokens
+        self.num_forward_tokens += num_tokens
+
     @property
     def output(self) -> list[int]:
         """What it has generated."""

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kvtier.config import Config
+from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.worker import SlotPart, WorkerHalf
@@ -42,8 +43,10 @@ class FakeSystemOptions:
     device_slots: int = 0
     """slots of the pool in front of host memory; 0: no pool"""
     by_layer: Literal["", "thread", "late"] = ""
-    """sync loads layer by layer: copied by a thread, or when they are waited for"""
+    """sync loads layer by layer: copied by a thread, or when they are waited for; then stores too, at the moment a layer is computed"""
     settings: DefaultSettings = field(default_factory=DefaultSettings)
+    record: Path | None = None
+    """the file of a recording"""
 
 
 class FakeSystem:
@@ -78,6 +81,7 @@ class FakeSystem:
             block_bytes=block_bytes,
             arena=self.arena,
             device_slots=options.device_slots,
+            events=options.record is not None,
             tiers=tiers,
             clock=clock,
         )
@@ -89,29 +93,31 @@ class FakeSystem:
             for rank in range(options.num_ranks)
         ]
         self.loaders = [self._loader(memory, rank, options) for rank in range(options.num_ranks)]
-        self.half = SchedulerHalf(
-            self.cache,
-            Geometry(
-                namespace=namespace.digest,
-                block_tokens=options.engine_block_tokens * options.blocks_per_slot,
-                engine_block_tokens=options.engine_block_tokens,
-                num_workers=options.num_ranks,
-                host_blocks=options.host_blocks,
-            ),
-            options.settings,
-            stores_are_async=options.num_polls > 0,
-            clock=clock,
-            strict=strict,
+        self.storers = [loader.storer() if isinstance(loader, LateLayerLoader) else None for loader in self.loaders]
+        geometry = Geometry(
+            namespace=namespace.digest,
+            block_tokens=options.engine_block_tokens * options.blocks_per_slot,
+            engine_block_tokens=options.engine_block_tokens,
+            num_workers=options.num_ranks,
+            host_blocks=options.host_blocks,
         )
+        more: dict[str, Any] = {"stores_are_async": options.num_polls > 0, "clock": clock, "strict": strict}
+        self.half = SchedulerHalf(self.cache, geometry, options.settings, **more)
+        if options.record is not None:
+            header = Config.from_mapping({"record": {"path": str(options.record)}, "tiers": [{"type": "host", "capacity": capacity_bytes}]})
+            recorder = recorder_of(header, geometry, block_bytes)
+            assert recorder is not None
+            self.half = RecordingHalf(self.cache, geometry, options.settings, recorder=recorder, **more)
         self.workers = [
             WorkerHalf(
                 self.arena,
                 copier,
                 SlotPart(rank, options.num_ranks, memory.engine_block_bytes, options.blocks_per_slot),
                 loader=loader,
+                storer=storer,
                 strict=strict,
             )
-            for rank, (copier, loader) in enumerate(zip(self.copiers, self.loaders, strict=True))
+            for rank, (copier, loader, storer) in enumerate(zip(self.copiers, self.loaders, self.storers, strict=True))
         ]
         self.engine = FakeEngine(
             self.half,

@@ -308,7 +308,16 @@ def test_settings_are_frozen() -> None:
 def test_exports_are_sorted() -> None:
     """The package names exactly what others use."""
     assert sorted(kvtier.config.__all__) == kvtier.config.__all__
-    exports = {"Config", "ConnectorConfig", "DiskTierConfig", "GpuTierConfig", "HostTierConfig", "WriteMode", "commented_defaults"}
+    exports = {
+        "Config",
+        "ConnectorConfig",
+        "DiskTierConfig",
+        "GpuTierConfig",
+        "HostTierConfig",
+        "RecordConfig",
+        "WriteMode",
+        "commented_defaults",
+    }
     assert exports == set(kvtier.config.__all__)
     assert DiskTierConfig.__doc__
 

@@ -1,9 +1,10 @@
-"""Loads by layer: the forward pass of a layer waits for that layer's KV, and for nothing else."""
+"""Loads and stores by layer: the forward pass of a layer waits for that layer's KV alone, and what it computed is stored at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.hashing import Namespace
-from kvtier.testing.copiers import LateLayerLoader
+from kvtier.testing.copiers import EagerLayerStorer, LateLayerLoader
 from kvtier.testing.fake_kv import FakeKVMemory
 from kvtier.testing.fake_system import FakeSystem, FakeSystemOptions
 
@@ -76,6 +77,87 @@ def test_unknown_layers_wait_for_all(late: FakeSystem) -> None:
     again = late.engine.submit("again", PROMPT)
     late.settle()
     assert len(PROMPT) > again.num_forward_tokens
+
+
+def stores_of(system: FakeSystem) -> EagerLayerStorer:
+    """The storer of the only rank."""
+    (storer,) = system.storers
+    assert storer is not None
+    return storer
+
+
+def test_a_layer_is_stored_when_it_was_computed(late: FakeSystem) -> None:
+    """Each layer is copied at the moment the engine tells of it; the engine checks every byte that comes back."""
+    copied: list[int] = []
+    inner = stores_of(late).inner
+    copy_layer, forward = inner.copy_layer, late.engine.memory.forward
+
+    def note_copy(layer: int, *arguments: Any, to_arena: bool = False) -> None:
+        copied.extend([layer] if to_arena else [])
+        copy_layer(layer, *arguments, to_arena=to_arena)
+
+    def note_forward(block_ids: list[int], states: list[int], first_token: int, layers: slice) -> bool:
+        assert layers.start == len(copied)  # every layer before this one has been stored, and no other
+        return forward(block_ids, states, first_token, layers)
+
+    inner.copy_layer = note_copy  # type: ignore[method-assign, assignment]
+    late.engine.memory.forward = note_forward  # type: ignore[method-assign, assignment]
+    late.engine.submit("second", PROMPT[::-1])
+    late.settle()
+    assert [0, 1] == copied
+    late.engine.memory.forward = forward  # type: ignore[method-assign]
+    again = late.engine.submit("again", PROMPT[::-1])
+    late.settle()
+    assert again.num_loaded_tokens > 30
+    assert [] == late.problems()
+
+
+@pytest.mark.parametrize("bad_layer", [0, 1])
+def test_a_layer_that_cannot_be_stored_fails_the_store(late: FakeSystem, bad_layer: int) -> None:
+    """None of the step's blocks become readable; later steps store again."""
+    stores_of(late).faults.append(bad_layer)
+    late.engine.submit("second", PROMPT[::-1])
+    late.settle()
+    again = late.engine.submit("again", PROMPT[::-1])
+    late.settle()
+    assert 0 == again.num_loaded_tokens
+    third = late.engine.submit("third", PROMPT[::-1])
+    late.settle()
+    assert third.num_loaded_tokens > 30
+    assert [] == late.problems()
+
+
+def test_layers_that_nobody_tells_of_are_stored_at_the_end(late: FakeSystem) -> None:
+    """A layer whose hook is not called is stored with the end of the step."""
+    worker = late.workers[0]
+    told = worker.layer_computed
+    worker.layer_computed = lambda layer: told(layer) if layer == 0 else None  # type: ignore[method-assign]
+    late.engine.submit("second", PROMPT[::-1])
+    late.settle()
+    assert 2 == stores_of(late).num_stores
+    again = late.engine.submit("again", PROMPT[::-1])
+    late.settle()
+    assert again.num_loaded_tokens > 30
+    assert [] == late.problems()
+
+
+def test_an_engine_that_computes_a_layer_in_parts_is_found_out(late: FakeSystem) -> None:
+    """Where a layer is told of twice in a step nothing is stored of that step; from then on blocks are stored whole."""
+    worker = late.workers[0]
+    told = worker.layer_computed
+
+    def twice(layer: int) -> None:
+        told(layer)
+        told(layer)
+
+    worker.layer_computed = twice  # type: ignore[method-assign]
+    for name in ("second", "again", "third"):
+        late.engine.submit(name, PROMPT[::-1])
+        late.settle()
+    assert 2 == stores_of(late).num_stores
+    assert 0 == late.engine.finished["again"].num_loaded_tokens
+    assert late.engine.finished["third"].num_loaded_tokens > 30
+    assert [] == late.problems()
 
 
 def test_a_load_that_breaks_ends_every_layer_behind_it() -> None:

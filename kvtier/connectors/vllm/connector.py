@@ -172,7 +172,7 @@ class KVTierConnector(KVConnectorBase_V1):
         self._side.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Blocks are stored whole, after the forward pass."""
+        self._side.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
         self._side.half.forward_ended()

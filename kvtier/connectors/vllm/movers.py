@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from kvtier.config import ConnectorConfig
-from kvtier.copy.base import BlockCopier, LayerLoader
+from kvtier.copy.base import BlockCopier, LayerLoader, LayerStorer
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.cuda_copier import ArenaPlace
 from kvtier.copy.device import Device, cuda_copier, way_of
@@ -23,7 +24,13 @@ PREFAULT_TIMEOUT_S = 600.0
 REGISTER_MAPPED = 2
 """a flag of CUDA: kernels may use the addresses"""
 
-Movers = tuple[BlockCopier, LayerLoader | None]
+
+class Movers(NamedTuple):
+    """What moves blocks: whole, and layer by layer where that is wanted and possible."""
+
+    copier: BlockCopier
+    loader: LayerLoader | None = None
+    storer: LayerStorer | None = None
 
 
 def movers_of(
@@ -35,36 +42,38 @@ def movers_of(
     pool_bytes: int,
     settings: ConnectorConfig,
 ) -> Movers:
-    """The copier of a worker and, where ``layers`` are given and the device can, what loads layer by layer.
+    """The copier of a worker and, where ``layers`` are given and the device can, what loads and stores layer by layer.
+
+    A CPU has no second stream, so there a store by layer would only interrupt the forward pass: it stores whole blocks.
 
     Args:
-        layers: the segments of each layer; None: loads by layer are not wanted
+        layers: the segments of each layer; None: copies by layer are not wanted
         pool_bytes: what the pool in front of host memory takes on the device; 0: no pool
         settings: ``copy_threads`` for a CPU, ``gpu_copy`` for a GPU
     """
     if views[0].device.type == "cpu":
-        copier, loader = _on_cpu(arena, layout, layers, settings.copy_threads)
+        movers = _on_cpu(arena, layout, layers, settings.copy_threads)
     else:
-        copier, loader = _on_cuda(arena, layout, views, layers, settings.gpu_copy)
-    return (PoolCopier(copier, views, arena.buffer, pool_bytes) if pool_bytes else copier), loader
+        movers = _on_cuda(arena, layout, views, layers, settings.gpu_copy)
+    return movers._replace(copier=PoolCopier(movers.copier, views, arena.buffer, pool_bytes)) if pool_bytes else movers
 
 
 def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None, num_threads: int) -> Movers:
     place = {"arena_address": arena.address, "arena_bytes": arena.capacity_bytes}
     copier = NativeCopier(layout, **place, num_threads=num_threads)
-    return copier, None if layers is None else ThreadedLayerLoader(layout, layers, **place)
+    return Movers(copier, None if layers is None else ThreadedLayerLoader(layout, layers, **place))
 
 
 def _on_cuda(arena: Arena, layout: KVLayout, views: Sequence[torch.Tensor], layers: Sequence[range] | None, gpu_copy: str) -> Movers:
     pinned_bytes = pin_arena(arena)
     if not pinned_bytes:
-        return TorchCopier(views, arena.buffer), None
+        return Movers(TorchCopier(views, arena.buffer))
     number = views[0].device.index or 0
     device = Device(number, lambda: int(torch.cuda.current_stream(number).cuda_stream))
     copier = cuda_copier(layout, device, ArenaPlace(arena.address, pinned_bytes), layers=layers, forced=way_of(gpu_copy))
     if copier is None:
-        return TorchCopier(views, arena.buffer), None
-    return copier, None if layers is None else copier
+        return Movers(TorchCopier(views, arena.buffer))
+    return Movers(copier) if layers is None else Movers(copier, copier, copier)
 
 
 def pin_arena(arena: Arena) -> int:

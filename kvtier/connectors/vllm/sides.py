@@ -9,6 +9,7 @@ import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from kvtier.config import Config
+from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
@@ -46,7 +47,7 @@ class SchedulerSide:
                 block_bytes=sizes.block_bytes,
                 arena=self._arena,
                 device_slots=pool_slots(config, sizes),
-                events=events,
+                events=events or config.record.path is not None,
             )
         except BaseException:
             self._arena.unlink()  # or an engine that does not start would leave its host memory taken
@@ -58,7 +59,13 @@ class SchedulerSide:
             num_workers=sizes.num_workers,
             host_blocks=config.host.capacity_bytes // sizes.block_bytes,
         )
-        self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async)
+        recorder = recorder_of(config, geometry, sizes.block_bytes)
+        if recorder is None:
+            self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async)
+        else:
+            self.half = RecordingHalf(
+                engine, geometry, config.connector, recorder=recorder, keep_events=events, stores_are_async=stores_are_async
+            )
         _LOG.info("kvtier: blocks of %d tokens and %d bytes; %s", sizes.block_tokens, sizes.block_bytes, engine.num_blocks())
 
     def forget_arena_name(self) -> None:
@@ -94,7 +101,7 @@ class WorkerSide:
         layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
         self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and views[0].device.type != "cpu")
         pool_bytes = pool_slots(self._config, self._sizes) * self._sizes.part_bytes
-        copier, loader = movers_of(
+        movers = movers_of(
             self._arena,
             layout,
             views,
@@ -104,7 +111,7 @@ class WorkerSide:
         )
         rank = get_tensor_model_parallel_rank()
         part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
-        self._half = WorkerHalf(self._arena, copier, part, loader=loader)
+        self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer)
 
     @property
     def half(self) -> WorkerHalf:
@@ -122,6 +129,12 @@ class WorkerSide:
     def wait_for_layer(self, name: str) -> None:
         """Before a layer reads its KV. A layer without KV of its own reads that of another one: all are waited for."""
         self.half.wait_for_layer(self._layer_indices.get(name))
+
+    def layer_computed(self, name: str) -> None:
+        """After a layer has written its KV. A layer without KV of its own writes none."""
+        layer = self._layer_indices.get(name)
+        if layer is not None:
+            self.half.layer_computed(layer)
 
     def close(self) -> None:
         """Waits for running copies. Idempotent."""

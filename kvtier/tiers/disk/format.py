@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -45,8 +46,7 @@ def pack_place(place: int) -> bytes:
     return place.to_bytes(PLACE_BYTES, "big")
 
 
-@dataclass(frozen=True, slots=True)
-class RecordFields:
+class RecordFields(NamedTuple):
     """Everything a record header says of its block, the payload's checksum apart."""
 
     key: BlockKey

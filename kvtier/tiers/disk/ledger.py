@@ -58,37 +58,37 @@ class Ledger:
                 self.settle(ticket, outcome)
 
     def _begin_store(self, ticket: Ticket, is_online: bool) -> Outcome | None:
-        block, running = ticket.block, ticket.running
-        if block.meta.key in self.index:
+        running = ticket.running
+        meta, buffer = ticket.block
+        key, parent, num_bytes = meta
+        if key in self.index:
             return Outcome.OK
-        pending = self._pending.get(block.meta.key)
+        pending = self._pending.get(key)
         if pending is not None:
             pending.followers.append(ticket)
             return None
         if not is_online:
             return self._fail(running, "the disk tier is offline")
-        num_bytes = block.meta.num_bytes
-        if block.buffer.nbytes != num_bytes or not block.buffer.c_contiguous:
-            return self._fail(running, f"a buffer of {block.buffer.nbytes} bytes for a block of {num_bytes}")
+        if buffer.nbytes != num_bytes or not buffer.c_contiguous:
+            return self._fail(running, f"a buffer of {buffer.nbytes} bytes for a block of {num_bytes}")
         if self.in_flight_bytes and self.in_flight_bytes + num_bytes > self.max_in_flight_bytes:
             return Outcome.REJECTED
-        place = self._take_place(running, block.meta.key, num_bytes)
+        place = self.places.take(key, num_bytes) if num_bytes > 0 else None
+        if place is None:
+            place = self._crowd_out(running, key, num_bytes)
         if place is None:
             return Outcome.REJECTED
         self.in_flight_bytes += num_bytes
         namespace = self.shared_namespace(running.job.namespace)
-        store = PendingStore(ticket, Entry(place, num_bytes, self.next_sequence, block.meta.parent, namespace))
+        store = PendingStore(ticket, key, Entry(place, num_bytes, self.next_sequence, parent, namespace))
         self.next_sequence += 1
-        self._pending[store.key] = store
+        self._pending[key] = store
         self.turns.enqueue(store)
         return None
 
-    def _take_place(self, running: RunningJob, key: BlockKey, num_bytes: int) -> int | None:
+    def _crowd_out(self, running: RunningJob, key: BlockKey, num_bytes: int) -> int | None:
         if num_bytes <= 0:
             return None
-        place = self.places.take(key, num_bytes)
-        if place is not None:
-            return place
         victims = self.places.crowded_out(num_bytes)
         if not {block.meta.key for block in running.job.blocks}.isdisjoint(victims):
             return None  # one result could not say in which order a block was stored and dropped

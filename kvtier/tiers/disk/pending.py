@@ -41,8 +41,8 @@ class PendingStore:
 
     __slots__ = ("doomed", "entry", "followers", "key", "readers", "ticket")
 
-    def __init__(self, ticket: Ticket, entry: Entry) -> None:
-        self.key = ticket.block.meta.key
+    def __init__(self, ticket: Ticket, key: BlockKey, entry: Entry) -> None:
+        self.key = key
         self.ticket = ticket
         self.entry = entry
         self.doomed: Outcome | None = None

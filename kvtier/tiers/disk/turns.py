@@ -111,9 +111,12 @@ class Turns:
         return problems
 
     def _queue(self, store: PendingStore) -> None:
-        self._queues.setdefault(store.entry.place, deque()).append(store)
-        self._count(store.entry.place)
-        self._start_next(store.entry.place)
+        place = store.entry.place
+        self._count(place)
+        if place in self._busy or place in self.undeleted or place in self._queues:
+            self._queues.setdefault(place, deque()).append(store)
+        else:
+            self._start(store)
 
     def _start_next(self, place: int) -> None:
         """Makes the next store that waits for a place runnable, if nothing else keeps the place."""
@@ -123,8 +126,11 @@ class Turns:
         store = queue.popleft()
         if not queue:
             del self._queues[place]
+        self._start(store)
+
+    def _start(self, store: PendingStore) -> None:
         self.num_waiting -= 1
-        self._busy[place] = 1  # keeps the place in the queue's stead, so the segment's count stays as it is
+        self._busy[store.entry.place] = 1  # keeps the place in the queue's stead, so the segment's count stays as it is
         self.runnable.append(store)
 
     def _count(self, place: int) -> None:

@@ -1,0 +1,1 @@
+"""The simulator: replays recorded workloads through the control plane that serves, with a clock of its own."""

@@ -1,0 +1,197 @@
+"""Many runs of one trace: policies and sizes, in parallel processes, each summed up as one record."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import multiprocessing
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvtier.sim.model import Machine
+from kvtier.sim.optimum import Future, ideal_hits, look_ahead, optimal_hits, token_hit_rate
+from kvtier.sim.replay import PROGRESS_EVERY, Replay, Replayed, times_to_first_token
+from kvtier.sim.setup import Setup, TierSetup
+from kvtier.sim.trace import Trace
+
+PERCENTILES = (50, 95, 99)
+_POLL_S = 0.1
+
+Progress = Callable[[int], None]
+"""told how many more requests have been replayed"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One replay to be done. ``capacity_fraction`` is of the trace's unique blocks; None where the setup says otherwise."""
+
+    setup: Setup
+    capacity_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What all runs of a trace have in common."""
+
+    trace: Trace
+    machine: Machine
+    engine_block_tokens: int = 16
+
+
+def host_runs(trace: Trace, base: Setup, policies: Sequence[str], fractions: Sequence[float]) -> list[Run]:
+    """Every policy at every size of host memory, which is the only tier."""
+    runs = []
+    for fraction in fractions:
+        capacity = max(1, round(fraction * trace.num_unique))
+        for policy in policies:
+            host = TierSetup(capacity, policy, base.host.ttl_s, base.host.ttl_mode)
+            runs.append(Run(dataclasses.replace(base, host=host, disk=None), fraction))
+    return runs
+
+
+class Ceiling:
+    """What is possible at all on a trace: computed once, asked per size."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._future: Future = look_ahead(trace)
+        self.ideal = token_hit_rate(trace, ideal_hits(self._future, trace))
+        self._optima: dict[int, float] = {}
+
+    def at(self, capacity_blocks: int) -> float:
+        """The token hit rate of the offline optimum."""
+        if capacity_blocks not in self._optima:
+            self._optima[capacity_blocks] = token_hit_rate(self._trace, optimal_hits(self._future, capacity_blocks))
+        return self._optima[capacity_blocks]
+
+
+def replay(task: Task, run: Run, progress: Progress = lambda _more: None) -> dict[str, Any]:
+    """Does one run and sums it up. The garbage collector rests meanwhile: what a replay makes has no cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    done = 0
+
+    def tell(now_done: int) -> None:
+        nonlocal done
+        progress(now_done - done)
+        done = now_done
+
+    try:
+        replayed = Replay(task.trace, run.setup, task.machine, engine_block_tokens=task.engine_block_tokens).run(tell)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return record_of(task, run, replayed)
+
+
+def record_of(task: Task, run: Run, done: Replayed) -> dict[str, Any]:
+    """One run as plain values. Rates are shares of 1; times are seconds unless the name says otherwise."""
+    trace, counters, size = task.trace, done.counters, done.block_bytes
+    disk = run.setup.disk
+    record: dict[str, Any] = {
+        "trace": trace.name,
+        "policy": run.setup.host.policy,
+        "capacity_fraction": run.capacity_fraction,
+        "capacity_blocks": run.setup.host.capacity_blocks,
+        "capacity_bytes": run.setup.host.capacity_blocks * size,
+        "disk_capacity_blocks": 0 if disk is None else disk.capacity_blocks,
+        "disk_capacity_bytes": 0 if disk is None else disk.capacity_blocks * size,
+        "disk_policy": None if disk is None else disk.policy,
+        "block_tokens": trace.block_tokens,
+        "unique_blocks": trace.num_unique,
+        "requests": len(trace),
+        "skipped_lines": trace.num_skipped,
+        "token_hit_rate": token_hit_rate(trace, done.hit_blocks),
+        "host_token_hit_rate": token_hit_rate(trace, done.host_blocks),
+        "disk_token_hit_rate": token_hit_rate(trace, done.hit_blocks - done.host_blocks),
+        "request_hit_rate": float(np.count_nonzero(done.hit_blocks) / len(trace)),
+        "host_request_hit_rate": float(np.count_nonzero(done.host_blocks) / len(trace)),
+        "host_loaded_bytes": counters["host.loaded_blocks"] * size,
+        "host_stored_bytes": counters["host.stored_blocks"] * size,
+        "disk_read_bytes": counters["disk.loaded_blocks"] * size,
+        "disk_written_bytes": counters["disk.stored_blocks"] * size,
+        "host_evicted_blocks": counters["host.evicted_blocks"],
+        "disk_evicted_blocks": counters["disk.evicted_blocks"],
+        "expired_blocks": counters["host.expired_blocks"] + counters["disk.expired_blocks"],
+        "refused_blocks": counters["store.refused_blocks"],
+        "promote_timeouts": int(np.count_nonzero(done.wait_s >= run.setup.promote_wait_s)) if disk is not None else 0,
+        "policy_us_per_request": 1e6 * done.policy_s / len(trace),
+        "accesses_per_s": trace.num_accesses / done.cpu_s if done.cpu_s else 0.0,
+        "replay_s": done.cpu_s,
+    }
+    nothing = np.zeros(len(trace))
+    for name, hits, wait_s in (("ttft", done.hit_blocks, done.wait_s), ("ttft_without", nothing, nothing)):
+        times = times_to_first_token(trace, task.machine, hits, wait_s)
+        record |= {f"{name}_p{share}_s": float(np.percentile(times, share)) for share in PERCENTILES}
+    working = dataclasses.replace(task.machine, overhead_s=0.0)
+    record["gpu_s"] = float(times_to_first_token(trace, working, done.hit_blocks, nothing).sum())
+    record["gpu_without_s"] = float(times_to_first_token(trace, working, nothing, nothing).sum())
+    return record
+
+
+def replay_all(task: Task, runs: Sequence[Run], *, jobs: int = 1, progress: Progress = lambda _more: None) -> Iterator[dict[str, Any]]:
+    """The records of all runs in their order, with shares of the optimum. ``jobs``: processes at the same time."""
+    ceiling = Ceiling(task.trace)
+    records = (replay(task, run, progress) for run in runs) if min(jobs, len(runs)) <= 1 else _in_processes(task, runs, jobs, progress)
+    for record in records:
+        optimum = ceiling.at(max(1, min(task.trace.num_unique, record["capacity_blocks"] + record["disk_capacity_blocks"])))
+        record["optimum_token_hit_rate"] = optimum
+        record["ideal_token_hit_rate"] = ceiling.ideal
+        record["share_of_optimum"] = record["token_hit_rate"] / optimum if optimum else None
+        yield record
+
+
+def _in_processes(task: Task, runs: Sequence[Run], jobs: int, progress: Progress) -> Iterator[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    with ProcessPoolExecutor(min(jobs, len(runs)), context, _start_process, (task, told)) as pool:
+        futures = [pool.submit(_replay_here, run) for run in runs]
+        try:
+            for future in futures:
+                while not future.done():
+                    _drain(told, progress)
+                yield future.result()
+            _drain(told, progress)
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _drain(told: multiprocessing.Queue[int], progress: Progress) -> None:
+    try:
+        progress(told.get(timeout=_POLL_S))
+        while True:
+            progress(told.get_nowait())
+    except queue.Empty:
+        return
+
+
+_here: tuple[Task, Any] | None = None
+"""of a worker process"""
+
+
+def _start_process(task: Task, told: Any) -> None:
+    global _here  # noqa: PLW0603 - what a pool's initializer leaves for its tasks
+    _here = (task, told)
+
+
+def _replay_here(run: Run) -> dict[str, Any]:
+    assert _here is not None, "the pool was started with _start_process"
+    task, told = _here
+    waiting = 0
+
+    def tell(more: int) -> None:
+        nonlocal waiting
+        waiting += more
+        if waiting >= 4 * PROGRESS_EVERY:
+            told.put(waiting)
+            waiting = 0
+
+    record = replay(task, run, tell)
+    told.put(waiting)
+    return record

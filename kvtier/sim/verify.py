@@ -1,0 +1,158 @@
+"""Replays a recording event by event and compares: were the same blocks hits, and did the same blocks leave, in the same order?
+
+For recordings of host memory alone: with a disk the moments at which transfers end decide as well, and a recording does not have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvtier.errors import TraceError
+from kvtier.sim.readers.lines import read_lines
+from kvtier.sim.readers.recording import Line, RecordingReader, numbers_of
+from kvtier.sim.serving import Served, Serving
+from kvtier.sim.setup import Setup, TierSetup
+from kvtier.stats import Stats
+from kvtier.types import KEY_BYTES, BlockKey
+
+MAX_DIFFERENCES = 20
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was compared, and the first differences in words."""
+
+    num_answers: int = 0
+    num_hit_blocks: int = 0
+    """blocks that were loaded, in both"""
+    num_evicted_blocks: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+def verify(path: Path) -> Verdict:
+    """Compares a recording with the simulator. Raises TraceError where it cannot be read or is of a kind that cannot be compared."""
+    verifier: list[_Verifier] = []
+
+    def take(line: Line) -> None:
+        if not verifier:
+            verifier.append(_Verifier(path, reader.header or {}))
+        verifier[0].take(line)
+
+    reader = RecordingReader(take)
+    read_lines(path, reader.take, skip_bad=False)
+    return verifier[0].finish() if verifier else Verdict()
+
+
+class _Verifier:
+    """Carries lines out on a planner of the recorded size."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        if header.get("disk_bytes"):
+            raise TraceError(f"{path}: only recordings of host memory alone can be compared event by event; this one has a disk")
+        host = TierSetup(header["host_blocks"], header["host_policy"], header.get("host_ttl_s"), header.get("host_ttl_mode", "sliding"))
+        setup = Setup(host)
+        self._block_bytes = header["block_bytes"]
+        self._planner, space = setup.planner(self._block_bytes, Stats(), events=True)
+        self._serving = Serving(
+            self._planner,
+            lambda: space.draining(self._block_bytes),
+            lambda: None,
+            max_pinned_blocks=header["max_pinned_blocks"],
+            promote_wait_s=0.0,
+            block_bytes=self._block_bytes,
+        )
+        self._path = path
+        self._requests: dict[int, Served] = {}
+        self._jobs: dict[int, int] = {}
+        self._evicted: list[int] = []
+        self._recorded_evicted: list[int] = []
+        self._verdict = Verdict()
+
+    def take(self, line: Line) -> None:
+        """One line."""
+        if line.kind == "lost":
+            raise TraceError(f"{self._path}: {line.values[0]} lines were lost while recording, so events cannot be compared")
+        if line.kind == "evict":
+            self._recorded_evicted += numbers_of(line.values[1])
+            return
+        getattr(self, f"_{line.kind}")(line.time_s, *line.values)
+        self._evicted += [_number_of(event.meta.key) for event in self._planner.take_events() if not event.stored]
+
+    def finish(self) -> Verdict:
+        """All lines are carried out."""
+        verdict = self._verdict
+        pairs = zip(self._evicted, self._recorded_evicted, strict=False)
+        for place, (ours, theirs) in enumerate(pairs):
+            if ours != theirs:
+                self._differ(f"eviction {place}: block {theirs} left, the simulator evicted {ours}")
+                break
+            verdict.num_evicted_blocks += 1
+        if len(self._evicted) != len(self._recorded_evicted):
+            self._differ(f"{len(self._recorded_evicted)} blocks left, the simulator evicted {len(self._evicted)}")
+        return verdict
+
+    def _ask(
+        self, now: float, number: int, _prompt_tokens: int, first: int, limit: int, ready: int, _promised: int, known: list[int]
+    ) -> None:
+        request = self._requests.get(number)
+        keys = [_key_of(block) for block in numbers_of(known)]
+        if request is not None and request.first_block == first and request.limit_block == limit and not request.is_admitted:
+            request.keys = keys
+            self._serving.look_once_more(request, now)
+        else:
+            if request is not None:
+                self._serving.release(request, now)
+            request = self._requests[number] = Served(number, keys, limit, first)
+            self._serving.look(request, now)
+        self._verdict.num_answers += 1
+        if request.num_ready != ready:
+            self._differ(f"{now:.3f} s: request {number} found {ready} blocks, in the simulator {request.num_ready}")
+
+    def _start(self, now: float, number: int, _first: int, num_loaded: int, job: int) -> None:
+        request = self._requests[number]
+        plan = self._serving.admit(request, now, loads=job != 0)
+        loaded = 0 if plan is None else len(plan.slots)
+        if plan is not None:
+            self._jobs[job] = plan.job_id
+        if loaded != num_loaded:
+            self._differ(f"{now:.3f} s: request {number} loaded {num_loaded} blocks, in the simulator {loaded}")
+        self._verdict.num_hit_blocks += min(loaded, num_loaded)
+
+    def _store(self, now: float, number: int, first: int, end: int, job: int, known: list[int]) -> None:
+        request = self._requests[number]
+        request.keys = [_key_of(block) for block in numbers_of(known)]
+        request.store_from = first
+        plan = self._serving.store(request, end, now)
+        if bool(plan.slots) != bool(job):
+            stored = "something" if job else "nothing"
+            self._differ(f"{now:.3f} s: request {number} stored {stored}, in the simulator {len(plan.slots)} blocks")
+        if plan.slots:
+            self._jobs[job] = plan.job_id
+
+    def _end(self, now: float, jobs: Sequence[tuple[int, list[int]]]) -> None:
+        for job, failed in jobs:
+            if job in self._jobs:
+                self._serving.end_job(self._jobs.pop(job), failed, now)
+        self._serving.tick(now)
+
+    def _finish(self, now: float, number: int, _output_tokens: int) -> None:
+        self._serving.release(self._requests.pop(number), now)
+
+    def _reset(self, now: float) -> None:
+        self._planner.reset(now)
+        self._planner.take_commands()
+
+    def _differ(self, text: str) -> None:
+        if len(self._verdict.differences) < MAX_DIFFERENCES:
+            self._verdict.differences.append(text)
+
+
+def _key_of(number: int) -> BlockKey:
+    return BlockKey(number.to_bytes(KEY_BYTES, "little"))
+
+
+def _number_of(key: BlockKey) -> int:
+    return int.from_bytes(key, "little")
