@@ -30,7 +30,7 @@ class EvictionPolicy(Protocol):
         """Takes a present block out of the candidates until ``unpin``. Not counted: the planner counts."""
 
     def unpin(self, key: BlockKey, now: float) -> None:
-        """Makes a pinned block a candidate again, as just used. An absent or unpinned key is fine."""
+        """Makes a pinned block a candidate again, where recency decides as just used. An absent or unpinned key is fine."""
 
     def victims(self, num_blocks: int, now: float, incoming: Sequence[BlockMeta] = ()) -> list[BlockKey]:
         """Chooses and forgets up to ``num_blocks`` blocks, the first to leave first, each a leaf when taken.

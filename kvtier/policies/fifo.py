@@ -33,3 +33,6 @@ class FIFOPolicy(LeafQueues):
 
     def _came(self, node: QueueNode, now: float) -> None:
         self._queue.append(node)
+
+    def _came_back(self, node: QueueNode, now: float) -> None:
+        self._came_back_in_place(node)

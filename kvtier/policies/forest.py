@@ -13,7 +13,7 @@ from typing import Generic, Self, TypeVar
 from kvtier.types import BlockKey, BlockMeta
 
 CANDIDATE, PINNED, DEFERRED, GHOST = range(4)
-"""may be chosen; taken out by ``pin``; stepped aside until its last child has left; a ghost parent"""
+"""may be chosen; may not, by ``pin``; stepped aside until its last child has left; a ghost parent"""
 
 
 class Node:
@@ -54,8 +54,8 @@ class Forest(Generic[N]):
         """A new block, in state CANDIDATE. Its children may be here already, its parent need not be."""
         raise NotImplementedError
 
-    def _took_out(self, node: N) -> None:
-        """A block was pinned or removed; its state says what it was before."""
+    def _removed(self, node: N) -> None:
+        """A block is about to be forgotten without having been chosen."""
         raise NotImplementedError
 
     def _came_back(self, node: N, now: float) -> None:
@@ -95,7 +95,7 @@ class Forest(Generic[N]):
         node = self._nodes.get(key)
         if node is None:
             return
-        self._took_out(node)
+        self._removed(node)
         self._forget(node)
         if node.num_children:
             node.state = GHOST
@@ -104,7 +104,6 @@ class Forest(Generic[N]):
     def pin(self, key: BlockKey) -> None:
         node = self._nodes.get(key)
         if node is not None and node.state != PINNED:
-            self._took_out(node)
             node.state = PINNED
 
     def unpin(self, key: BlockKey, now: float) -> None:

@@ -72,8 +72,8 @@ class GDSFPolicy(RankedQueues):
         self._fresh.append(node)
 
     def _came_back(self, node: QueueNode, now: float) -> None:
-        if node.queue is not None:
-            self._value(node)
+        node.stamp = self._age
+        super()._came_back(node, now)
 
     def _settle(self) -> None:
         fresh, self._fresh = self._fresh, []

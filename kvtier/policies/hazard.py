@@ -171,7 +171,7 @@ class HazardPolicy(Forest[HazardNode]):
         if self._ranking is not None and node.segment is not None:
             self._rank_first(node.segment.class_id)
 
-    def _took_out(self, node: HazardNode) -> None:
+    def _removed(self, node: HazardNode) -> None:
         """Nothing to do: leaves are looked at again before they are taken."""
 
     def _came_back(self, node: HazardNode, now: float) -> None:

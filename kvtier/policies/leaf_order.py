@@ -2,14 +2,15 @@
 
 A block that is reached at the front of its queue while it still has a child in the tier steps aside (*deferred*) and comes back to the very
 front when its last child has left. So victims are leaves, every deferral is paid for by an earlier insert or touch (O(1)
-amortised), and no order of insertion can strand a child.
+amortised), and no order of insertion can strand a child. A pinned block keeps its place, and steps aside until it is unpinned when it
+is reached.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from kvtier.policies.forest import CANDIDATE, DEFERRED, Forest, Node
+from kvtier.policies.forest import CANDIDATE, DEFERRED, PINNED, Forest, Node
 from kvtier.types import BlockKey
 
 
@@ -31,7 +32,7 @@ class QueueNode(Node):
 class Queue:
     """Candidates in the order in which they leave, a linked list.
 
-    A block belongs to its queue also while it is pinned or deferred, without a place in it. ``len`` counts those too.
+    A block belongs to its queue also while it has stepped aside and has no place in it. ``len`` counts those too.
     """
 
     __slots__ = ("_end", "_size")
@@ -76,7 +77,7 @@ class Queue:
         before.next = after.prev = node
 
     def append(self, node: QueueNode) -> None:
-        """A node without a place comes to the back of this queue."""
+        """A node without a place comes to the back of this queue, its own from now on."""
         self.own(node)
         end = self._end
         before = end.prev
@@ -85,23 +86,35 @@ class Queue:
         before.next = end.prev = node
 
     def take_leaf(self) -> QueueNode | None:
-        """Takes the first leaf out of its place. Those with children before it step aside."""
+        """Takes the first leaf that may leave out of its place. Those before it step aside."""
         end = self._end
         node = end.next
         while node is not end:
-            unlink(node)
-            if not node.num_children:
+            if not steps_aside(node):
+                unlink(node)
                 return node
-            node.state = DEFERRED
             node = end.next
         return None
 
 
 def unlink(node: QueueNode) -> None:
-    """Takes a node out of its place; it still belongs to its queue."""
+    """Takes a node out of its place, if it has one; it still belongs to its queue."""
     before, after = node.prev, node.next
     before.next = after
     after.prev = before
+    node.prev = node.next = node
+
+
+def steps_aside(node: QueueNode) -> bool:
+    """Whether a node that was reached may not leave yet; then it has lost its place."""
+    if node.state == PINNED:
+        unlink(node)
+        return True
+    if node.num_children:
+        unlink(node)
+        node.state = DEFERRED
+        return True
+    return False
 
 
 class LeafQueues(Forest[QueueNode]):
@@ -112,9 +125,8 @@ class LeafQueues(Forest[QueueNode]):
     def _new_node(self, key: BlockKey) -> QueueNode:
         return QueueNode(key)
 
-    def _took_out(self, node: QueueNode) -> None:
-        if node.state == CANDIDATE:
-            unlink(node)
+    def _removed(self, node: QueueNode) -> None:
+        unlink(node)
 
     def _forget(self, node: QueueNode) -> None:
         if node.queue is not None:
@@ -128,19 +140,21 @@ class LeafQueues(Forest[QueueNode]):
             queue.place_before(node, queue.front)
 
     def _move(self, node: QueueNode, queue: Queue) -> None:
-        """A used block goes to the back of a queue; a pinned one will when it is unpinned."""
-        if node.state == CANDIDATE:
-            unlink(node)
-        elif node.state == DEFERRED:
+        """A used block goes to the back of a queue."""
+        unlink(node)
+        if node.state == DEFERRED:
             node.state = CANDIDATE
-        else:
-            queue.own(node)
-            return
         queue.append(node)
 
     def _came_back(self, node: QueueNode, now: float) -> None:
-        assert node.queue is not None, "a block that is known belongs to a queue"
-        node.queue.append(node)
+        """As just used: to the back of its queue."""
+        if node.queue is not None:
+            self._move(node, node.queue)
+
+    def _came_back_in_place(self, node: QueueNode) -> None:
+        """For policies to which use is not a matter of place: an unpinned block that was reached meanwhile is the first to leave."""
+        if node.next is node and node.queue is not None:
+            node.queue.place_before(node, node.queue.front)
 
 
 class GhostList:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvtier.policies.fifo import FIFOPolicy
+from kvtier.policies.leaf_order import QueueNode
 from kvtier.types import BlockKey
 
 
@@ -27,3 +28,6 @@ class LRUPolicy(FIFOPolicy):
             node = nodes.get(key)
             if node is not None:
                 self._move(node, queue)
+
+    def _came_back(self, node: QueueNode, now: float) -> None:
+        self._move(node, self._queue)

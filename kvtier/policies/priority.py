@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from kvtier.policies.forest import CANDIDATE, DEFERRED
-from kvtier.policies.leaf_order import LeafQueues, Queue, QueueNode, unlink
+from kvtier.policies.leaf_order import LeafQueues, Queue, QueueNode, steps_aside, unlink
 from kvtier.types import BlockKey, BlockMeta
 
 
@@ -60,10 +59,9 @@ class RankedQueues(LeafQueues):
                     queue.ranked_at = None
                     self._rank(queue)
                 continue
-            unlink(front)
-            if not front.num_children:
+            if not steps_aside(front):
+                unlink(front)
                 return front, rank
-            front.state = DEFERRED
         return None
 
     def _rank(self, queue: RankedQueue) -> None:
@@ -83,10 +81,7 @@ class RankedQueues(LeafQueues):
         if queue is None:
             queue = self._queues[name] = RankedQueue(name)
         before = node.queue
-        if before is None and node.state == CANDIDATE:
-            queue.append(node)
-        else:
-            self._move(node, queue)
+        self._move(node, queue)
         self._drop_if_empty(before)
         self._rank(queue)
 

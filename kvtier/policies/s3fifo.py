@@ -73,3 +73,6 @@ class S3FIFOPolicy(LeafQueues):
         node.mark = 0
         queue = self._small if self._ghosts.pop(node.key) is None else self._main
         queue.append(node)
+
+    def _came_back(self, node: QueueNode, now: float) -> None:
+        self._came_back_in_place(node)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvtier.policies.forest import CANDIDATE, DEFERRED
-from kvtier.policies.leaf_order import LeafQueues, Queue, QueueNode, unlink
+from kvtier.policies.leaf_order import LeafQueues, Queue, QueueNode, steps_aside, unlink
 from kvtier.types import BlockKey, BlockMeta
 
 
@@ -38,10 +38,9 @@ class SIEVEPolicy(LeafQueues):
         chosen: list[BlockKey] = []
         while len(chosen) < num_blocks and (node := self._hand or self._queue.front) is not None:
             self._hand = self._queue.following(node)
-            if node.num_children:
-                unlink(node)
-                node.state = DEFERRED
-            elif node.mark:
+            if steps_aside(node):
+                continue
+            if node.mark:
                 node.mark = 0
             else:
                 unlink(node)
@@ -53,13 +52,20 @@ class SIEVEPolicy(LeafQueues):
         node.mark = 0
         self._queue.append(node)
 
-    def _took_out(self, node: QueueNode) -> None:
+    def _removed(self, node: QueueNode) -> None:
         if node is self._hand:
             self._hand = self._queue.following(node)
-        super()._took_out(node)
+        super()._removed(node)
 
     def _became_leaf(self, node: QueueNode) -> None:
         if node.state == DEFERRED:
             node.state = CANDIDATE
-            self._queue.place_before(node, self._hand)
-            self._hand = node
+            self._place_under_hand(node)
+
+    def _came_back(self, node: QueueNode, now: float) -> None:
+        if node.next is node:
+            self._place_under_hand(node)
+
+    def _place_under_hand(self, node: QueueNode) -> None:
+        self._queue.place_before(node, self._hand)
+        self._hand = node
