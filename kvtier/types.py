@@ -136,6 +136,8 @@ class StorePlan:
     slots: tuple[SlotRef, ...] = ()
     num_refused: int = 0
     """blocks at the end that found no slot; asking again later is fine"""
+    num_declined: int = 0
+    """blocks at the end that host memory does not take because what it has is worth more; asking again soon is of little use"""
     broken: bool = False
     device_slots: tuple[int, ...] = ()
     """where each block passes through the device pool, -1: nowhere; empty without a pool"""

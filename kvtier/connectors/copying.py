@@ -101,10 +101,11 @@ class Copying:
             # The blocks before have been evicted while the request ran; all of them are still in the engine.
             first = self._engine.match(keys).hit_blocks
             plan = self._engine.begin_store(keys, first, request.tenant, may_evict=may_evict)
-        request.store_from = end - plan.num_refused
+        request.store_from = end - plan.num_refused - plan.num_declined
         request.store_next(block_tokens)
-        if plan.num_refused and request.store_at < NEVER:
-            request.store_at = item.num_computed_tokens + block_tokens
+        if (plan.num_refused or plan.num_declined) and request.store_at < NEVER:
+            # What was not worth its room is offered again when it is twice as long: all of it is offered anew each time.
+            request.store_at = item.num_computed_tokens + max(1, plan.num_declined) * block_tokens
         if not plan.slots:
             return
         block_ids = [

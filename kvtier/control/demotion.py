@@ -68,9 +68,9 @@ class Demoter:
                     batch.append(entry)
                     if len(batch) * entry.num_bytes >= MAX_JOB_BYTES:
                         break
-                self._start_alike(tier, batch, index, now, forget)
+                self._start_alike(tier, batch, now, forget)
 
-    def on_evict(self, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
+    def on_evict(self, entries: Sequence[Entry], now: float, forget: Forget) -> None:
         """Blocks are about to leave host memory: those that a tier still wants are written down from their leased slots."""
         for tier in self._lower:
             wanted = [entry for entry in entries if tier.wants_on_evict(entry)]
@@ -79,7 +79,7 @@ class Demoter:
             for entry in wanted:
                 tier.forget_waiting(entry.key)
             if tier.has_budget():
-                self._start_alike(tier, wanted, index, now, forget)
+                self._start_alike(tier, wanted, now, forget)
             else:
                 self._stats.add(f"{tier.residency.name}.skipped_blocks", len(wanted))
 
@@ -113,14 +113,14 @@ class Demoter:
             if keys:
                 self._running[job_id] = dataclasses.replace(plan, unwanted=plan.unwanted | keys)
 
-    def _start_alike(self, tier: LowerTier, entries: Sequence[Entry], index: Index, now: float, forget: Forget) -> None:
+    def _start_alike(self, tier: LowerTier, entries: Sequence[Entry], now: float, forget: Forget) -> None:
         groups: dict[tuple[int, str], list[Entry]] = {}
         for entry in entries:
             groups.setdefault((entry.num_bytes, entry.tenant), []).append(entry)
         for group in groups.values():
-            self._start(tier, group, index, now, forget)
+            self._start(tier, group, now, forget)
 
-    def _start(self, tier: LowerTier, entries: list[Entry], index: Index, now: float, forget: Forget) -> None:
+    def _start(self, tier: LowerTier, entries: list[Entry], now: float, forget: Forget) -> None:
         num_bytes = entries[0].num_bytes
         if tier.spec.admission is not None:
             granted = tier.spec.admission.grant(len(entries), num_bytes, now)
@@ -128,15 +128,7 @@ class Demoter:
             entries = entries[:granted]
             if not entries:
                 return
-        # The blocks before the new ones must not make room for them.
-        tier.residency.touch([entry.parent for entry in entries if entry.parent is not None], num_bytes, now)
-        short = tier.shortage(len(entries), num_bytes)
-        if short > 0:
-            victims = tier.residency.victims(short, num_bytes, now, entries[0].tenant)
-            self._evict(tier, victims, index, forget)
-            if len(victims) < short:
-                self._stats.add(f"{tier.residency.name}.rejected_blocks", short - len(victims))
-                entries = entries[: len(entries) - (short - len(victims))]
+        entries = self._make_room(tier, entries, forget, now)
         if not entries:
             return
         job_id = next(self._ids)
@@ -148,10 +140,45 @@ class Demoter:
         self._running[job_id] = DemotionPlan(tier.index, tuple(entries), slots)
         self._commands.append(Demote(job_id, tier.index, tuple(entry.meta for entry in entries), slots))
 
-    def _evict(self, tier: LowerTier, victims: list[BlockKey], index: Index, forget: Forget) -> None:
+    def _make_room(self, tier: LowerTier, entries: Sequence[Entry], forget: Forget, now: float) -> list[Entry]:
+        """Evicts what is missing. Returns the blocks that fit and are worth it: of each run of blocks of one prompt the leading part."""
+        residency, num_bytes = tier.residency, entries[0].num_bytes
+        # The blocks before the new ones must not make room for them.
+        new = {entry.key for entry in entries}
+        anchors = [key for key in dict.fromkeys(entry.parent for entry in entries) if key is not None and key not in new]
+        for key in anchors:
+            residency.pin(key, num_bytes)
+        taken: list[Entry] = []
+        for run in _runs(entries):
+            short = min(len(run), tier.shortage(len(taken) + len(run), num_bytes))
+            if short > 0:
+                incoming = [entry.meta for entry in run[-short:]]
+                victims, num_declined = residency.victims(short, num_bytes, now, run[0].tenant, incoming)
+                self._evict(tier, victims, forget)
+                self._stats.add(f"{residency.name}.not_admitted_blocks", num_declined)
+                self._stats.add(f"{residency.name}.rejected_blocks", short - len(victims) - num_declined)
+                taken += run[: len(run) - short + len(victims)]
+            else:
+                taken += run
+        for key in anchors:
+            residency.unpin(key, num_bytes, now)
+        return taken
+
+    def _evict(self, tier: LowerTier, victims: list[BlockKey], forget: Forget) -> None:
         if not victims:
             return
         for key in victims:
             forget(tier, key)
         self._stats.add(f"{tier.residency.name}.evicted_blocks", len(victims))
         self._commands.append(Remove(tier.index, tuple(victims)))
+
+
+def _runs(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """The blocks in runs, each block of a run being the parent of the next."""
+    runs: list[list[Entry]] = []
+    for entry in entries:
+        if runs and runs[-1][-1].key == entry.parent:
+            runs[-1].append(entry)
+        else:
+            runs.append([entry])
+    return runs

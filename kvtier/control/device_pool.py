@@ -39,7 +39,7 @@ class DevicePool:
     def begin_fill(self, job_id: int, metas: Sequence[BlockMeta], now: float) -> tuple[int, ...]:
         """Slots for blocks that a job is about to copy through the pool; ``NO_SLOT`` where there is none. Ends by ``end``."""
         wanted = [meta for meta in metas if meta.key not in self._slots][: self._num_slots]
-        self._make_room(len(wanted), now)
+        self._make_room(wanted, now)
         slots = dict(zip((meta.key for meta in wanted), iter(self._take, None), strict=False))
         self._filling.setdefault(job_id, []).extend((meta, slots[meta.key]) for meta in wanted if meta.key in slots)
         return tuple(slots.get(meta.key, NO_SLOT) for meta in metas)
@@ -123,14 +123,15 @@ class DevicePool:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _make_room(self, count: int, now: float) -> None:
-        short = count - len(self._free)
+    def _make_room(self, blocks: Sequence[BlockMeta], now: float) -> None:
+        short = len(blocks) - len(self._free)
         if short <= 0:
             return
-        victims = self.residency.victims(short, self._block_bytes, now)
+        victims, num_declined = self.residency.victims(short, self._block_bytes, now, incoming=blocks[-short:])
         for key in victims:
             self._vacate(self._slots.pop(key))
         self._stats.add(f"{self.residency.name}.evicted_blocks", len(victims))
+        self._stats.add(f"{self.residency.name}.not_admitted_blocks", num_declined)
 
     def _take(self) -> int | None:
         return self._free.pop() if self._free else None

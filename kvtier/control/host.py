@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kvtier.control.commands import BlockEvent
 from kvtier.control.demotion import Demoter
@@ -13,11 +14,18 @@ from kvtier.control.index import HOST, Entry, Index
 from kvtier.control.lower import LowerTier
 from kvtier.control.residency import Residency
 from kvtier.stats import Stats
-from kvtier.types import BlockKey
+from kvtier.types import BlockKey, BlockMeta
 
 MAX_EVENTS = 100_000
 CLEAN_FRACTION = 8
 """one in so many blocks of host memory is free or written down already, so that a new block need not wait for a write"""
+
+
+class Room(NamedTuple):
+    """How many leading blocks find a slot now, and how many behind them are turned away because they are worth less than what is there."""
+
+    num_blocks: int
+    num_declined: int
 
 
 class HostMemory:
@@ -35,21 +43,28 @@ class HostMemory:
         self._num_bytes = 0
         """size of the block that was stored last"""
 
-    def make_room(self, count: int, num_bytes: int, now: float, tenant: str) -> int:
-        """Evicts exactly as many blocks as are missing for a tenant. Returns how many of ``count`` find a slot now."""
+    def make_room(self, count: int, num_bytes: int, now: float, tenant: str, incoming: Sequence[BlockMeta] = ()) -> Room:
+        """Evicts exactly as many blocks as are missing for a tenant.
+
+        ``incoming``: the blocks that want the room, if the policy may turn some of them away; in the order of their prompt.
+        """
         space = self._space
         self._num_bytes = num_bytes
+        num_declined = 0
         short = count - space.available(num_bytes) - space.draining(num_bytes)
         if short > 0 and not space.growing:
-            self._evict(self.residency.victims(short, num_bytes, now, tenant), now)
-            if not space.available(num_bytes) and not space.draining(num_bytes):
+            victims = self.residency.victims(short, num_bytes, now, tenant, incoming[-short:])
+            num_declined = victims.num_declined
+            self._evict(victims.keys, now)
+            self._stats.add("host.not_admitted_blocks", num_declined)
+            if not num_declined and not space.available(num_bytes) and not space.draining(num_bytes):
                 self._crowd_out(num_bytes, now)
-        return min(count, space.available(num_bytes))
+        return Room(min(count - num_declined, space.available(num_bytes)), num_declined)
 
-    def open_slots(self, blocks: Sequence[tuple[BlockKey, BlockKey | None]], num_bytes: int, tenant: str) -> list[Entry]:
-        """Slots for blocks (key, parent) that are about to be filled; the leading part where there are too few."""
+    def open_slots(self, blocks: Sequence[BlockMeta], tenant: str) -> list[Entry]:
+        """Slots for blocks that are about to be filled; the leading part where there are too few."""
         entries: list[Entry] = []
-        for key, parent in blocks:
+        for key, parent, num_bytes in blocks:
             entry = self._index.ensure(key, parent, num_bytes, tenant)
             if not self._space.take(entry):
                 self._index.drop_if_gone(entry)
@@ -99,7 +114,7 @@ class HostMemory:
 
     def _evict(self, keys: Sequence[BlockKey], now: float) -> None:
         entries = [entry for key in keys if (entry := self._index.get(key)) is not None]
-        self._demoter.on_evict(entries, self._index, now, self.forget_lower)
+        self._demoter.on_evict(entries, now, self.forget_lower)
         for entry in entries:
             self._left(entry)
         self._stats.add("host.evicted_blocks", len(entries))

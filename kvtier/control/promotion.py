@@ -29,7 +29,8 @@ class Promoter:
         if not missing:
             return len(run)
         anchored = books.anchor(books.last_in_host(run))
-        room = books.host.make_room(len(missing), missing[0].num_bytes, now, missing[0].tenant)
+        # Unconditional: whatever the blocks are worth, the request that waits for them gets them only through host memory.
+        room = books.host.make_room(len(missing), missing[0].num_bytes, now, missing[0].tenant).num_blocks
         taken = missing[:room]
         for position, entry in enumerate(taken):
             if not books.space.take(entry):

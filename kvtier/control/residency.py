@@ -8,11 +8,19 @@ in each order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.quotas import POOL, Quotas
 from kvtier.policies.base import EvictionPolicy
 from kvtier.types import BlockKey, BlockMeta
+
+
+class Victims(NamedTuple):
+    """Who leaves a tier, and how many of those that want the room are turned away because they are worth less."""
+
+    keys: list[BlockKey]
+    num_declined: int
 
 
 class Residency:
@@ -62,10 +70,11 @@ class Residency:
         policy.remove(key)
         self._left(key, num_bytes)
 
-    def victims(self, count: int, num_bytes: int, now: float, tenant: str = POOL) -> list[BlockKey]:
+    def victims(self, count: int, num_bytes: int, now: float, tenant: str = POOL, incoming: Sequence[BlockMeta] = ()) -> Victims:
         """Chooses and forgets up to ``count`` blocks of one size, leaves first. ``tenant``: whose blocks want the room.
 
-        Over its quota a tenant makes room itself; else those do who have borrowed what it may have.
+        Over its quota a tenant makes room itself; else those do who have borrowed what it may have. ``incoming``: the blocks that want
+        the room; those that are worth less than what would leave for them in the tenant's own order are turned away, and all behind them.
         """
         chosen: list[BlockKey] = []
         exhausted: set[str] = set()
@@ -75,13 +84,18 @@ class Residency:
             if source is None:
                 break
             owner, share = source
-            leaving = self._policies[num_bytes, owner].victims(share, now)
-            if len(leaving) < share:
-                exhausted.add(owner)
+            policy = self._policies[num_bytes, owner]
+            declined_before = policy.num_declined
+            offered = incoming[len(chosen) : len(chosen) + share] if owner == self._quotas.owner(tenant) else ()
+            leaving = policy.victims(share, now, offered)
             for key in leaving:
                 self._left(key, num_bytes)
             chosen += leaving
-        return chosen
+            if policy.num_declined > declined_before:
+                return Victims(chosen, count - len(chosen))
+            if len(leaving) < share:
+                exhausted.add(owner)
+        return Victims(chosen, 0)
 
     def pin(self, key: BlockKey, num_bytes: int) -> None:
         """Keeps a block (and so its whole prefix in this tier) until as many ``unpin`` calls."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from kvtier.control.books import Books
 from kvtier.control.index import HOST, Entry
 from kvtier.control.plans import StoreInFlight
-from kvtier.types import BlockKey, StorePlan
+from kvtier.types import BlockKey, BlockMeta, StorePlan
 
 
 class Storing:
@@ -35,14 +35,17 @@ class Storing:
         if not wanted:
             return StorePlan(job_id)
         anchored = books.anchor(anchor)
-        room = (
-            books.host.make_room(len(wanted), num_bytes, now, tenant) if may_evict else min(len(wanted), books.space.available(num_bytes))
-        )
-        entries = books.host.open_slots([(keys[p], keys[p - 1] if p else None) for p in wanted[:room]], num_bytes, tenant)
-        books.stats.add("store.refused_blocks", len(wanted) - len(entries))
+        blocks = [BlockMeta(keys[p], keys[p - 1] if p else None, num_bytes) for p in wanted]
+        if may_evict:
+            room, num_declined = books.host.make_room(len(blocks), num_bytes, now, tenant, blocks)
+        else:
+            room, num_declined = min(len(blocks), books.space.available(num_bytes)), 0
+        entries = books.host.open_slots(blocks[:room], tenant)
+        num_refused = len(blocks) - len(entries) - num_declined
+        books.stats.add("store.refused_blocks", num_refused)
         if not entries:
             books.release(anchored, now)
-            return StorePlan(job_id, num_refused=len(wanted))
+            return StorePlan(job_id, num_refused=num_refused, num_declined=num_declined)
         self._running[job_id] = StoreInFlight(tuple(entries), anchored)
         positions = tuple(position - first for position in wanted[: len(entries)])
         pool = books.host.device
@@ -50,7 +53,8 @@ class Storing:
             job_id,
             positions,
             tuple(books.space.ref(entry.slot) for entry in entries),
-            len(wanted) - len(entries),
+            num_refused,
+            num_declined,
             device_slots=() if pool is None else pool.begin_fill(job_id, [entry.meta for entry in entries], now),
         )
 

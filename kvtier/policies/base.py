@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from kvtier.types import BlockKey, BlockMeta
@@ -21,7 +21,7 @@ class EvictionPolicy(Protocol):
         """Takes a block in as just used. The key must not be present. The parent may be absent or come later."""
 
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:
-        """Marks blocks as used, in the given order. Absent keys are ignored; pinned ones stay pinned."""
+        """Marks blocks as used, in the given order. Absent keys are fine, and pinned blocks stay pinned."""
 
     def remove(self, key: BlockKey) -> None:
         """Forgets a block, pinned or not; an absent key is fine."""
@@ -30,13 +30,20 @@ class EvictionPolicy(Protocol):
         """Takes a present block out of the candidates until ``unpin``. Not counted: the planner counts."""
 
     def unpin(self, key: BlockKey, now: float) -> None:
-        """Makes a pinned block a candidate again, as just used. An absent or unpinned key is fine."""
+        """Makes a pinned block a candidate again, where recency decides as just used. An absent or unpinned key is fine."""
 
-    def victims(self, num_blocks: int, now: float) -> list[BlockKey]:
+    def victims(self, num_blocks: int, now: float, incoming: Sequence[BlockMeta] = ()) -> list[BlockKey]:
         """Chooses and forgets up to ``num_blocks`` blocks, the first to leave first, each a leaf when taken.
 
-        Fewer are returned only where no more candidates exist. O(1) amortised per block.
+        ``incoming`` are the blocks that want the room, in the order of their prompt: the i-th victim makes room for the i-th of
+        them. A policy with admission stops where what would leave is worth more than what comes, and may learn from ``incoming``,
+        which are uses of blocks that were not here. Without ``incoming``, fewer are returned only where no more candidates exist.
+        O(1) amortised per block.
         """
+
+    @property
+    def num_declined(self) -> int:
+        """How many ``incoming`` blocks it has turned away so far, because what would have left is worth more. 0 without admission."""
 
     def __len__(self) -> int:
         """Number of blocks known, pinned ones included."""

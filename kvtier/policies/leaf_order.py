@@ -1,125 +1,186 @@
-"""What all queue-like policies share: an order of candidates from which only leaves leave.
+"""What the queue-like policies share: queues of candidates from which only leaves leave.
 
-The candidates lie in one ordered dict, first to leave first. A block that is reached while it still has a child in the tier
-steps aside (*deferred*) and comes back to the very front when its last child has left. So victims are leaves, every
-deferral is paid for by an earlier insert or touch (O(1) amortised), and no order of insertion can strand a child.
-
-Because a parent cannot leave before its child, pinning the last block of a prefix keeps the whole prefix.
-
-A parent that is not (or no longer) in the tier while a child is, is kept as a *ghost*: it counts its children and is
-revived when the block comes (back).
+A block that is reached at the front of its queue while it still has a child in the tier steps aside (*deferred*) and comes back to the very
+front when its last child has left. So victims are leaves, every deferral is paid for by an earlier insert or touch (O(1)
+amortised), and no order of insertion can strand a child. A pinned block keeps its place, and steps aside until it is unpinned when it
+is reached.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 
-from kvtier.types import BlockKey, BlockMeta
-
-QUEUED, PINNED, DEFERRED, GHOST = range(4)
+from kvtier.policies.forest import CANDIDATE, DEFERRED, PINNED, Forest, Node
+from kvtier.types import BlockKey
 
 
-class Node:
-    """A block in the forest. ``parent`` is None for the first block of a prompt."""
+class QueueNode(Node):
+    """A block with its place in a queue. What ``mark``, ``stamp`` and ``depth`` say is up to the policy."""
 
-    __slots__ = ("key", "num_children", "parent", "state")
+    __slots__ = ("depth", "mark", "next", "prev", "queue", "stamp")
 
-    def __init__(self, key: BlockKey, state: int) -> None:
-        self.key = key
-        self.parent: Node | None = None
-        self.num_children = 0
-        self.state = state
+    def __init__(self, key: BlockKey) -> None:
+        super().__init__(key)
+        self.queue: Queue | None = None
+        self.prev: QueueNode = self
+        self.next: QueueNode = self
+        self.mark = 0
+        self.stamp = 0.0
+        self.depth = -1
 
 
-class LeafOrder:
-    """Base of the policies whose candidates form one queue. Implements everything but ``touch``."""
+class Queue:
+    """Candidates in the order in which they leave, a linked list.
 
-    __slots__ = ("_ghosts", "_nodes", "_order")
+    A block belongs to its queue also while it has stepped aside and has no place in it. ``len`` counts those too.
+    """
+
+    __slots__ = ("_end", "_size")
 
     def __init__(self) -> None:
-        self._nodes: dict[BlockKey, Node] = {}
-        self._ghosts: dict[BlockKey, Node] = {}
-        self._order: OrderedDict[BlockKey, Node] = OrderedDict()
-
-    def insert(self, block: BlockMeta, now: float) -> None:
-        key = block.key
-        node = self._ghosts.pop(key, None) if self._ghosts else None
-        if node is None:
-            node = Node(key, QUEUED)
-        else:
-            node.state = QUEUED
-        if block.parent is not None:
-            parent = self._nodes.get(block.parent) or self._ghost(block.parent)
-            parent.num_children += 1
-            node.parent = parent
-        self._nodes[key] = node
-        self._order[key] = node
-
-    def touch(self, keys: Iterable[BlockKey], now: float) -> None:
-        raise NotImplementedError
-
-    def remove(self, key: BlockKey) -> None:
-        node = self._nodes.get(key)
-        if node is None:
-            return
-        if node.state == QUEUED:
-            del self._order[key]
-        self._forget(node)
-        if node.num_children:
-            node.state = GHOST
-            self._ghosts[key] = node
-
-    def pin(self, key: BlockKey) -> None:
-        node = self._nodes.get(key)
-        if node is None or node.state == PINNED:
-            return
-        if node.state == QUEUED:
-            del self._order[key]
-        node.state = PINNED
-
-    def unpin(self, key: BlockKey, now: float) -> None:
-        node = self._nodes.get(key)
-        if node is not None and node.state == PINNED:
-            node.state = QUEUED
-            self._order[key] = node
-
-    def victims(self, num_blocks: int, now: float) -> list[BlockKey]:
-        order = self._order
-        chosen: list[BlockKey] = []
-        while len(chosen) < num_blocks and order:
-            key, node = order.popitem(last=False)
-            if node.num_children:
-                node.state = DEFERRED
-                continue
-            self._forget(node)
-            chosen.append(key)
-        return chosen
+        self._end = QueueNode(BlockKey(b""))
+        self._size = 0
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return self._size
+
+    @property
+    def front(self) -> QueueNode | None:
+        """The first candidate."""
+        node = self._end.next
+        return None if node is self._end else node
+
+    def following(self, node: QueueNode) -> QueueNode | None:
+        """The candidate behind ``node``."""
+        following = node.next
+        return None if following is self._end else following
+
+    def own(self, node: QueueNode) -> None:
+        """The node belongs to this queue from now on; it has no place in any."""
+        if node.queue is not self:
+            if node.queue is not None:
+                node.queue._size -= 1
+            node.queue = self
+            self._size += 1
+
+    def disown(self, node: QueueNode) -> None:
+        """The node, one of this queue without a place in it, belongs to none."""
+        node.queue = None
+        self._size -= 1
+
+    def place_before(self, node: QueueNode, other: QueueNode | None) -> None:
+        """Gives a node that belongs here a place before ``other``; None: at the back."""
+        after = self._end if other is None else other
+        before = after.prev
+        node.prev = before
+        node.next = after
+        before.next = after.prev = node
+
+    def append(self, node: QueueNode) -> None:
+        """A node without a place comes to the back of this queue, its own from now on."""
+        self.own(node)
+        end = self._end
+        before = end.prev
+        node.prev = before
+        node.next = end
+        before.next = end.prev = node
+
+    def take_leaf(self) -> QueueNode | None:
+        """Takes the first leaf that may leave out of its place. Those before it step aside."""
+        end = self._end
+        node = end.next
+        while node is not end:
+            if not steps_aside(node):
+                unlink(node)
+                return node
+            node = end.next
+        return None
+
+
+def unlink(node: QueueNode) -> None:
+    """Takes a node out of its place, if it has one; it still belongs to its queue."""
+    before, after = node.prev, node.next
+    before.next = after
+    after.prev = before
+    node.prev = node.next = node
+
+
+def steps_aside(node: QueueNode) -> bool:
+    """Whether a node that was reached may not leave yet; then it has lost its place."""
+    if node.state == PINNED:
+        unlink(node)
+        return True
+    if node.num_children:
+        unlink(node)
+        node.state = DEFERRED
+        return True
+    return False
+
+
+class LeafQueues(Forest[QueueNode]):
+    """Base of the policies whose candidates stand in queues."""
+
+    __slots__ = ()
+
+    def _new_node(self, key: BlockKey) -> QueueNode:
+        return QueueNode(key)
+
+    def _removed(self, node: QueueNode) -> None:
+        unlink(node)
+
+    def _forget(self, node: QueueNode) -> None:
+        if node.queue is not None:
+            node.queue.disown(node)
+        super()._forget(node)
+
+    def _became_leaf(self, node: QueueNode) -> None:
+        queue = node.queue
+        if node.state == DEFERRED and queue is not None:
+            node.state = CANDIDATE
+            queue.place_before(node, queue.front)
+
+    def _move(self, node: QueueNode, queue: Queue) -> None:
+        """A used block goes to the back of a queue."""
+        unlink(node)
+        if node.state == DEFERRED:
+            node.state = CANDIDATE
+        queue.append(node)
+
+    def _came_back(self, node: QueueNode, now: float) -> None:
+        """As just used: to the back of its queue."""
+        if node.queue is not None:
+            self._move(node, node.queue)
+
+    def _came_back_in_place(self, node: QueueNode) -> None:
+        """For policies to which use is not a matter of place: an unpinned block that was reached meanwhile is the first to leave."""
+        if node.next is node and node.queue is not None:
+            node.queue.place_before(node, node.queue.front)
+
+
+class GhostList:
+    """Keys of blocks that have left, the first to leave first, with a number each."""
+
+    __slots__ = ("_keys",)
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[BlockKey, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._nodes
+        return key in self._keys
 
-    def _ghost(self, key: BlockKey) -> Node:
-        node = self._ghosts.get(key)
-        if node is None:
-            node = self._ghosts[key] = Node(key, GHOST)
-        return node
+    def add(self, key: BlockKey, number: float = 0.0) -> None:
+        """The key of a block that leaves now."""
+        self._keys[key] = number
 
-    def _forget(self, node: Node) -> None:
-        """Takes a node that is not in the order out of the forest; its parent may become a candidate again."""
-        del self._nodes[node.key]
-        parent = node.parent
-        if parent is None:
-            return
-        node.parent = None
-        parent.num_children -= 1
-        if parent.num_children == 0:
-            if parent.state == DEFERRED:
-                parent.state = QUEUED
-                self._order[parent.key] = parent
-                self._order.move_to_end(parent.key, last=False)
-            elif parent.state == GHOST:
-                del self._ghosts[parent.key]
+    def pop(self, key: BlockKey) -> float | None:
+        """Forgets a key; its number, or None for an absent one."""
+        return self._keys.pop(key, None)
+
+    def trim(self, size: int) -> None:
+        """Forgets the oldest keys until no more than ``size`` are left."""
+        keys = self._keys
+        while len(keys) > size:
+            keys.popitem(last=False)

@@ -4,31 +4,30 @@ Idea: plain LRU (every operating-systems text), on a forest. A prefix is worth m
 continuation needs it; so the tail of a prompt is touched first and leaves first.  On real traces that order alone is worth up to
 24 % of the hit rate over LRU in prompt order.
 
-When not to use it: scans of never repeated prompts larger than the tier flush it; below about 1 % of the working set
-scan-resistant policies win.
+When to use it: tiers that hold a fifth of the working set and more, where nothing is much better; and as the floor of a comparison.
+When not: scans of never repeated prompts larger than the tier flush it; below about 1 % of the working set scan-resistant policies win.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvtier.policies.leaf_order import DEFERRED, PINNED, QUEUED, LeafOrder
+from kvtier.policies.fifo import FIFOPolicy
+from kvtier.policies.leaf_order import QueueNode
 from kvtier.types import BlockKey
 
 
-class LRUPolicy(LeafOrder):
-    """Evicts the least recently used leaf."""
+class LRUPolicy(FIFOPolicy):
+    """Evicts the least recently used leaf: a FIFO whose blocks go to the back when they are used."""
 
     __slots__ = ()
 
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:
-        nodes, order = self._nodes, self._order
+        nodes, queue = self._nodes, self._queue
         for key in keys:
             node = nodes.get(key)
-            if node is None or node.state == PINNED:
-                continue
-            if node.state == DEFERRED:
-                node.state = QUEUED
-                order[key] = node
-            else:
-                order.move_to_end(key)
+            if node is not None:
+                self._move(node, queue)
+
+    def _came_back(self, node: QueueNode, now: float) -> None:
+        self._move(node, self._queue)

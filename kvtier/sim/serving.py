@@ -136,7 +136,7 @@ class Serving:
             first = self._planner.match(keys).hit_blocks
             plan = self._planner.begin_store(keys, first, self._block_bytes, now)
             self._run_commands()
-        request.store_from = end - plan.num_refused
+        request.store_from = end - plan.num_refused - plan.num_declined
         if plan.slots:
             self._step.stores.append(plan.job_id)
         return plan

@@ -79,6 +79,10 @@ class _TimedPolicy:
 
         return timed
 
+    @property
+    def num_declined(self) -> int:
+        return self._policy.num_declined
+
     def __len__(self) -> int:
         return len(self._policy)
 

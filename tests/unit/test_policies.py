@@ -90,6 +90,6 @@ def test_pinning_the_tip_keeps_the_prefix() -> None:
 
 def test_an_unknown_policy_is_named() -> None:
     """The message names the value and what is allowed."""
-    with pytest.raises(ValueError, match="'mru' is not one of default, fifo, lru"):
+    with pytest.raises(ValueError, match="'mru' is not one of arc, default, fifo"):
         create_policy("mru")
-    assert ["default", "fifo", "lru"] == sorted(POLICIES)
+    assert ["arc", "default", "fifo", "gdsf", "hazard", "lru", "lru2", "s3fifo", "sieve"] == sorted(POLICIES)

@@ -129,7 +129,7 @@ def test_a_quota_is_kept_whatever_the_others_do(steps: list[tuple[str, int, int,
         new = [key for key in keys if key not in here]
         short = max(0, len(here) + len(new) - BLOCKS)
         before = {each: used(each) for each in quotas}
-        victims = tier.victims(short, 1, float(number), tenant)
+        victims = tier.victims(short, 1, float(number), tenant).keys
         for victim in victims:
             owner = here.pop(victim)
             if owner in quotas and owner != tenant:
