@@ -7,7 +7,7 @@ revived when the block comes (back).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Self, TypeVar
 
 from kvtier.types import BlockKey, BlockMeta
@@ -39,16 +39,14 @@ class Forest(Generic[N]):
     Implements all of :class:`~kvtier.policies.base.EvictionPolicy` but ``touch`` and ``victims``.
     """
 
-    __slots__ = ("_ghost_parents", "_nodes")
+    __slots__ = ("_ghost_parents", "_make_node", "_nodes")
 
-    def __init__(self) -> None:
+    def __init__(self, make_node: Callable[[BlockKey], N]) -> None:
+        self._make_node = make_node
         self._nodes: dict[BlockKey, N] = {}
         self._ghost_parents: dict[BlockKey, N] = {}
 
     # ---- what a policy adds -------------------------------------------------------------------------------------
-
-    def _new_node(self, key: BlockKey) -> N:
-        raise NotImplementedError
 
     def _came(self, node: N, now: float) -> None:
         """A new block, in state CANDIDATE. Its children may be here already, its parent need not be."""
@@ -82,9 +80,13 @@ class Forest(Generic[N]):
         key, parent_key = block.key, block.parent
         node = self._ghost_parents.pop(key, None) if self._ghost_parents else None
         if node is None:
-            node = self._new_node(key)
+            node = self._make_node(key)
         if parent_key is not None:
-            parent = self._nodes.get(parent_key) or self._ghost_parent(parent_key)
+            parent = self._nodes.get(parent_key)
+            if parent is None:
+                parent = self._ghost_parents.get(parent_key)
+                if parent is None:
+                    parent = self._ghost_parents[parent_key] = self._make_node(parent_key)
             parent.num_children += 1
             node.parent = parent
         node.state = CANDIDATE
@@ -119,12 +121,6 @@ class Forest(Generic[N]):
         return key in self._nodes
 
     # ---- inside -------------------------------------------------------------------------------------------------
-
-    def _ghost_parent(self, key: BlockKey) -> N:
-        node = self._ghost_parents.get(key)
-        if node is None:
-            node = self._ghost_parents[key] = self._new_node(key)
-        return node
 
     def _forget(self, node: N) -> None:
         """Takes a node out of the forest; its parent may become a leaf."""

@@ -63,6 +63,7 @@ class HazardPolicy(Forest[HazardNode]):
 
     __slots__ = (
         "_announced",
+        "_emptying",
         "_fresh",
         "_ghosts",
         "_log",
@@ -76,7 +77,7 @@ class HazardPolicy(Forest[HazardNode]):
     )
 
     def __init__(self, capacity_blocks: int | None = None) -> None:
-        super().__init__()
+        super().__init__(HazardNode)
         self._model = HazardModel()
         self._log: SegmentLog[HazardNode] = SegmentLog()
         self._ghosts = GhostTable(self._log)
@@ -88,6 +89,8 @@ class HazardPolicy(Forest[HazardNode]):
         """unannounced blocks of one chain, the last one first, with what was remembered of them"""
         self._ranking: list[tuple[float, int, HazardSegment]] | None = None
         """while victims are chosen: (index, id, segment) of the first segment of each class, a heap; some may be out of date"""
+        self._emptying: HazardSegment | None = None
+        """the segment that blocks are being evicted from"""
         self._mean_length = 0.0
         self._num_prompts = 0
         self._num_declined = 0
@@ -126,26 +129,43 @@ class HazardPolicy(Forest[HazardNode]):
         self._resize(len(self))
         offers = self._offered(incoming)
         chosen: list[BlockKey] = []
-        self._ranking = []
-        for class_id in range(NUM_CLASSES):
-            if self._queues[class_id]:
+        ranking = self._ranking = []
+        for class_id, queue in enumerate(self._queues):
+            if queue:
                 self._rank_first(class_id)
-        while len(chosen) < num_blocks and self._ranking:
-            index, _, segment = self._ranking[0]
-            leaf = _leaf_of(segment)
-            if leaf is None or self._queues[segment.class_id][0][1] is not segment:
-                heappop(self._ranking)
+        while len(chosen) < num_blocks and ranking:
+            index, _, segment = ranking[0]
+            queue = self._queues[segment.class_id]
+            if not queue or queue[0][1] is not segment or _leaf_of(segment) is None:
+                heappop(ranking)
                 self._rank_first(segment.class_id)
-                continue
-            if len(chosen) < len(offers) and index > self._model.index(offers[len(chosen)].class_id, 0.0):
+            elif not self._evict_from(segment, index, num_blocks, offers, chosen):
                 self._num_declined += num_blocks - len(chosen)
                 break
-            self._ghosts.put(leaf.key, segment, had_child=leaf.had_child)
-            self._forget(leaf)
-            chosen.append(leaf.key)
-        self._ranking = None
+        self._ranking = self._emptying = None
         self._announce(incoming, offers, len(chosen))
         return chosen
+
+    def _evict_from(
+        self, segment: HazardSegment, index: float, num_blocks: int, offers: Sequence[HazardSegment], chosen: list[BlockKey]
+    ) -> bool:
+        """Evicts blocks of a segment, as many as it has and are asked for. False: what would come is worth less."""
+        self._emptying = segment
+        put = self._ghosts.put
+        offer: HazardSegment | None = None
+        for position in range(len(chosen), num_blocks):
+            if position < len(offers) and offers[position] is not offer:
+                offer = offers[position]
+                if index > self._model.index(offer.class_id, 0.0):
+                    return False
+            leaf = _leaf_of(segment)
+            if leaf is None:
+                break
+            segment.leaves.pop()
+            put(leaf.key, segment, had_child=leaf.had_child)
+            self._forget(leaf)
+            chosen.append(leaf.key)
+        return True
 
     def _rank_first(self, class_id: int) -> None:
         """Ranks the least recently used segment of a class that has a leaf."""
@@ -167,9 +187,13 @@ class HazardPolicy(Forest[HazardNode]):
             heappush(self._queues[segment.class_id], (segment.id, segment))
 
     def _became_leaf(self, node: HazardNode) -> None:
+        segment = node.segment
+        if segment is not None and segment is self._emptying:
+            segment.leaves.append(node)
+            return
         self._add_leaf(node)
-        if self._ranking is not None and node.segment is not None:
-            self._rank_first(node.segment.class_id)
+        if self._ranking is not None and segment is not None:
+            self._rank_first(segment.class_id)
 
     def _removed(self, node: HazardNode) -> None:
         """Nothing to do: leaves are looked at again before they are taken."""
@@ -180,7 +204,7 @@ class HazardPolicy(Forest[HazardNode]):
 
     def _forget(self, node: HazardNode) -> None:
         node.segment = None
-        super()._forget(node)
+        Forest._forget(self, node)
 
     def remove(self, key: BlockKey) -> None:
         self._settle()
@@ -270,7 +294,7 @@ class HazardPolicy(Forest[HazardNode]):
 
     def _recall(self, key: BlockKey) -> Known:
         """What is remembered of a block that is not here; then it is forgotten."""
-        return self._announced.pop(key, None) or self._ghosts.pop(key)
+        return (self._announced.pop(key, None) if self._announced else None) or self._ghosts.pop(key)
 
     def _find(self, key: BlockKey) -> Known:
         """What is known of the block before a new one."""
@@ -298,11 +322,8 @@ class HazardPolicy(Forest[HazardNode]):
         self._now = now
         super().insert(block, now)
 
-    def _new_node(self, key: BlockKey) -> HazardNode:
-        return HazardNode(key)
-
     def _came(self, node: HazardNode, now: float) -> None:
-        announced = self._announced.pop(node.key, None)
+        announced = self._announced.pop(node.key, None) if self._announced else None
         if announced is None:
             known = self._ghosts.pop(node.key)
             node.had_child = known[1] or node.num_children > 0

@@ -122,8 +122,8 @@ class LeafQueues(Forest[QueueNode]):
 
     __slots__ = ()
 
-    def _new_node(self, key: BlockKey) -> QueueNode:
-        return QueueNode(key)
+    def __init__(self) -> None:
+        super().__init__(QueueNode)
 
     def _removed(self, node: QueueNode) -> None:
         unlink(node)
