@@ -67,6 +67,7 @@ class _Verifier:
         )
         self._path = path
         self._requests: dict[int, Served] = {}
+        self._keys: dict[int, list[BlockKey]] = {}
         self._jobs: dict[int, int] = {}
         self._evicted: list[int] = []
         self._recorded_evicted: list[int] = []
@@ -96,10 +97,10 @@ class _Verifier:
         return verdict
 
     def _ask(
-        self, now: float, number: int, _prompt_tokens: int, first: int, limit: int, ready: int, _promised: int, known: list[int]
+        self, now: float, number: int, _prompt_tokens: int, first: int, limit: int, ready: int, _promised: int, place: int, runs: list[int]
     ) -> None:
         request = self._requests.get(number)
-        keys = [_key_of(block) for block in numbers_of(known)]
+        keys = self._learn(number, place, runs)
         if request is not None and request.first_block == first and request.limit_block == limit and not request.is_admitted:
             request.keys = keys
             self._serving.look_once_more(request, now)
@@ -122,9 +123,9 @@ class _Verifier:
             self._differ(f"{now:.3f} s: request {number} loaded {num_loaded} blocks, in the simulator {loaded}")
         self._verdict.num_hit_blocks += min(loaded, num_loaded)
 
-    def _store(self, now: float, number: int, first: int, end: int, job: int, known: list[int]) -> None:
+    def _store(self, now: float, number: int, first: int, end: int, job: int, place: int, runs: list[int]) -> None:
         request = self._requests[number]
-        request.keys = [_key_of(block) for block in numbers_of(known)]
+        request.keys = self._learn(number, place, runs)
         request.store_from = first
         plan = self._serving.store(request, end, now)
         if bool(plan.slots) != bool(job):
@@ -141,10 +142,17 @@ class _Verifier:
 
     def _finish(self, now: float, number: int, _output_tokens: int) -> None:
         self._serving.release(self._requests.pop(number), now)
+        self._keys.pop(number)
 
     def _reset(self, now: float) -> None:
         self._planner.reset(now)
         self._planner.take_commands()
+
+    def _learn(self, number: int, place: int, runs: list[int]) -> list[BlockKey]:
+        """The keys of a request that are known by now."""
+        keys = self._keys.setdefault(number, [])
+        keys[place:] = [_key_of(block) for block in numbers_of(runs)]
+        return list(keys)
 
     def _differ(self, text: str) -> None:
         if len(self._verdict.differences) < MAX_DIFFERENCES:

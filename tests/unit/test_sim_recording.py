@@ -119,7 +119,7 @@ HEADER = {"kvtier_recording": 1, "block_tokens": 4, "engine_block_tokens": 4, "b
     ("line", "message"),
     [
         ("{}", r":2: expected a list that begins with one of ask, start"),
-        ('["ask",0]', r":2: expected 9 values in a line `ask`, found 2"),
+        ('["ask",0]', r":2: expected 10 values in a line `ask`, found 2"),
         ('["finish",-1,0,0]', r":2: expected `time` to be a number of at least 0"),
         ('["finish",0,0,0]', r":2: expected a request that was asked for before, found 0"),
         ('["evict",0,"host",[0]]', r":2: expected value 3 of `evict` to be runs of blocks, found \[0\]"),
