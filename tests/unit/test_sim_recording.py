@@ -136,6 +136,33 @@ def test_broken_lines(tmp_path: Path, line: str, message: str) -> None:
         open_trace(path)
 
 
+numbers = st.integers(0, 5)
+runs = st.lists(numbers, max_size=4) | st.just([0, 3])
+recorded = st.one_of(
+    st.tuples(st.just("ask"), numbers, *[numbers] * 7, runs),
+    st.tuples(st.just("start"), *[numbers] * 4, st.integers(-1, 3)),
+    st.tuples(st.just("store"), *[numbers] * 4, st.integers(-1, 3), numbers, runs),
+    st.tuples(st.just("end"), numbers, st.lists(st.tuples(numbers, st.lists(numbers, max_size=2)), max_size=2)),
+    st.tuples(st.just("evict"), numbers, st.just("host"), runs),
+    st.tuples(st.just("finish"), *[numbers] * 3),
+    st.tuples(st.just("reset"), numbers),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(recorded | st.lists(numbers), max_size=25))
+def test_whatever_is_in_a_recording(tmp_path: Path, lines: list[Any]) -> None:
+    """A trace and a verdict, or an error that names the line."""
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(map(json.dumps, [HEADER, *lines])))
+    for read in (open_trace, verify):
+        try:
+            assert read(path) is not None
+        except TraceError as error:
+            message = str(error)
+            assert message.startswith(f"{path}:")
+
+
 def key(number: int) -> BlockKey:
     return BlockKey(bytes([number]) * 16)
 
