@@ -2,10 +2,10 @@
 
 JSON lines. The first is an object (see ``Recorder``); each further one a list that begins with its kind and the time in seconds:
 
-* ``["ask", t, request, prompt tokens, first block, limit block, ready, promised, known]``  how much of a prompt can be brought; again
-  whenever the answer has changed. ``known``: the blocks whose keys are known so far, as runs.
+* ``["ask", t, request, prompt tokens, first block, limit block, ready, promised, place, blocks]``  how much of a prompt can be brought;
+  again whenever the answer has changed. ``blocks``: those of the request, from ``place`` on, that no line before has named, as runs.
 * ``["start", t, request, first block, blocks to load, job]``  the engine takes them (job 0: it loads nothing)
-* ``["store", t, request, first block, end block, job, known]``  blocks that are full after this step (job 0: nothing was stored)
+* ``["store", t, request, first block, end block, job, place, blocks]``  blocks that are full after this step (job 0: nothing was stored)
 * ``["end", t, [[job, [failed, ...]], ...]]``  copies that are done, in order
 * ``["evict", t, tier, blocks]``  blocks that left a tier, in order
 * ``["finish", t, request, generated tokens]``, ``["reset", t]``, ``["lost", t, lines]``

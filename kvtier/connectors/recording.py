@@ -69,6 +69,8 @@ class RecordingHalf(SchedulerHalf):
         self._kept_events: list[BlockEvent] = []
         self._numbers: dict[str, tuple[int, int]] = {}
         """request -> its number and the tokens of its prompt"""
+        self._num_named: dict[str, int] = {}
+        """request -> its blocks that lines have named"""
         self._next_numbers = itertools.count()
         self._ended: list[tuple[int, list[int]]] = []
         self._num_lost_seen = 0
@@ -130,6 +132,7 @@ class RecordingHalf(SchedulerHalf):
         request = self._requests.get(request_id)
         is_held = super().request_finished(request_id)
         number = self._numbers.pop(request_id, None)
+        self._num_named.pop(request_id, None)
         if request is not None and number is not None:
             with self._boundary.at("record"):
                 self._recorder.add("finish", self._now(), number[0], max(0, len(request.token_ids) - number[1]))
@@ -157,10 +160,10 @@ class RecordingHalf(SchedulerHalf):
             return
         number, num_prompt_tokens = self._numbers[request.request_id]
         answer: tuple[Any, ...] = (lookup.first_block, lookup.end_block, lookup.num_ready, lookup.num_promised)
-        self._recorder.add("ask", self._now(), number, num_prompt_tokens, *answer, self._known(request))
+        self._recorder.add("ask", self._now(), number, num_prompt_tokens, *answer, *self._new_blocks(request))
 
     def _note_store(self, request: Request, first: int, end: int, job_id: int) -> None:
-        self._recorder.add("store", self._now(), self._numbers[request.request_id][0], first, end, job_id, self._known(request))
+        self._recorder.add("store", self._now(), self._numbers[request.request_id][0], first, end, job_id, *self._new_blocks(request))
 
     def _note_events(self) -> None:
         """Evictions, tier by tier; the events go on to whoever wants them."""
@@ -170,8 +173,12 @@ class RecordingHalf(SchedulerHalf):
         for tier, group in itertools.groupby((event for event in events if not event.stored), key=lambda event: event.tier):
             self._recorder.add("evict", self._now(), tier, Blocks([event.meta.key for event in group]))
 
-    def _known(self, request: Request) -> Blocks:
-        return Blocks(request.keys(request.num_keys, self._block_tokens))
+    def _new_blocks(self, request: Request) -> tuple[int, Blocks]:
+        """The blocks whose keys are known and that no line has named, behind the place of the first."""
+        place = self._num_named.get(request.request_id, 0)
+        blocks = request.keys(request.num_keys, self._block_tokens)[place:]
+        self._num_named[request.request_id] = place + len(blocks)
+        return place, Blocks(blocks)
 
 
 class _RecordedCopying(Copying):

@@ -119,7 +119,7 @@ HEADER = {"kvtier_recording": 1, "block_tokens": 4, "engine_block_tokens": 4, "b
     ("line", "message"),
     [
         ("{}", r":2: expected a list that begins with one of ask, start"),
-        ('["ask",0]', r":2: expected 9 values in a line `ask`, found 2"),
+        ('["ask",0]', r":2: expected 10 values in a line `ask`, found 2"),
         ('["finish",-1,0,0]', r":2: expected `time` to be a number of at least 0"),
         ('["finish",0,0,0]', r":2: expected a request that was asked for before, found 0"),
         ('["evict",0,"host",[0]]', r":2: expected value 3 of `evict` to be runs of blocks, found \[0\]"),
@@ -134,6 +134,33 @@ def test_broken_lines(tmp_path: Path, line: str, message: str) -> None:
     path.write_text(json.dumps({**HEADER, "kvtier_recording": 2}))
     with pytest.raises(TraceError, match=":1: expected `kvtier_recording` to be 1"):
         open_trace(path)
+
+
+numbers = st.integers(0, 5)
+runs = st.lists(numbers, max_size=4) | st.just([0, 3])
+recorded = st.one_of(
+    st.tuples(st.just("ask"), numbers, *[numbers] * 7, runs),
+    st.tuples(st.just("start"), *[numbers] * 4, st.integers(-1, 3)),
+    st.tuples(st.just("store"), *[numbers] * 4, st.integers(-1, 3), numbers, runs),
+    st.tuples(st.just("end"), numbers, st.lists(st.tuples(numbers, st.lists(numbers, max_size=2)), max_size=2)),
+    st.tuples(st.just("evict"), numbers, st.just("host"), runs),
+    st.tuples(st.just("finish"), *[numbers] * 3),
+    st.tuples(st.just("reset"), numbers),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(recorded | st.lists(numbers), max_size=25))
+def test_whatever_is_in_a_recording(tmp_path: Path, lines: list[Any]) -> None:
+    """A trace and a verdict, or an error that names the line."""
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(map(json.dumps, [HEADER, *lines])))
+    for read in (open_trace, verify):
+        try:
+            assert read(path) is not None
+        except TraceError as error:
+            message = str(error)
+            assert message.startswith(f"{path}:")
 
 
 def key(number: int) -> BlockKey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,12 @@ class _Seen:
     time_s: float
     prompt_tokens: int
     output_tokens: int = 0
-    blocks: Runs = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("q"))
+
+    def learn(self, place: int, runs: Runs) -> None:
+        """Blocks from a place on; where a line before was lost, what follows is of no use."""
+        if place <= len(self.blocks):
+            self.blocks[place:] = array("q", numbers_of(runs))
 
 
 class RecordingReader:
@@ -41,9 +47,9 @@ class RecordingReader:
     """
 
     FIELDS: ClassVar[Mapping[str, str]] = {
-        "ask": "nnnnnnr",
+        "ask": "nnnnnnnr",
         "start": "nnnj",
-        "store": "nnnjr",
+        "store": "nnnjnr",
         "end": "e",
         "evict": "tr",
         "finish": "nn",
@@ -66,11 +72,9 @@ class RecordingReader:
         line = self._checked(value)
         if line.kind == "ask":
             request, prompt_tokens = line.values[0], line.values[1]
-            seen = self._seen.setdefault(request, _Seen(line.time_s, prompt_tokens))
-            seen.blocks = _longer(seen.blocks, line.values[6])
+            self._seen.setdefault(request, _Seen(line.time_s, prompt_tokens)).learn(*line.values[6:])
         elif line.kind == "store":
-            seen = self._known(line.values[0])
-            seen.blocks = _longer(seen.blocks, line.values[4])
+            self._known(line.values[0]).learn(*line.values[4:])
         elif line.kind == "finish":
             self._known(line.values[0]).output_tokens = line.values[1]
         self._on_line(line)
@@ -80,9 +84,8 @@ class RecordingReader:
         builder = TraceBuilder(self.block_tokens, group=group)
         builder.num_skipped = num_skipped
         for seen in self._seen.values():
-            ids = numbers_of(seen.blocks)
-            total = min(len(ids), (seen.prompt_tokens + seen.output_tokens) // self.block_tokens)
-            builder.add(seen.time_s, ids[:total], seen.prompt_tokens, seen.output_tokens)
+            total = min(len(seen.blocks), (seen.prompt_tokens + seen.output_tokens) // self.block_tokens)
+            builder.add(seen.time_s, seen.blocks[:total], seen.prompt_tokens, seen.output_tokens)
         return builder.build(name)
 
     def _take_header(self, value: Any) -> None:
@@ -124,10 +127,6 @@ def read_recording(path: Path, *, group: int = 1, skip_bad: bool = False) -> Tra
     reader = RecordingReader()
     num_skipped = read_lines(path, reader.take, skip_bad=skip_bad)
     return reader.trace(path.stem, num_skipped, group)
-
-
-def _longer(one: Runs, other: Runs) -> Runs:
-    return one if sum(one[1::2]) > sum(other[1::2]) else other
 
 
 _MAX_NUMBER = 1 << 40
