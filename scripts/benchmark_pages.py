@@ -21,8 +21,8 @@ HEAD = """<!-- printed by scripts/generate_reference.py from the JSON beside it;
 # Benchmarks
 
 Every figure is a median of one run of the command above its table. *Spread* is the distance between the quartiles. A *limit* was measured
-in the same run: what the hardware gives to the plainest program that moves the same bytes. A *target* is what the project set itself. What
-no machine has shown is not here.
+in the same run: what the hardware gives to the plainest program that moves the same bytes. A *target* is what the project set itself.
+*Peers* did the same work in the same run, in the same unit. What no machine has shown is not here.
 """
 
 COMMANDS: Mapping[str, str] = {
@@ -59,12 +59,18 @@ def about(environment: Mapping[str, Any]) -> str:
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """All figures of a benchmark."""
-    rows = ["| What | Parameters | Median | Spread | Unit | Limit or target | Of it |", "| --- | --- | ---: | ---: | --- | ---: | ---: |"]
+    has_peers = any(item["peers"] for item in records)
+    rows = [
+        "| What | Parameters | Median | Spread | Unit | Limit or target | Of it |" + " Peers |" * has_peers,
+        "| --- | --- | ---: | ---: | --- | ---: | ---: |" + " --- |" * has_peers,
+    ]
     for item in records:
         params = ", ".join(f"{key} {value}" for key, value in item["params"].items())
         limit = "" if item["limit"] is None else number(item["limit"])
         share = "" if item["fraction"] is None else f"{item['fraction']:.0%}"
-        cells = (item["name"], params, number(item["value"]), number(item["spread"]), item["unit"], limit, share)
+        cells = [item["name"], params, number(item["value"]), number(item["spread"]), item["unit"], limit, share]
+        if has_peers:
+            cells.append(", ".join(f"{name} {number(value)}" for name, value in item["peers"].items()))
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -58,7 +58,14 @@ MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench", "kvtier.machine")
 
 THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.sim", "kvtier.testing"),
-    "torch": ("kvtier.copy.pool", "kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu", "kvtier.testing"),
+    "torch": (
+        "kvtier.copy.pool",
+        "kvtier.copy.torch_copier",
+        "kvtier.connectors",
+        "kvtier.bench.gpu",
+        "kvtier.bench.lmcache",
+        "kvtier.testing",
+    ),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
     "xxhash": ("kvtier.tiers.disk", "kvtier.codecs"),
@@ -67,6 +74,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "yaml": ("kvtier.config",),
     "vllm": ("kvtier.connectors.vllm", "kvtier.bench.engine"),
     "prometheus_client": ("kvtier.connectors.vllm",),
+    "lmcache": ("kvtier.bench.lmcache",),
     "rich": ("kvtier.cli", "kvtier.bench", "kvtier.sim.command", "kvtier.sim.plan", "kvtier.sim.report"),
     "matplotlib": ("kvtier.bench", "kvtier.sim.plot"),
     "hypothesis": ("kvtier.testing",),
@@ -421,7 +429,14 @@ def _public(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str,
                 yield from _public(child, f"{prefix}{child.name}.")
 
 
-OUTSIDE_BASES = ("WorkerMetadata", "KVConnectorBase_V1", "KVConnectorStats", "KVConnectorPromMetrics", "RuleBasedStateMachine")
+OUTSIDE_BASES = (
+    "WorkerMetadata",
+    "KVConnectorBase_V1",
+    "KVConnectorStats",
+    "KVConnectorPromMetrics",
+    "GPUConnectorInterface",
+    "RuleBasedStateMachine",
+)
 """base classes of other packages, which document their methods"""
 
 DOCUMENTED_AT: Mapping[str, str] = {

@@ -16,12 +16,13 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, record, time_rounds
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, WorkerReport
@@ -45,6 +46,8 @@ BLOCKS_PER_PROMPT = 64
 DISK_BATCH = 256
 """blocks of one job"""
 SEGMENT_BYTES = 64 << 20
+PEER_RESIDENT = 10_000
+"""entries up to which a peer that keeps a file for each can be filled in reasonable time"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +70,8 @@ def lookups(rounds: int) -> Iterator[Record]:
     """From a list of 131,072 token ids to the answer: everything hits, or nothing does."""
     token_ids = np.random.default_rng(7).integers(0, 49_152, PROMPT_TOKENS).tolist()
     for block_tokens in (256, 32):
-        with _engine(PROMPT_TOKENS // block_tokens + 1) as engine:
+        work = {"tokens": PROMPT_TOKENS, "block_tokens": block_tokens}
+        with _engine(PROMPT_TOKENS // block_tokens + 1) as engine, Peer("lookups", **work, seed=7) as peer:
             keys = KeyChain(b"r" * 16, block_tokens).update(token_ids, PROMPT_TOKENS)
             _store(engine, keys)
 
@@ -83,10 +87,12 @@ def lookups(rounds: int) -> Iterator[Record]:
                 engine.match(chain)
                 engine.unpin(engine.pin(chain))
 
-            params = {"tokens": PROMPT_TOKENS, "block_tokens": block_tokens}
-            yield record("lookup, all hit", params, time_rounds(all_hit, rounds=rounds), "ms", limit=1.0)
-            yield record("lookup, all hit, pin and unpin", params, time_rounds(pinned, rounds=rounds), "ms")
-            yield record("lookup, no hit", params, time_rounds(no_hit, rounds=rounds), "us")
+            times = time_rounds(all_hit, rounds=rounds)
+            yield record("lookup, all hit", work, times, "ms", limit=1.0, peers=peer.rounds("all hit", rounds).time("all hit", "ms"))
+            times = time_rounds(pinned, rounds=rounds)
+            yield record("lookup, all hit, pin and unpin", work, times, "ms", peers=peer.rounds("pin", rounds).time("pin", "ms"))
+            times = time_rounds(no_hit, rounds=rounds)
+            yield record("lookup, no hit", work, times, "us", peers=peer.rounds("no hit", rounds).time("no hit", "us"))
 
 
 def steps(rounds: int, num_requests: int = 64) -> Iterator[Record]:
@@ -178,7 +184,11 @@ def _disk_eviction(path: Path, count: int, rounds: int) -> Iterator[Record]:
     io_s = statistics.median(plain)
     per_block = [(seconds - io_s) / DISK_BATCH for seconds in own]
     params = {"resident": count, "io_us": round(1e6 * io_s / DISK_BATCH, 1)}
-    yield record("put + evict, disk, beyond the I/O", params, per_block, "us", limit=20.0)
+    peers: Mapping[str, float] = {}
+    if count <= PEER_RESIDENT:
+        with Peer("eviction", resident=count, directory=str(path / "peer")) as peer:
+            peers = peer.rounds("put", rounds).time("put", "us")
+    yield record("put + evict, disk, beyond the I/O", params, per_block, "us", limit=20.0, peers=peers)
     tier.close()
 
 

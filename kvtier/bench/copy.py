@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, publish, record
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cpu import DEFAULT_THREADS, NativeCopier
@@ -56,6 +57,10 @@ class ModelShape:
         """Bytes of a block, all layers."""
         return self.num_layers * 2 * self.piece_bytes
 
+    def peer_work(self) -> dict[str, int]:
+        """The shape as a peer is told."""
+        return {"layers": self.num_layers, "heads": self.num_kv_heads, "head_dim": self.head_dim, "block_tokens": self.block_tokens}
+
 
 SHAPES = (ModelShape("Llama-3.1-8B", 32, 8, 128), ModelShape("SmolLM2-135M", 30, 3, 64))
 
@@ -88,9 +93,12 @@ def copies(shape: ModelShape, num_bytes: int, num_threads: int, rounds: int) -> 
     for order, block_ids in orders.items():
         ours["store", order] = work.gather(block_ids)
         ours["load", order] = work.scatter(block_ids)
-    times = _by_turns({**ours, **work.plain_copies()}, rounds)
+    plain = work.plain_copies()
+    with Peer("copies", **shape.peer_work(), num_blocks=num_blocks) as peer:
+        theirs = {("peer", *name): lambda name=name: peer.run(", ".join(name)) for name in ours} if peer.is_running else {}
+        times = _by_turns({**ours, **plain, **theirs}, rounds)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    fastest = min((name for name in times if name not in ours), key=medians.__getitem__)
+    fastest = min(plain, key=medians.__getitem__)
     limit = work.num_bytes / medians[fastest] / 1e9
     params = {"shape": shape.name, "piece_kib": shape.piece_bytes // 1024, "mib": work.num_bytes >> 20, "threads": num_threads}
     for name in ours:
@@ -98,7 +106,8 @@ def copies(shape: ModelShape, num_bytes: int, num_threads: int, rounds: int) -> 
         spread = rates[(3 * len(rates)) // 4] - rates[len(rates) // 4]
         value = work.num_bytes / medians[name] / 1e9
         what = {**params, "blocks": name[1], "limit": str(fastest)}
-        yield Record(f"copy, {name[0]}", what, value, "GB/s", spread, limit, value / limit)
+        peers = peer.rate(", ".join(name), work.num_bytes)
+        yield Record(f"copy, {name[0]}", what, value, "GB/s", spread, limit, value / limit, peers)
 
 
 class _Work:
@@ -174,9 +183,14 @@ def hashing(rounds: int) -> Iterator[Record]:
     functions: dict[Any, Timed] = {(name, size): _hash(forms[name][0], size) for name, size in cases}
     times = _by_turns({**functions, "digest": lambda: hashlib.sha256(packed).digest()}, rounds)
     peers = {"one sha256": 1e3 * statistics.median(times["digest"])}
+    theirs: dict[int, Mapping[str, float]] = {}
+    for size in HASH_BLOCK_TOKENS:
+        with Peer("hashing", tokens=PROMPT_TOKENS, block_tokens=size, seed=7) as peer:
+            theirs[size] = peer.rounds("list", rounds).time("list", "ms")
     for name, size in cases:
         params = {"tokens": PROMPT_TOKENS, "block_tokens": size, "from": name}
-        yield record("hash a prompt", params, times[name, size], "ms", limit=forms[name][1], peers=peers)
+        others = {**peers, **(theirs[size] if name == "list" else {})}
+        yield record("hash a prompt", params, times[name, size], "ms", limit=forms[name][1], peers=others)
     for size in HASH_BLOCK_TOKENS:
         yield _grown(ids.tolist(), size, rounds)
 

@@ -71,12 +71,14 @@ def in_turns(functions: Sequence[Callable[[], float]], rounds: int) -> list[list
     return [each[1:] for each in values]
 
 
-def rates(name: str, params: dict[str, object], values: Sequence[float], limits: Sequence[float]) -> Record:
-    """A record of rates in bytes per second beside their limit."""
+def rates(
+    name: str, params: dict[str, object], values: Sequence[float], limits: Sequence[float], *, peers: Mapping[str, float] | None = None
+) -> Record:
+    """A record of rates in bytes per second beside their limit; ``peers`` in GB/s."""
     ordered = sorted(value / 1e9 for value in values)
     value, limit = statistics.median(ordered), statistics.median(limits) / 1e9
     spread = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
-    return Record(name, params, value, "GB/s", spread, limit, value / limit)
+    return Record(name, params, value, "GB/s", spread, limit, value / limit, peers or {})
 
 
 def environment() -> dict[str, object]:

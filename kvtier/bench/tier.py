@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, rates
 from kvtier.config import Config
 from kvtier.copy.base import BlockCopy
@@ -29,6 +30,8 @@ PAGE_BYTES = 4096
 BLOCK_TOKENS = 16
 SHAPES = {"Llama-3.1-8B": (64, 32 << 10), "SmolLM2-135M": (60, 6 << 10)}
 """segments of a block of 16 tokens (K and V of each layer), and bytes of each"""
+PEER_SHAPES = {"Llama-3.1-8B": {"layers": 32, "heads": 8, "head_dim": 128}, "SmolLM2-135M": {"layers": 30, "heads": 3, "head_dim": 64}}
+"""the same, as a peer is told"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +54,12 @@ def measure(name: str, rounds: int, batch_bytes: int) -> Iterator[Record]:
     try:
         bench.store()  # slots for the bare copy
         params = {"model": name, "piece_kib": SHAPES[name][1] >> 10, "batch_mib": round(bench.batch_bytes / (1 << 20))}
-        stores, gathers, loads, scatters = in_turns([bench.store, bench.gather, bench.load, bench.scatter], rounds)
-        yield rates("store", params, stores, gathers)
-        yield rates("load", params, loads, scatters)
+        with Peer("facade", **PEER_SHAPES[name], block_tokens=BLOCK_TOKENS, num_blocks=bench.num_blocks) as peer:
+            ours = [bench.store, bench.gather, bench.load, bench.scatter]
+            theirs = [lambda: peer.run("store"), lambda: peer.run("load")]
+            stores, gathers, loads, scatters, *_ = in_turns([*ours, *theirs], rounds)
+        yield rates("store", params, stores, gathers, peers=peer.rate("store", bench.batch_bytes))
+        yield rates("load", params, loads, scatters, peers=peer.rate("load", bench.batch_bytes))
     finally:
         bench.close()
 
@@ -63,13 +69,13 @@ class Bench:
 
     def __init__(self, num_segments: int, segment_bytes: int, batch_bytes: int) -> None:
         block_bytes = num_segments * segment_bytes
-        self._num_blocks = batch_bytes // block_bytes
-        self.batch_bytes = self._num_blocks * block_bytes
+        self.num_blocks = batch_bytes // block_bytes
+        self.batch_bytes = self.num_blocks * block_bytes
         slot_bytes = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
         per_extent = EXTENT_BYTES // slot_bytes
         # two prompts and the blocks of the bare copy, so that every store has to evict
-        num_extents = 3 * -(-self._num_blocks // per_extent)
-        self._memory = np.zeros((num_segments, self._num_blocks, segment_bytes), np.uint8)
+        num_extents = 3 * -(-self.num_blocks // per_extent)
+        self._memory = np.zeros((num_segments, self.num_blocks, segment_bytes), np.uint8)
         self._memory[:] = np.random.default_rng(3).integers(0, 255, segment_bytes, np.uint8)
         segments = [Segment(segment.ctypes.data, segment.strides[0], segment_bytes) for segment in self._memory]
         path = f"/dev/shm/kvtier-bench-{os.getpid()}-{time.monotonic_ns()}"
@@ -82,9 +88,9 @@ class Bench:
             time.sleep(0.001)
             self._engine.poll()
         self._copier = NativeCopier(
-            KVLayout(tuple(segments), self._num_blocks), arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes
+            KVLayout(tuple(segments), self.num_blocks), arena_address=self._arena.address, arena_bytes=self._arena.capacity_bytes
         )
-        self._block_ids = np.random.default_rng(4).permutation(self._num_blocks).tolist()
+        self._block_ids = np.random.default_rng(4).permutation(self.num_blocks).tolist()
         self._number = 0
         self._tokens: list[int] = []
         self._slots: Sequence[SlotRef] = ()
@@ -92,12 +98,12 @@ class Bench:
     def store(self) -> float:
         """A new prompt, from its tokens to its committed blocks."""
         self._number += 1
-        self._tokens = [self._number, *range(self._num_blocks * BLOCK_TOKENS - 1)]
+        self._tokens = [self._number, *range(self.num_blocks * BLOCK_TOKENS - 1)]
         start = time.perf_counter()
         keys = self._keys()
         self._engine.poll()
         plan = self._engine.begin_store(keys, 0)
-        assert self._num_blocks == len(plan.slots)
+        assert self.num_blocks == len(plan.slots)
         self._copier.gather(self._copies(plan.slots))
         self._engine.commit_store(plan.job_id)
         seconds = time.perf_counter() - start
@@ -109,7 +115,7 @@ class Bench:
         start = time.perf_counter()
         keys = self._keys()
         self._engine.poll()
-        assert self._num_blocks == self._engine.match(keys).ready_blocks
+        assert self.num_blocks == self._engine.match(keys).ready_blocks
         plan = self._engine.begin_load(keys)
         self._copier.scatter(self._copies(plan.slots))
         self._engine.end_load(plan.job_id)
