@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,8 @@ def facade(layers: int, heads: int, head_dim: int, block_tokens: int, num_blocks
     """Storing a new prompt and loading it again through the engine; its memory has room for three."""
     memory = PagedMemory(layers, heads, head_dim, block_tokens, num_blocks)
     num_bytes = num_blocks * block_tokens * layers * 2 * heads * head_dim * 2
-    engine = _engine((layers, 2, CHUNK_TOKENS, heads, head_dim), memory, max_local_cpu_size=3.1 * num_bytes / GIB)
+    shape = (layers, 2, CHUNK_TOKENS, heads, head_dim)
+    engine = _engine(shape, memory, max_local_cpu_size=3.1 * num_bytes / GIB, save_unfull_chunk=True)
     slots = memory.slots(np.random.default_rng(4).permutation(num_blocks))
     prompt: list[int] = list(range(num_blocks * block_tokens))
 
@@ -227,8 +229,16 @@ WORK: Mapping[str, Callable[..., dict[str, Case]]] = {
 }
 
 
+def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Says what went wrong and ends at once: the library's threads would keep the process for ever."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main() -> None:
     """Prepares the work, says so with an empty line, then answers each case with the seconds of one round."""
+    sys.excepthook = _fail
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
         cases = WORK[sys.argv[1]](**json.loads(sys.argv[2]))
