@@ -17,6 +17,7 @@ from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.hints import Hint, Hints
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
+from kvtier.control.operations import HOST_TIER
 from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
 from kvtier.errors import ClosedError, ConfigError
@@ -149,6 +150,7 @@ class CacheEngine:
         now = clock()
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
+        _set_quotas(planner, config, now)
         estimates = Estimates()
         runner = TransferRunner(planner, lower, arena, namespace.digest, stats, estimates)
         capacity_blocks = slab.max_slots(block_bytes)
@@ -309,6 +311,13 @@ class CacheEngine:
         if self._space.growing or self._slab.limit_bytes < self._arena.ready_bytes:
             self._slab.set_limit(self._arena.ready_bytes)
         self._space.growing = self._arena.ready_bytes < self._arena.capacity_bytes and self._arena.reserve_error is None
+
+
+def _set_quotas(planner: Planner, config: Config, now: float) -> None:
+    quotas = {HOST_TIER: config.host.quotas} | ({} if config.disk is None else {HOST_TIER + 1: config.disk.quotas})
+    for tier, quotas_of_tier in quotas.items():
+        for tenant, num_bytes in quotas_of_tier.items():
+            planner.set_quota(tier, tenant, num_bytes, now)
 
 
 def _own_arena(config: Config) -> Arena:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +90,20 @@ def _size_or_null(value: object) -> int | None:
     return None if value is None else parse_size(value)
 
 
+def _sizes_by_name(value: object) -> dict[str, int]:
+    if not isinstance(value, Mapping):
+        raise ValueError("not a mapping of names to sizes")  # noqa: TRY004 - what a user wrote is wrong, not the call
+    sizes: dict[str, int] = {}
+    for name, size in value.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{name!r} is no name; a name is a text that is not empty")
+        try:
+            sizes[name] = parse_size(size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return sizes
+
+
 def _duration_or_null(value: object) -> float | None:
     return None if value is None else parse_duration(value)
 
@@ -101,6 +116,7 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 OptionalDuration = Annotated[float | None, BeforeValidator(_duration_or_null)]
 OptionalSize = Annotated[int | None, BeforeValidator(_size_or_null)]
+SizesByName = Annotated[Mapping[str, int], BeforeValidator(_sizes_by_name)]
 ExpandedPath = Annotated[Path, BeforeValidator(expand_path)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_path_or_null)]
 AUTO_IS_NONE = BeforeValidator(_auto_is_none)

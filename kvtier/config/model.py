@@ -24,6 +24,7 @@ from kvtier.config.fields import (
     OptionalSize,
     Section,
     Size,
+    SizesByName,
     setting,
     write_path,
 )
@@ -40,6 +41,7 @@ _TTL_ABOUT = "A block is dropped this long after it was stored or used (see `ttl
 _TTL_MODE_ABOUT = "From when `ttl` counts. `sliding`: the last use. `fixed`: the time of storing."
 _POLICY_ABOUT = "Which block leaves a full tier first. `lru`: the one unused for longest. `fifo`: the oldest."
 _TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one of type disk"
+_QUOTAS = "tenants and sizes, such as `{acme: 2GiB}`, together not more than `capacity`"
 _TIER_ORDER = ("gpu", "host", "disk")
 
 
@@ -49,6 +51,15 @@ class WriteMode(enum.Enum):
     THROUGH = "through"
     BACK = "back"
     ON_EVICT = "on_evict"
+
+
+def _fit_into_capacity(quotas: Mapping[str, int], info: ValidationInfo) -> Mapping[str, int]:
+    # absent where capacity itself is wrong
+    capacity_bytes = info.data.get("capacity_bytes")
+    total_bytes = sum(quotas.values())
+    if capacity_bytes is not None and total_bytes > capacity_bytes:
+        raise ValueError(f"{format_size(total_bytes)} in all, more than the tier's capacity of {format_size(capacity_bytes)}")
+    return quotas
 
 
 class GpuTierConfig(Section):
@@ -73,10 +84,18 @@ class HostTierConfig(Section):
     policy: Literal["lru", "fifo"] = setting("lru", kind="name", allowed="`lru`, `fifo`", about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=_TTL, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
+    quotas: SizesByName = setting(
+        {},
+        kind="mapping",
+        allowed=_QUOTAS,
+        about="What tenants can always have here. What they leave unused others borrow, and give back.",
+    )
     huge_pages: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Ask the kernel for huge pages: faster copies.")
     numa_node: int | None = setting(
         None, kind="integer", allowed="null, or a whole number from 0", about="The NUMA node to prefer. null: the kernel decides.", ge=0
     )
+
+    _quotas_fit = field_validator("quotas")(_fit_into_capacity)
 
 
 class DiskTierConfig(Section):
@@ -109,6 +128,12 @@ class DiskTierConfig(Section):
         allowed="`through`, `back`, `on_evict`",
         about="When blocks are written. `through`: at once. `back`: 5 s later. `on_evict`: as they leave host memory.",
         strict=False,
+    )
+    quotas: SizesByName = setting(
+        {},
+        kind="mapping",
+        allowed=_QUOTAS,
+        about="What tenants can always have here. What they leave unused others borrow, and give back.",
     )
     admit: Literal["all", "second_use"] = setting(
         "all",
@@ -147,6 +172,8 @@ class DiskTierConfig(Section):
         256 << 20, key="max_in_flight", kind="size", allowed=f"more than 0: {_SIZE}", about="Bytes being read or written at once.", gt=0
     )
     durable: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Blocks outlive a power cut, not only a crash.")
+
+    _quotas_fit = field_validator("quotas")(_fit_into_capacity)
 
     @field_validator("exclusive")
     @classmethod
@@ -373,10 +400,10 @@ def _plain_value(name: str, value: Any) -> Any:
             return plain_of(value)
         case tuple():
             return [plain_of(tier) for tier in value]
-        case Path():
-            return write_path(value)
-        case enum.Enum():
-            return value.value
+        case Path() | enum.Enum():
+            return write_path(value) if isinstance(value, Path) else value.value
+        case Mapping():
+            return {key: format_size(num_bytes) for key, num_bytes in value.items()}
         case None if name == "block_tokens":
             return "auto"
         case int() if name.endswith("_bytes"):

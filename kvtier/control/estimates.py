@@ -123,10 +123,12 @@ class Estimates:
         return seconds
 
     def load_s(self, path: Sequence[str], num_bytes: int) -> float | None:
-        """How long so many bytes take through tiers, one after the other. None: not known."""
+        """How long so many bytes take at least, through tiers one after the other. None: not known of the first, their own.
+
+        Those behind it may never be known: loads by layer overlap with computing and cannot be timed. They count as nothing then.
+        """
         per_byte = [None if (rate := self._transfers.get(tier)) is None else rate.per_unit(num_bytes) for tier in path]
-        seconds = _sum(per_byte)
-        return None if seconds is None else seconds * num_bytes
+        return None if per_byte[0] is None else num_bytes * sum(each for each in per_byte if each is not None)
 
     def choose(self, first_token: int, pieces: Sequence[Piece]) -> Choice:
         """How many leading pieces to load; ``first_token`` tokens are in the engine already. Counts probes, so ask once a request.

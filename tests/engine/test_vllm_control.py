@@ -142,9 +142,17 @@ def asks(**options: Any) -> dict[str, Any]:
     return {"sampling": {"extra_args": {"kv_transfer_params": {"kvtier": options}}}}
 
 
+def computing_takes(rig: Rig, seconds_per_token: float) -> None:
+    """Lets kvtier believe that it has seen the engine compute at this speed."""
+    for _ in range(20):
+        for context in (1, 10, 100, 200, 500):
+            rig.connector._half.half._engine.estimates.computed(100, context, 100 * seconds_per_token)
+
+
 def test_a_session_that_waits_for_a_tool_survives_what_evicts_everything_else() -> None:
     """Said in the request's options; the session beside it, which said nothing, is computed."""
     with controlled(host(SMALL)) as (rig, controller):
+        computing_takes(rig, 1.0)
         rig.ask("waits", prompt(1), **asks(session="agent", tool_call={"name": "tests", "expected_s": 30}))
         rig.ask("does not", prompt(2), **asks(session="other"))
         fill(rig, 3, 10)
@@ -187,11 +195,9 @@ def test_loads_that_are_slower_than_computing_are_not_made() -> None:
     """With estimates of a slow copy the engine computes what kvtier holds, and the statistics say so."""
     with controlled(host(connector={"load_or_recompute": "auto"})) as (rig, controller):
         fill(rig, 1, 1)
-        estimates = rig.connector._half.half._engine.estimates
+        computing_takes(rig, 1e-5)
         for _ in range(20):
-            estimates.transferred("host", 1 << 20, 1000.0)
-            for context in (1, 10, 100, 500):
-                estimates.computed(100, context, 0.001)
+            rig.connector._half.half._engine.estimates.transferred("host", 1 << 20, 1000.0)
         assert 0 == loaded(rig, "slow", 1)["host_tokens"]
         counters = controller.stats().result(10.0).counters
         assert 6 == counters["recompute.refused_blocks"]

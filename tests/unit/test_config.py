@@ -38,6 +38,7 @@ def test_one_capacity_is_enough(tmp_path: Path) -> None:
     expected = HostTierConfig.model_validate(
         {"type": "host", "capacity": 8 << 30, "policy": "lru", "ttl": None, "ttl_mode": "sliding", "huge_pages": True, "numa_node": None}
     )
+    assert {} == config.host.quotas
     assert expected == config.host
     assert config.disk is None
     assert config.block_tokens is None
@@ -68,7 +69,8 @@ def test_every_setting_is_taken(tmp_path: Path) -> None:
 block_tokens: 64
 namespace_salt: a
 tiers:
-  - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1}
+  - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1,
+     quotas: {acme: 2MB, "7": 100}}
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
      io_engine: threads, queue_depth: 32, io_threads: 3, max_in_flight: 1MiB, durable: false, admit: second_use, daily_writes: 1GiB,
      exclusive: true}
@@ -79,10 +81,17 @@ log_level: debug
         )
     )
     host = {"type": "host", "capacity_bytes": 500_000_000, "policy": "fifo", "ttl_s": 1800.0, "ttl_mode": "fixed"}
-    assert {**host, "huge_pages": False, "numa_node": 1} == config.host.model_dump()
+    assert {**host, "huge_pages": False, "numa_node": 1, "quotas": {"acme": 2_000_000, "7": 100}} == config.host.model_dump()
     disk = {"type": "disk", "path": Path("/x"), "capacity_bytes": 100 << 30, "segment_bytes": 16 << 20, "policy": "fifo", "ttl_s": 7.0}
     disk |= {"ttl_mode": "fixed", "write": WriteMode.ON_EVICT, "direct_io": "on", "io_threads": 3, "max_in_flight_bytes": 1 << 20}
-    disk |= {"io_engine": "threads", "queue_depth": 32, "admit": "second_use", "daily_writes_bytes": 1 << 30, "exclusive": True}
+    disk |= {
+        "io_engine": "threads",
+        "queue_depth": 32,
+        "admit": "second_use",
+        "daily_writes_bytes": 1 << 30,
+        "exclusive": True,
+        "quotas": {},
+    }
     assert config.disk is not None
     assert {**disk, "durable": False} == config.disk.model_dump()
     connector = {"store_decode_blocks": False, "async_load": True, "layerwise": "on", "promote_wait_s": 0.25, "store": False, "load": False}
@@ -107,6 +116,10 @@ log_level: debug
         (HOST + "  - type: dsk\n", ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk; did you mean disk?']),
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
         (DISK + "    exclusive: true\n", ["tiers[1].exclusive: true is wrong (the write mode is through)", "with write: on_evict only"]),
+        (HOST + "    quotas: [a]\n", ["tiers[0].quotas: a list is wrong (not a mapping of names to sizes)", "allowed: tenants and sizes"]),
+        (HOST + "    quotas: {a: 1G}\n", ["yaml:4: tiers[0].quotas: ", "a: G is not a unit"]),
+        (HOST + "    quotas: {'': 1GB}\n", ["'' is no name; a name is a text"]),
+        (HOST + "    quotas: {a: 5GiB, b: 4GiB}\n", ["9GiB in all, more than the tier's capacity of 8GiB"]),
         (DISK + "    daily_writes: 0\n", ["tiers[1].daily_writes: 0 is wrong", "null, or more than 0"]),
         (
             DISK + "  - {type: disk, path: /b, capacity: 1GiB}\n",

@@ -38,6 +38,9 @@ special = st.text(st.sampled_from("$A{}~/ "), min_size=1)
 paths = st.one_of(special, st.text(characters, min_size=1)).map(lambda text: "/" + text.replace("$", "$$"))
 
 
+quotas = st.dictionaries(texts.filter(bool), st.integers(0, 2048), max_size=3)
+
+
 @st.composite
 def disks(draw: st.DrawFn) -> dict[str, Any]:
     pages = draw(st.integers(2, (1 << 20) - 1))
@@ -53,6 +56,7 @@ def disks(draw: st.DrawFn) -> dict[str, Any]:
         "admit": st.sampled_from(["all", "second_use"]),
         "daily_writes": st.none() | sizes,
         "exclusive": st.booleans(),
+        "quotas": quotas,
     }
     optional = draw(st.fixed_dictionaries({}, optional=fields))
     if optional.get("exclusive"):
@@ -68,7 +72,12 @@ def disks(draw: st.DrawFn) -> dict[str, Any]:
 
 hosts = st.fixed_dictionaries(
     {"type": st.just("host"), "capacity": sizes},
-    optional={**residency, "huge_pages": st.booleans(), "numa_node": st.none() | st.integers(0, 1 << 40)},
+    optional={
+        **residency,
+        "quotas": st.just({}) | st.just({"1e5": 1}),
+        "huge_pages": st.booleans(),
+        "numa_node": st.none() | st.integers(0, 1 << 40),
+    },
 )
 connectors = st.fixed_dictionaries(
     {},

@@ -34,7 +34,7 @@ class Cache:
     """An engine with its arena, as a connector would hold them."""
 
     def __init__(self, directory: Path, host_blocks: int, *, speed: float = 1.0, **disk: object) -> None:
-        tiers: list[dict[str, object]] = [{"type": "host", "capacity": host_blocks * 12_288}]
+        tiers: list[dict[str, object]] = [{"type": "host", "capacity": host_blocks * 12_288, "quotas": disk.pop("quotas", {})}]
         if disk.pop("use_disk", True):
             tiers.append({"type": "disk", "path": str(directory / "tier"), "capacity": "64MiB", "segment": "1MiB", **disk})
         config = Config.from_mapping({"tiers": tiers})
@@ -159,3 +159,13 @@ def test_segments_below_one_block_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=rf"tiers\[1\]\.segment: 65536 bytes hold no block; .* {block_bytes} bytes"):
             CacheEngine.open(config, namespace=Namespace(model="test"), block_bytes=block_bytes)
     CacheEngine.open(config, namespace=Namespace(model="test"), block_bytes=32 << 10).close()
+
+
+def test_quotas_of_the_configuration_are_kept(tmp_path: Path) -> None:
+    """A tenant that has less than its quota loses nothing to another one that fills host memory."""
+    with cache(tmp_path, 16, use_disk=False, quotas={"small": 4 * BLOCK_BYTES}) as held:
+        for prompt, tenant in ((1, "small"), *((number, "large") for number in range(2, 8))):
+            plan = held.engine.begin_store(keys_of(prompt, 4), 0, tenant)
+            held.engine.commit_store(plan.job_id)
+        assert 4 == held.engine.match(keys_of(1, 4)).ready_blocks
+        assert 0 == held.engine.match(keys_of(2, 4)).ready_blocks

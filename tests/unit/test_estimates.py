@@ -27,9 +27,9 @@ def learned(*, load_mib_s: float = 1000.0, disk_mib_s: float = 100.0, tokens_s: 
 
 
 def test_nothing_is_refused_before_enough_was_seen() -> None:
-    """Whatever is missing - computing, or one tier of the path - the hit is loaded, and the choice says what it does not know."""
+    """Whatever is missing - computing, or the tier that holds the blocks - the hit is loaded, and the choice says what it does not know."""
     piece = Piece(DISK, 1000, 1000 * MIB)
-    for missing in ("host", "disk", "compute"):
+    for missing in ("disk", "compute"):
         estimates = Estimates()
         for _ in range(MIN_SAMPLES - (missing == "compute")):
             estimates.computed(100, 512, 0.001)
@@ -40,6 +40,15 @@ def test_nothing_is_refused_before_enough_was_seen() -> None:
         assert (1, False) == (choice.num_pieces, choice.is_probe)
         assert (choice.compute_s is None) == (missing == "compute")
         assert (choice.load_s is None) == (missing != "compute")
+
+
+def test_a_slow_disk_is_refused_also_where_copies_to_the_engine_cannot_be_timed() -> None:
+    """Loads by layer give no times; what the disk alone takes is too long already. From host memory everything is loaded then."""
+    estimates = Estimates()
+    for _ in range(MIN_SAMPLES):
+        estimates.computed(100, 512, 0.001)
+        estimates.transferred("disk", MIB, 1.0)
+    assert [0, 1] == [estimates.choose(0, [Piece(path, 1000, 1000 * MIB)]).num_pieces for path in (DISK, HOST)]
 
 
 def test_a_slow_tier_is_refused_and_a_fast_one_is_not() -> None:
