@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvtier.config import Config
+from kvtier.control.admission import Admission
 from kvtier.control.commands import BlockEvent
 from kvtier.control.device_pool import DevicePool
 from kvtier.control.estimates import Estimates
@@ -359,4 +360,8 @@ def _spec(tier: Tier, config: Config) -> LowerTierSpec:
     if disk is None:
         return LowerTierSpec(_residency(tier.name, "lru", None, "sliding"), tier.max_blocks, WriteMode.THROUGH, 256 << 20)
     residency = _residency(tier.name, disk.policy, disk.ttl_s, disk.ttl_mode)
-    return LowerTierSpec(residency, tier.max_blocks, WriteMode(disk.write.value), disk.max_in_flight_bytes)
+    admission = None
+    if disk.admit == "second_use" or disk.daily_writes_bytes is not None:
+        admission = Admission(second_use=disk.admit == "second_use", daily_bytes=disk.daily_writes_bytes)
+    write = WriteMode(disk.write.value)
+    return LowerTierSpec(residency, tier.max_blocks, write, disk.max_in_flight_bytes, admission, is_exclusive=disk.exclusive)

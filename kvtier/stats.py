@@ -33,6 +33,8 @@ COUNTERS: Mapping[str, str] = {
     "disk.failed_blocks": "blocks lost to I/O errors or an offline tier",
     "disk.dropped_blocks": "blocks the disk tier gave up to make room for another slot size",
     "disk.skipped_blocks": "blocks evicted from host memory before there was time to write them to disk",
+    "disk.unadmitted_blocks": "blocks not written to disk because they were used only once",
+    "disk.over_budget_blocks": "blocks not written to disk because the day's bytes were used up",
     "disk.offline": "times the disk tier was taken offline",
     "promote.refused_blocks": "promotions that found no slot",
     "promote.timeouts": "requests that stopped waiting for a promotion",

@@ -85,6 +85,10 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _size_or_null(value: object) -> int | None:
+    return None if value is None else parse_size(value)
+
+
 def _duration_or_null(value: object) -> float | None:
     return None if value is None else parse_duration(value)
 
@@ -96,6 +100,7 @@ def _path_or_null(value: object) -> Path | None:
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 OptionalDuration = Annotated[float | None, BeforeValidator(_duration_or_null)]
+OptionalSize = Annotated[int | None, BeforeValidator(_size_or_null)]
 ExpandedPath = Annotated[Path, BeforeValidator(expand_path)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_path_or_null)]
 AUTO_IS_NONE = BeforeValidator(_auto_is_none)

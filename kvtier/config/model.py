@@ -21,6 +21,7 @@ from kvtier.config.fields import (
     ExpandedPath,
     OptionalDuration,
     OptionalPath,
+    OptionalSize,
     Section,
     Size,
     setting,
@@ -109,6 +110,21 @@ class DiskTierConfig(Section):
         about="When blocks are written. `through`: at once. `back`: 5 s later. `on_evict`: as they leave host memory.",
         strict=False,
     )
+    admit: Literal["all", "second_use"] = setting(
+        "all",
+        kind="name",
+        allowed="`all`, `second_use`",
+        about="Which blocks are written. `second_use`: those that were used again after they were stored, to spare the disk.",
+    )
+    daily_writes_bytes: OptionalSize = setting(
+        None, key="daily_writes", kind="size", allowed=f"null, or more than 0: {_SIZE}", about="Bytes written a day at most.", gt=0
+    )
+    exclusive: bool = setting(
+        False,
+        kind="boolean",
+        allowed="`true`, `false`; true with `write: on_evict` only",
+        about="What is loaded from the disk leaves it, so that disk and host memory hold more together, at the price of more writes.",
+    )
     direct_io: Annotated[Literal["auto", "on", "off"], ON_OFF] = setting(
         "auto",
         kind="name",
@@ -131,6 +147,14 @@ class DiskTierConfig(Section):
         256 << 20, key="max_in_flight", kind="size", allowed=f"more than 0: {_SIZE}", about="Bytes being read or written at once.", gt=0
     )
     durable: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Blocks outlive a power cut, not only a crash.")
+
+    @field_validator("exclusive")
+    @classmethod
+    def _has_the_write_mode(cls, exclusive: bool, info: ValidationInfo) -> bool:
+        # absent where the write mode itself is wrong
+        if exclusive and info.data.get("write", WriteMode.ON_EVICT) is not WriteMode.ON_EVICT:
+            raise ValueError(f"the write mode is {info.data['write'].value}")
+        return exclusive
 
     @field_validator("segment_bytes")
     @classmethod

@@ -157,8 +157,12 @@ class SchedulerHalf:
             request = requests.get(item.request_id)
             if request is None:
                 continue
-            tokens.add(item.num_computed_tokens - request.num_done_tokens, item.num_computed_tokens)
+            num_new = item.num_computed_tokens - request.num_done_tokens
             request.num_done_tokens = item.num_computed_tokens
+            if num_new == 1:
+                tokens.num_decode += 1
+            else:
+                tokens.add(num_new, item.num_computed_tokens)
             if item.num_computed_tokens >= request.store_at:
                 with self._boundary.at("build_step"):
                     self._copying.plan_store(request, item, stores)

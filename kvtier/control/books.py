@@ -29,10 +29,14 @@ class Books:
         self.stats = stats
         self.ids = itertools.count(1)
         self.commands: list[Command] = []
-        for residency in (host, *(tier.residency for tier in self.lower)):
-            residency.tenant_of = self.index.tenant_of
         self.demoter = Demoter(space, self.lower, self.ids, stats)
         self.host = HostMemory(self.index, space, host, self.demoter, stats, events=events)
+
+    def know_tenants(self) -> None:
+        """Blocks of tenants are coming: from now on they are counted."""
+        if self.host.residency.tenant_of is None:
+            for residency in (self.host.residency, *(tier.residency for tier in self.lower)):
+                residency.tenant_of = self.index.tenant_of
 
     def residency(self, tier_index: int) -> Residency:
         """Who is in a tier; 0 is host memory."""

@@ -44,7 +44,8 @@ class Demoter:
     def committed(self, entry: Entry, now: float) -> None:
         """A block came to host memory: queue it for the tiers that want it."""
         for tier in self._lower:
-            tier.committed(entry, now)
+            if not tier.committed(entry, now):
+                self._stats.add(f"{tier.residency.name}.unadmitted_blocks")
 
     def forget_waiting(self, key: BlockKey) -> None:
         """A block is no longer in host memory: it cannot be written down any more."""
@@ -121,6 +122,12 @@ class Demoter:
 
     def _start(self, tier: LowerTier, entries: list[Entry], index: Index, now: float, forget: Forget) -> None:
         num_bytes = entries[0].num_bytes
+        if tier.spec.admission is not None:
+            granted = tier.spec.admission.grant(len(entries), num_bytes, now)
+            self._stats.add(f"{tier.residency.name}.over_budget_blocks", len(entries) - granted)
+            entries = entries[:granted]
+            if not entries:
+                return
         # The blocks before the new ones must not make room for them.
         tier.residency.touch([entry.parent for entry in entries if entry.parent is not None], num_bytes, now)
         short = tier.shortage(len(entries), num_bytes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +30,8 @@ STEP_TTL_S = 60.0
 """for agents that run now or in the next step of a workflow"""
 PRIORITY_TTL_S = 60.0
 """for requests of high priority, from their end on"""
+SETTLE_S = 5.0
+"""for so long blocks that are still being copied to host memory are kept as they arrive"""
 MIN_BENEFIT_S = 1.0
 """what computing a session again is taken to cost while nothing was measured"""
 EARLY_S = 0.5
@@ -73,13 +75,24 @@ Hint = ToolCall | NextUse | SessionOver | Workflow
 
 
 @dataclass(slots=True)
+class _Kept:
+    """A prefix that is kept until a deadline. Its last blocks may arrive after the hint: a request ends before its stores do."""
+
+    keys: Sequence[BlockKey]
+    deadline: float
+    pin_id: int | None = None
+    num_blocks: int = 0
+    is_over: bool = False
+
+
+@dataclass(slots=True)
 class _Session:
     """What is known of one session."""
 
     keys: Sequence[BlockKey] = ()
     """of its last request"""
     num_tokens: int = 0
-    pin_id: int | None = None
+    kept: _Kept | None = None
     tool: str = ""
     called_at: float = 0.0
     due: float = math.inf
@@ -97,6 +110,8 @@ class Hints:
         self._capacity_blocks = max(1, capacity_blocks)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._due: list[tuple[float, str]] = []
+        self._settling: deque[tuple[float, _Kept]] = deque()
+        """(until when, what is kept and was not all there)"""
         self.tool_calls = ToolCalls()
 
     def began(self, name: str, now: float) -> None:
@@ -119,9 +134,7 @@ class Hints:
 
     def keep(self, keys: Sequence[BlockKey], now: float) -> None:
         """Keeps the blocks of a request of high priority for :data:`PRIORITY_TTL_S`, as far as the share allows; else counts it."""
-        pin_id, _ = self._planner.reserve(keys, now + PRIORITY_TTL_S, self.max_blocks)
-        if pin_id is None:
-            self._stats.add("hint.refused")
+        self._reserve(_Kept(keys, now + PRIORITY_TTL_S), now)
 
     def take(self, hint: Hint, now: float) -> None:
         """Acts on a hint.
@@ -143,7 +156,15 @@ class Hints:
                 self._workflow(hint, now)
 
     def tick(self, now: float) -> None:
-        """Starts the prefetches that are due. Call it once per engine step."""
+        """Starts the prefetches that are due, and keeps what has arrived. Call it once per engine step."""
+        for _ in range(len(self._settling)):
+            until, kept = self._settling.popleft()
+            if kept.is_over or now >= until:
+                continue
+            if self._planner.match(kept.keys).ready_blocks > kept.num_blocks:
+                self._reserve(kept, now, until)
+            else:
+                self._settling.append((until, kept))
         while self._due and self._due[0][0] <= now:
             due, name = heapq.heappop(self._due)
             session = self._sessions.get(name)
@@ -195,21 +216,32 @@ class Hints:
                 self._keep(agent, session, STEP_TTL_S, now)
 
     def _keep(self, name: str, session: _Session, ttl_s: float, now: float) -> None:
-        old, session.pin_id = session.pin_id, None
-        if old is not None:
-            self._planner.unpin(old, now)
-        session.pin_id, num_blocks = self._planner.reserve(session.keys, now + min(ttl_s, MAX_TTL_S), self.max_blocks)
-        if session.pin_id is None:
-            self._stats.add("hint.refused")
+        self._release(session, now)
+        session.kept = _Kept(session.keys, now + min(ttl_s, MAX_TTL_S))
+        if not self._reserve(session.kept, now):
             raise QuotaError(
-                f"session {name!r}: {num_blocks} blocks beside {self._planner.reserved_blocks} that are kept already; "
+                f"session {name!r}: {len(session.keys)} blocks beside {self._planner.reserved_blocks} that are kept already; "
                 f"allowed: {self.max_blocks} in all"
             )
 
+    def _reserve(self, kept: _Kept, now: float, until: float | None = None) -> bool:
+        """Pins what is there of a prefix, and waits for what is not. False, and counted, where the share has no room for it."""
+        if kept.pin_id is not None:
+            self._planner.unpin(kept.pin_id, now)
+        kept.pin_id, kept.num_blocks = self._planner.reserve(kept.keys, kept.deadline, self.max_blocks)
+        if kept.pin_id is None:
+            kept.is_over = True
+            self._stats.add("hint.refused")
+        elif kept.num_blocks < len(kept.keys):
+            self._settling.append((min(kept.deadline, now + SETTLE_S) if until is None else until, kept))
+        return kept.pin_id is not None
+
     def _release(self, session: _Session, now: float) -> None:
-        if session.pin_id is not None:
-            self._planner.unpin(session.pin_id, now)
-            session.pin_id = None
+        kept, session.kept = session.kept, None
+        if kept is not None:
+            kept.is_over = True
+            if kept.pin_id is not None:
+                self._planner.unpin(kept.pin_id, now)
 
     def _known(self, name: str) -> _Session:
         session = self._sessions.get(name)

@@ -66,7 +66,11 @@ class Index:
             if self._orphans:
                 entry.children = self._orphans.pop(key, None)
             if parent is not None:
-                self._adopt(parent, entry)
+                before = self.get(parent)
+                if before is not None and before.children is None:
+                    before.children = entry
+                else:
+                    self._adopt(parent, entry)
         return entry
 
     def drop_if_gone(self, entry: Entry) -> None:
@@ -76,7 +80,11 @@ class Index:
             if entry.children is not None:
                 self._orphans[entry.key] = entry.children
             if entry.parent is not None:
-                self._disown(entry.parent, entry)
+                before = self.get(entry.parent)
+                if before is not None and before.children is entry:
+                    before.children = None
+                else:
+                    self._disown(entry.parent, entry)
 
     def tenant_of(self, key: BlockKey) -> str:
         """Whose a known block is; empty for an unknown one."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kvtier.control.index import Entry
+from kvtier.control.admission import Admission
+from kvtier.control.index import HOST, Entry, Index
 from kvtier.control.residency import Residency
 from kvtier.types import BlockKey
 
@@ -39,6 +40,10 @@ class LowerTierSpec:
     """blocks of a size it holds when it holds nothing else; None: unbounded"""
     write: WriteMode
     max_in_flight_bytes: int
+    admission: Admission | None = None
+    """which blocks are written at all; None: all"""
+    is_exclusive: bool = False
+    """a block that is promoted leaves the tier, and is written again when it leaves host memory"""
 
 
 class LowerTier:
@@ -58,10 +63,26 @@ class LowerTier:
         self._urgent: dict[BlockKey, None] = {}
         """to be written as soon as possible, whatever the write mode; in order"""
 
-    def committed(self, entry: Entry, now: float) -> None:
-        """A block came to host memory and is not here: queue it as the write mode says."""
-        if not (entry.readable | entry.busy) & self.bit:
-            self._waiting[entry.key] = now + _DELAY_S[self.spec.write]
+    def committed(self, entry: Entry, now: float) -> bool:
+        """A block came to host memory: if it is not here, queue it as the write mode says. False: it is not admitted."""
+        if (entry.readable | entry.busy) & self.bit:
+            return True
+        if self.spec.admission is not None and not self.spec.admission.wants(entry.key):
+            return False
+        self._waiting[entry.key] = now + _DELAY_S[self.spec.write]
+        return True
+
+    def came_back(self, entry: Entry, now: float) -> None:
+        """A block that was here is in host memory and here no more: queue it, admitted as it was."""
+        self._waiting[entry.key] = now + _DELAY_S[self.spec.write]
+
+    def touched(self, keys: Sequence[BlockKey], index: Index, now: float) -> None:
+        """Blocks were used: queue those that only this was wanting for."""
+        if self.spec.admission is None:
+            return
+        for key in self.spec.admission.used(keys, lambda key: (entry := index.get(key)) is not None and bool(entry.readable & HOST)):
+            if not (index[key].readable | index[key].busy) & self.bit and key not in self._urgent:
+                self._waiting[key] = now + _DELAY_S[self.spec.write]
 
     def write_soon(self, key: BlockKey) -> None:
         """A block in host memory that is not here is to be written before all others, whatever the write mode."""

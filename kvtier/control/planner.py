@@ -89,6 +89,7 @@ class Planner:
             self._books.host.device.touch(tail_first, now)
         for tier in self._books.lower:
             tier.residency.touch(tail_first, first.num_bytes, now)
+            tier.touched(keys, self._books.index, now)
 
     def pin(self, keys: Sequence[BlockKey], deadline: float | None) -> int:
         """Keeps the leading run of ``keys`` where it is, until ``unpin`` or the deadline. Returns the pin's id."""

@@ -66,6 +66,17 @@ class Promoter:
         books.stats.add(f"{tier.residency.name}.loaded_blocks", len(good))
         for entry in reversed(good):
             books.host.filled(entry, now)
+        if tier.spec.is_exclusive:
+            self._leave(tier, [entry for entry in good if entry.readable & tier.bit], now)
+
+    def _leave(self, tier: LowerTier, entries: list[Entry], now: float) -> None:
+        """What host memory has now leaves a tier that keeps no second copies; it is written there again when it leaves host memory."""
+        books = self._books
+        for entry in entries:
+            books.host.forget_lower(tier, entry.key)
+            tier.came_back(entry, now)
+        if entries:
+            books.commands.append(Remove(tier.index, tuple(entry.key for entry in entries)))
 
     def cancel(self, is_unwanted: Callable[[Entry], bool]) -> None:
         """What is under way of these blocks will come to nothing."""

@@ -22,7 +22,7 @@ class Quotas:
         self.limits: dict[str, int] = {}
         """tenant -> bytes that it may always have"""
         self.used: dict[str, int] = {}
-        """tenant -> bytes of its blocks; tenants without blocks are left out"""
+        """tenant -> bytes of its blocks; tenants without blocks are left out, and so is what is nobody's in particular"""
 
     def owner(self, tenant: str) -> str:
         """Under which name a tenant's blocks are kept in order: its own where it has a quota, else the pool's."""
@@ -36,22 +36,26 @@ class Quotas:
             self.limits[tenant] = num_bytes
 
     def count(self, tenant: str, num_bytes: int) -> None:
-        """Bytes came (or, below 0, left)."""
+        """Bytes came (or, below 0, left). Those of nobody in particular are not counted."""
+        if not tenant:
+            return
         left = self.used.get(tenant, 0) + num_bytes
         if left:
             self.used[tenant] = left
         else:
             del self.used[tenant]
 
-    def source(self, owners: Sequence[str], tenant: str, num_bytes: int, count: int, num_freed: int) -> tuple[str, int] | None:
+    def source(
+        self, owners: Sequence[str], tenant: str, num_bytes: int, count: int, num_freed: int, held_bytes: int
+    ) -> tuple[str, int] | None:
         """Who gives up blocks next for ``count`` blocks of a tenant, of which ``num_freed`` have found room, and how many at most.
 
-        ``owners``: those who may have blocks that can leave. None: nobody should.
+        ``owners``: those who may have blocks that can leave. ``held_bytes``: of all blocks before the first of them left; a tier that
+        must evict is full, so that is what it holds. None: nobody should.
         """
-        if not self.limits:
-            return (POOL, count - num_freed) if POOL in owners else None
         wanting = self.owner(tenant)
-        excess = {owner: self._excess(owner) + (count * num_bytes if owner == wanting else 0) for owner in {*owners, wanting}}
+        excess = {owner: self._excess(owner, held_bytes, num_freed * num_bytes) for owner in {*owners, wanting}}
+        excess[wanting] += count * num_bytes
         over = [owner for owner in owners if excess[owner] > 0]
         if wanting in over:
             source = wanting
@@ -64,11 +68,9 @@ class Quotas:
             return None
         return source, min(count - num_freed, -(-excess[source] // num_bytes))
 
-    def _excess(self, owner: str) -> int:
+    def _excess(self, owner: str, held_bytes: int, freed_bytes: int) -> int:
         """Bytes above what an owner may always have; below 0 where it may have more."""
         if owner != POOL:
             return self.used.get(owner, 0) - self.limits[owner]
-        # A tier that must evict is full: what is in it is what it holds.
-        total = sum(self.used.values())
-        pool_used = total - sum(self.used.get(tenant, 0) for tenant in self.limits)
-        return pool_used - max(0, total - sum(self.limits.values()))
+        pool_bytes = held_bytes - freed_bytes - sum(self.used.get(tenant, 0) for tenant in self.limits)
+        return pool_bytes - max(0, held_bytes - sum(self.limits.values()))

@@ -23,8 +23,8 @@ class Residency:
     def __init__(self, name: str, make_policy: Callable[[], EvictionPolicy], expiry: ExpiryQueue | None) -> None:
         self.name = name
         self.num_bytes = 0
-        self.tenant_of: Callable[[BlockKey], str] = lambda _key: POOL
-        """whose a block is; it must know each block as long as it is here"""
+        self.tenant_of: Callable[[BlockKey], str] | None = None
+        """whose a block is; it must know each block as long as it is here. None: all blocks so far are nobody's"""
         self._make_policy = make_policy
         self._policies: dict[tuple[int, str], EvictionPolicy] = {}
         """(bytes of a block, tenant with a quota or the pool of the others) -> their order"""
@@ -34,11 +34,16 @@ class Residency:
 
     def insert(self, block: BlockMeta, now: float) -> None:
         """Takes a block in as just used."""
-        tenant = self.tenant_of(block.key)
-        policy = self._ensure_policy(block.num_bytes, self._quotas.owner(tenant))
+        owner = POOL
+        if self.tenant_of is not None:
+            tenant = self.tenant_of(block.key)
+            owner = self._quotas.owner(tenant)
+            self._quotas.count(tenant, block.num_bytes)
+        policy = self._policies.get((block.num_bytes, owner))
+        if policy is None:
+            policy = self._ensure_policy(block.num_bytes, owner)
         policy.insert(block, now)
         self.num_bytes += block.num_bytes
-        self._quotas.count(tenant, block.num_bytes)
         if self._expiry is not None:
             self._expiry.insert(block.key, now)
         if self._pins and block.key in self._pins:
@@ -60,26 +65,31 @@ class Residency:
         if policy is None or key not in policy:
             return
         policy.remove(key)
-        self._left(key, num_bytes)
+        self._left([key], num_bytes)
 
     def victims(self, count: int, num_bytes: int, now: float, tenant: str = POOL) -> list[BlockKey]:
         """Chooses and forgets up to ``count`` blocks of one size, leaves first. ``tenant``: whose blocks want the room.
 
         Over its quota a tenant makes room itself; else those do who have borrowed what it may have.
         """
-        chosen: list[BlockKey] = []
+        if not self._quotas.limits:
+            policy = self._policies.get((num_bytes, POOL))
+            chosen = [] if policy is None else policy.victims(count, now)
+            self._left(chosen, num_bytes)
+            return chosen
+        chosen = []
         exhausted: set[str] = set()
+        held_bytes = self.num_bytes
         while len(chosen) < count:
             owners = [owner for size, owner in self._policies if size == num_bytes and owner not in exhausted]
-            source = self._quotas.source(owners, tenant, num_bytes, count, len(chosen))
+            source = self._quotas.source(owners, tenant, num_bytes, count, len(chosen), held_bytes)
             if source is None:
                 break
             owner, share = source
             leaving = self._policies[num_bytes, owner].victims(share, now)
             if len(leaving) < share:
                 exhausted.add(owner)
-            for key in leaving:
-                self._left(key, num_bytes)
+            self._left(leaving, num_bytes)
             chosen += leaving
         return chosen
 
@@ -123,7 +133,8 @@ class Residency:
 
     def bytes_by_tenant(self) -> dict[str, int]:
         """Bytes of each tenant's blocks here; those of blocks that are nobody's under the empty name."""
-        return dict(self._quotas.used)
+        others = self.num_bytes - sum(self._quotas.used.values())
+        return self._quotas.used | ({POOL: others} if others else {})
 
     def expire(self, prefixes_of: Callable[[Iterable[BlockKey]], set[BlockKey]], now: float) -> list[BlockKey]:
         """The blocks whose time is over; they stay known until ``remove``. Pinned prefixes get a new time to live instead."""
@@ -152,16 +163,22 @@ class Residency:
     def _policy_of(self, keys: Sequence[BlockKey], num_bytes: int) -> EvictionPolicy | None:
         """The order in which blocks of one tenant are; it may not hold all of them."""
         owner = POOL
-        if self._quotas.limits:
+        if self._quotas.limits and self.tenant_of is not None:
             tenant = next((tenant for key in keys if (tenant := self.tenant_of(key))), POOL)
             owner = self._quotas.owner(tenant)
         return self._policies.get((num_bytes, owner))
 
-    def _left(self, key: BlockKey, num_bytes: int) -> None:
-        self.num_bytes -= num_bytes
-        self._quotas.count(self.tenant_of(key), -num_bytes)
+    def _owner_of(self, key: BlockKey) -> str:
+        return POOL if self.tenant_of is None else self._quotas.owner(self.tenant_of(key))
+
+    def _left(self, keys: Sequence[BlockKey], num_bytes: int) -> None:
+        self.num_bytes -= num_bytes * len(keys)
+        if self.tenant_of is not None:
+            for key in keys:
+                self._quotas.count(self.tenant_of(key), -num_bytes)
         if self._expiry is not None:
-            self._expiry.remove(key)
+            for key in keys:
+                self._expiry.remove(key)
 
     def _sort_anew(self, meta_of: Callable[[BlockKey], BlockMeta], now: float) -> None:
         """Puts every block into a new order, one for each owner. Pinned ones and those before them come last."""
@@ -171,6 +188,6 @@ class Residency:
             for key in pinned:
                 old.unpin(key, now)
             for key in old.victims(len(old), now):
-                self._ensure_policy(num_bytes, self._quotas.owner(self.tenant_of(key))).insert(meta_of(key), now)
+                self._ensure_policy(num_bytes, self._owner_of(key)).insert(meta_of(key), now)
             for key in pinned:
-                self._ensure_policy(num_bytes, self._quotas.owner(self.tenant_of(key))).pin(key)
+                self._ensure_policy(num_bytes, self._owner_of(key)).pin(key)

@@ -22,6 +22,8 @@ class Storing:
         """See :meth:`Planner.begin_store`."""
         books = self._books
         job_id = next(books.ids)
+        if tenant:
+            books.know_tenants()
         anchor = books.index.get(keys[first - 1]) if first else None
         if first and anchor is None:
             return StorePlan(job_id, broken=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from kvtier.control.admission import Admission
 from kvtier.control.commands import Command, Demote, Promote, Remove
 from kvtier.control.device_pool import DevicePool
 from kvtier.control.expiry import ExpiryQueue
@@ -43,13 +44,16 @@ def tenant_of(prompt: int) -> str:
 
 
 class PlannerMachine(RuleBasedStateMachine):
-    """Subclass and set ``write``, ``policy``, ``ttl_s`` for a configuration."""
+    """Subclass and set ``write``, ``policy``, ``ttl_s`` and so on for a configuration."""
 
     write = WriteMode.THROUGH
     policy = "lru"
     ttl_s: float | None = None
     device_slots = 0
     """slots of the pool in device memory; 0: no pool"""
+    second_use = False
+    daily_blocks: int | None = None
+    is_exclusive = False
 
     stores = Bundle("stores")
     loads = Bundle("loads")
@@ -68,7 +72,8 @@ class PlannerMachine(RuleBasedStateMachine):
         self.moves: list[Move] = []
         extents = SlabAllocator(HOST_BLOCKS * PAGE_BYTES, 4 * PAGE_BYTES)
         self.generations = [0] * HOST_BLOCKS
-        spec = LowerTierSpec(self.residency("disk"), lambda _: TIER_BLOCKS, self.write, 4 * PAGE_BYTES)
+        admission = Admission(second_use=self.second_use, daily_bytes=self.daily_blocks and self.daily_blocks * PAGE_BYTES)
+        spec = LowerTierSpec(self.residency("disk"), lambda _: TIER_BLOCKS, self.write, 4 * PAGE_BYTES, admission, self.is_exclusive)
         self.planner = Planner(HostSpace(extents, self.generations), self.residency("host"), [spec], Stats())
         self.device: dict[int, BlockKey | None] = {}
         """slot of the pool -> whose bytes are there; None: nobody's"""

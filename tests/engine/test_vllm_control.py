@@ -135,3 +135,70 @@ def test_the_controller_is_found_by_the_engines_id() -> None:
         assert rig.config.kv_transfer_config.engine_id == controller.name
         assert controller is kvtier.Controller.of(controller.name)
         assert controller.health(check_books=True).result(10.0).ok
+
+
+def asks(**options: Any) -> dict[str, Any]:
+    """What a request says to kvtier."""
+    return {"sampling": {"extra_args": {"kv_transfer_params": {"kvtier": options}}}}
+
+
+def computing_takes(rig: Rig, seconds_per_token: float) -> None:
+    """Lets kvtier believe that it has seen the engine compute at this speed."""
+    for _ in range(20):
+        for context in (1, 10, 100, 200, 500):
+            rig.connector._half.half._engine.estimates.computed(100, context, 100 * seconds_per_token)
+
+
+def test_a_session_that_waits_for_a_tool_survives_what_evicts_everything_else() -> None:
+    """Said in the request's options; the session beside it, which said nothing, is computed."""
+    with controlled(host(SMALL)) as (rig, controller):
+        computing_takes(rig, 1.0)
+        rig.ask("waits", prompt(1), **asks(session="agent", tool_call={"name": "tests", "expected_s": 30}))
+        rig.ask("does not", prompt(2), **asks(session="other"))
+        fill(rig, 3, 10)
+        assert FULL == loaded(rig, "back", 1, **asks(session="agent"))["host_tokens"]
+        assert 0 == loaded(rig, "other", 2)["host_tokens"]
+        counters = controller.stats().result(10.0).counters
+        assert (1, 0, 0) == (counters["hint.taken"], counters["hint.refused"], counters["hint.bad"])
+
+
+def test_a_hinted_session_is_brought_back_from_disk(tmp_path: Path) -> None:
+    """A workflow says who runs next: that agent's prompt hits in host memory, the other one's comes from the disk."""
+    with controlled(small_host(tmp_path)) as (rig, controller):
+        for number, agent in ((1, "coder"), (2, "writer")):
+            rig.ask(agent, prompt(number), **asks(session=agent))
+        fill(rig, 3, 12)
+        graph = kvtier.StepGraph({"coder": ["planner"], "writer": ["coder"]})
+        controller.hint(kvtier.Workflow(graph, running=("planner",))).result(10.0)
+        rig.connector._half.half._engine.drain(10.0)
+        assert {"host_tokens": FULL, "disk_tokens": 0} == loaded(rig, "next", 1)
+        assert {"host_tokens": 0, "disk_tokens": FULL} == loaded(rig, "later", 2)
+        with pytest.raises(kvtier.UnknownSessionError, match="session is 'stranger'"):
+            controller.hint(kvtier.NextUse("stranger", eta_s=1.0)).result(10.0)
+
+
+def test_a_tenant_within_its_quota_is_not_evicted_by_others() -> None:
+    """Ten prompts of another tenant through host memory for four."""
+    with controlled(host(SMALL)) as (rig, controller):
+        block_bytes = rig.connector._half.sizes.block_bytes
+        controller.quota("small", tier="host", num_bytes=7 * block_bytes).result(10.0)
+        rig.ask("theirs", prompt(1), **asks(tenant="small"))
+        for number in range(2, 12):
+            rig.ask(f"large {number}", prompt(number), **asks(tenant="large"))
+        assert FULL == loaded(rig, "theirs again", 1, **asks(tenant="small"))["host_tokens"]
+        shares = controller.stats().result(10.0).bytes_by_tenant["host"]
+        assert 6 * block_bytes == shares["small"]
+        assert set(shares) == {"small", "large"}
+
+
+def test_loads_that_are_slower_than_computing_are_not_made() -> None:
+    """With estimates of a slow copy the engine computes what kvtier holds, and the statistics say so."""
+    with controlled(host(connector={"load_or_recompute": "auto"})) as (rig, controller):
+        fill(rig, 1, 1)
+        computing_takes(rig, 1e-5)
+        for _ in range(20):
+            rig.connector._half.half._engine.estimates.transferred("host", 1 << 20, 1000.0)
+        assert 0 == loaded(rig, "slow", 1)["host_tokens"]
+        counters = controller.stats().result(10.0).counters
+        assert 6 == counters["recompute.refused_blocks"]
+        assert counters["recompute.estimated_load_ms"] > counters["recompute.estimated_compute_ms"]

@@ -70,7 +70,8 @@ namespace_salt: a
 tiers:
   - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1}
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
-     io_engine: threads, queue_depth: 32, io_threads: 3, max_in_flight: 1MiB, durable: false}
+     io_engine: threads, queue_depth: 32, io_threads: 3, max_in_flight: 1MiB, durable: false, admit: second_use, daily_writes: 1GiB,
+     exclusive: true}
 connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false,
     max_pinned_fraction: 1, gpu_copy: staged, copy_threads: 3, load_or_recompute: always}
 log_level: debug
@@ -81,7 +82,7 @@ log_level: debug
     assert {**host, "huge_pages": False, "numa_node": 1} == config.host.model_dump()
     disk = {"type": "disk", "path": Path("/x"), "capacity_bytes": 100 << 30, "segment_bytes": 16 << 20, "policy": "fifo", "ttl_s": 7.0}
     disk |= {"ttl_mode": "fixed", "write": WriteMode.ON_EVICT, "direct_io": "on", "io_threads": 3, "max_in_flight_bytes": 1 << 20}
-    disk |= {"io_engine": "threads", "queue_depth": 32}
+    disk |= {"io_engine": "threads", "queue_depth": 32, "admit": "second_use", "daily_writes_bytes": 1 << 30, "exclusive": True}
     assert config.disk is not None
     assert {**disk, "durable": False} == config.disk.model_dump()
     connector = {"store_decode_blocks": False, "async_load": True, "layerwise": "on", "promote_wait_s": 0.25, "store": False, "load": False}
@@ -105,6 +106,8 @@ log_level: debug
         (HOST + "  - type: ssd\n", ['kvtier.yaml:4: tiers[1]: type "ssd" is unknown; allowed: gpu, host, disk']),
         (HOST + "  - type: dsk\n", ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk; did you mean disk?']),
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
+        (DISK + "    exclusive: true\n", ["tiers[1].exclusive: true is wrong (the write mode is through)", "with write: on_evict only"]),
+        (DISK + "    daily_writes: 0\n", ["tiers[1].daily_writes: 0 is wrong", "null, or more than 0"]),
         (
             DISK + "  - {type: disk, path: /b, capacity: 1GiB}\n",
             ["yaml:7: tiers[2]: a second tier of type disk"],

@@ -50,8 +50,13 @@ def disks(draw: st.DrawFn) -> dict[str, Any]:
         "io_threads": st.integers(1, 64),
         "max_in_flight": sizes,
         "durable": st.booleans(),
+        "admit": st.sampled_from(["all", "second_use"]),
+        "daily_writes": st.none() | sizes,
+        "exclusive": st.booleans(),
     }
     optional = draw(st.fixed_dictionaries({}, optional=fields))
+    if optional.get("exclusive"):
+        optional["write"] = "on_evict"
     return {
         "type": "disk",
         "path": draw(paths),
@@ -76,6 +81,7 @@ connectors = st.fixed_dictionaries(
         "max_pinned_fraction": st.floats(0, 1),
         "gpu_copy": st.sampled_from(["auto", "dma", "bulk", "staged"]),
         "copy_threads": st.integers(1, 16),
+        "load_or_recompute": st.sampled_from(["auto", "always"]),
     },
 )
 levels = st.sampled_from(["debug", "info", "warning", "error"])
@@ -85,6 +91,7 @@ settings_mappings = st.fixed_dictionaries(
         "block_tokens": st.just("auto") | st.integers(1, 1 << 40),
         "namespace_salt": texts,
         "connector": connectors,
+        "control": st.fixed_dictionaries({}, optional={"max_pinned_fraction": st.floats(0, 1)}),
         "log_level": levels,
     },
 )

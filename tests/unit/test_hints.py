@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvtier.control.commands import Promote
 from kvtier.control.estimates import Estimates
 from kvtier.control.grouping import order
-from kvtier.control.hints import MAX_SESSIONS, MAX_TTL_S, Hint, Hints, NextUse, SessionOver, ToolCall, Workflow, check_hint
+from kvtier.control.hints import MAX_SESSIONS, MAX_TTL_S, SETTLE_S, Hint, Hints, NextUse, SessionOver, ToolCall, Workflow, check_hint
 from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.planner import Planner
 from kvtier.control.steps import StepGraph
@@ -157,10 +157,10 @@ def test_requests_with_a_common_prefix_follow_each_other(chains: list[list[Block
 class Served:
     """A planner for 16 blocks, of which hints may keep four, with hints over it. Time passes by ``now``."""
 
-    def __init__(self, max_blocks: int = 4, *, has_disk: bool = False) -> None:
+    def __init__(self, max_blocks: int = 4, *, has_disk: bool = False, capacity_blocks: int = 16) -> None:
         self.planner: Planner = make_planner(16, has_disk=has_disk)
         self.stats = Stats()
-        self.hints = Hints(self.planner, Estimates(), self.stats, max_blocks=max_blocks, capacity_blocks=16)
+        self.hints = Hints(self.planner, Estimates(), self.stats, max_blocks=max_blocks, capacity_blocks=capacity_blocks)
         self.now = 0.0
 
     def request(self, session: str, prompt: int, num_blocks: int = 2) -> None:
@@ -193,6 +193,35 @@ def test_a_tool_call_keeps_the_session_for_its_time() -> None:
     served.pass_time(30.0)
     served.press(200)
     assert 0 == served.ready(1)
+
+
+def test_what_arrives_after_the_hint_is_kept_too() -> None:
+    """A request ends before its stores do: its blocks are pinned as they become readable, for some seconds."""
+    for delay_s, expected in ((1.0, 2), (SETTLE_S + 1.0, 0)):
+        served = Served(capacity_blocks=1600)
+        plan = served.planner.begin_store(keys_of(1, 2), 0, PAGE_BYTES, 0.0)
+        served.hints.ended("agent", keys_of(1, 2), 32, 0.0)
+        served.hints.take(ToolCall("agent", "grep", expected_s=5.0), 0.0)
+        served.pass_time(delay_s)
+        served.planner.commit_store(plan.job_id, (), served.now)
+        served.pass_time(0.0)
+        assert expected == served.planner.reserved_blocks
+        served.press()
+        assert expected == served.ready(1)
+        served.pass_time(MAX_TTL_S)
+        assert {0} == set(served.planner.leftovers().values())
+
+
+def test_a_session_that_is_over_keeps_nothing_that_arrives() -> None:
+    """Its stores end after it."""
+    served = Served(capacity_blocks=1600)
+    plan = served.planner.begin_store(keys_of(1, 2), 0, PAGE_BYTES, 0.0)
+    served.hints.ended("agent", keys_of(1, 2), 32, 0.0)
+    served.hints.take(ToolCall("agent", "grep", expected_s=5.0), 0.0)
+    served.hints.take(SessionOver("agent"), 0.0)
+    served.planner.commit_store(plan.job_id, (), 0.0)
+    served.pass_time(0.1)
+    assert 0 == served.planner.reserved_blocks
 
 
 def test_tool_calls_teach_how_long_they_take() -> None:

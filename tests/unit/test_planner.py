@@ -33,6 +33,20 @@ class FIFOMachine(PlannerMachine):
     ttl_s = 7.0
 
 
+class ExclusiveMachine(PlannerMachine):
+    write = WriteMode.ON_EVICT
+    is_exclusive = True
+
+
+class AdmissionMachine(PlannerMachine):
+    second_use = True
+    daily_blocks = 24 * 3
+
+
+TestExclusive = ExclusiveMachine.TestCase
+TestAdmission = AdmissionMachine.TestCase
+
+
 class DevicePoolMachine(PlannerMachine):
     device_slots = 3
 
