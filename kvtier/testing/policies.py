@@ -54,7 +54,8 @@ class PolicyMachine(RuleBasedStateMachine):
         self.present: set[int] = set()
         self.pinned: set[int] = set()
         self.now = 0.0
-        self.naive = None if type(self).model is None else type(self).model()
+        make_model = type(self).model
+        self.naive = None if make_model is None else make_model()
 
     def children(self, position: int) -> set[int]:
         """The present children of a block."""
