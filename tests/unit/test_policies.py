@@ -19,7 +19,8 @@ from kvtier.policies import (
     create_policy,
 )
 from kvtier.testing.policies import PolicyMachine, key_of, meta_of
-from kvtier.testing.policy_models import NaiveARC, NaiveFIFO, NaiveGDSF, NaiveLRU, NaiveLRU2, NaiveS3FIFO, NaiveSIEVE, parent_of
+from kvtier.testing.policy_models import NaiveARC, NaiveFIFO, NaiveLRU, NaiveS3FIFO, NaiveSIEVE, parent_of
+from kvtier.testing.policy_models_ranked import NaiveGDSF, NaiveLRU2
 
 
 class FIFOMachine(PolicyMachine):
