@@ -39,7 +39,13 @@ _SIZE = "`8GiB`, `500MB`, or bytes"
 _TTL = "null, or more than 0: `30s`, `5min`, `2h`, or seconds"
 _TTL_ABOUT = "A block is dropped this long after it was stored or used (see `ttl_mode`). null: never."
 _TTL_MODE_ABOUT = "From when `ttl` counts. `sliding`: the last use. `fixed`: the time of storing."
-_POLICY_ABOUT = "Which block leaves a full tier first. `lru`: the one unused for longest. `fifo`: the oldest."
+PolicyName = Literal["default", "lru", "fifo", "arc", "lru2", "s3fifo", "sieve", "gdsf", "hazard"]
+_POLICY_NAMES = "`default`, `lru`, `fifo`, `arc`, `lru2`, `s3fifo`, `sieve`, `gdsf`, `hazard`"
+_POLICY_ABOUT = (
+    "Which block leaves a full tier first. `lru`: the one unused for longest. `fifo`: the oldest. `hazard`: the one least likely to be "
+    "used soon, as learned; new blocks worth less are not taken. `default`: the best over recorded workloads, now `hazard`. "
+    "The others are described under policies."
+)
 _TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one of type disk"
 _QUOTAS = "tenants and sizes, such as `{acme: 2GiB}`, together not more than `capacity`"
 _TIER_ORDER = ("gpu", "host", "disk")
@@ -69,7 +75,7 @@ class GpuTierConfig(Section):
     capacity_bytes: Size = setting(
         REQUIRED, key="capacity", kind="size", allowed=f"more than 0: {_SIZE}", about="Memory for blocks, on each GPU.", gt=0
     )
-    policy: Literal["lru", "fifo"] = setting("lru", kind="name", allowed="`lru`, `fifo`", about=_POLICY_ABOUT)
+    policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=_TTL, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
 
@@ -81,7 +87,7 @@ class HostTierConfig(Section):
     capacity_bytes: Size = setting(
         REQUIRED, key="capacity", kind="size", allowed=f"more than 0: {_SIZE}", about="Host memory for blocks, of all ranks together.", gt=0
     )
-    policy: Literal["lru", "fifo"] = setting("lru", kind="name", allowed="`lru`, `fifo`", about=_POLICY_ABOUT)
+    policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=_TTL, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
     quotas: SizesByName = setting(
@@ -119,7 +125,7 @@ class DiskTierConfig(Section):
         about="Size of one log segment, the unit in which disk space is reclaimed. At least a block must fit.",
         validate_default=True,
     )
-    policy: Literal["lru", "fifo"] = setting("lru", kind="name", allowed="`lru`, `fifo`", about=_POLICY_ABOUT)
+    policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=_TTL, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
     write: WriteMode = setting(

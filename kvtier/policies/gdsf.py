@@ -63,6 +63,10 @@ class GDSFPolicy(RankedQueues):
     def _rank_of(self, queue: RankedQueue, front: QueueNode) -> float:
         return front.stamp + queue.name
 
+    def _removed(self, node: QueueNode) -> None:
+        node.depth = 0
+        super()._removed(node)
+
     def _evicted(self, node: QueueNode, rank: float) -> None:
         self._age = max(self._age, rank)
 

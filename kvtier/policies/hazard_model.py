@@ -13,8 +13,8 @@ time counts as half a use, and as its gap ``FIRST_GAP_S``.
 
 **Index.** ``G(class, age)`` is the largest ratio, over all horizons, of the probability of a use within the horizon to the expected time
 until then or the use: Gittins' index of a job that pays one when it is used and costs its time in the cache (Gittins 1979; as a
-caching rule it orders blocks by what a place yields per second). With cumulated reward and cost as points of a polyline it is the
-steepest slope to a later point, so one pass from the right over a convex hull gives all ages of a class.
+caching rule it orders blocks by what a place yields per second). One pass from the right gives
+all ages of a class: a bin takes in the stretch behind it as long as that pays at least as well as what it has.
 """
 
 from __future__ import annotations
@@ -91,26 +91,20 @@ def prior_chances(class_id: int) -> list[float]:
 
 def gittins(chances: list[float]) -> list[float]:
     """The index at the beginning of each bin, in uses per second, from the probability of a use in each bin."""
-    costs, rewards = [0.0], [0.0]
-    alive = 1.0
-    for position, chance in enumerate(chances):
-        width = EDGES_S[position + 1] - EDGES_S[position]
-        costs.append(costs[-1] + alive * width * (1.0 - chance / 2.0))
-        rewards.append(rewards[-1] + alive * chance)
-        alive *= 1.0 - chance
-    hull = [len(chances)]
     indexes = [0.0] * len(chances)
+    later: list[tuple[float, float, float]] = []
+    """stretches of bins behind the present one: (expected time, chance of a use, chance to outlive it), given that it is come to"""
     for position in range(len(chances) - 1, -1, -1):
-        cost, reward = costs[position], rewards[position]
-        slope = (rewards[hull[-1]] - reward) / (costs[hull[-1]] - cost)
-        while len(hull) > 1:
-            further = (rewards[hull[-2]] - reward) / (costs[hull[-2]] - cost)
-            if further < slope:
-                break
-            hull.pop()
-            slope = further
-        indexes[position] = slope
-        hull.append(position)
+        reward = chances[position]
+        cost = (EDGES_S[position + 1] - EDGES_S[position]) * (1.0 - reward / 2.0)
+        alive = 1.0 - reward
+        while later and later[-1][1] * cost >= reward * later[-1][0]:
+            more_cost, more_reward, still_alive = later.pop()
+            cost += alive * more_cost
+            reward += alive * more_reward
+            alive *= still_alive
+        indexes[position] = reward / cost
+        later.append((cost, reward, alive))
     return indexes
 
 
@@ -206,6 +200,11 @@ class HazardModel:
             believed = min(_MAX_CHANCE, chance * math.sqrt(by_row * by_column))
             out.append(min(_MAX_CHANCE, (hits[position] + cell * believed) / (risk[position] + cell)))
         return out
+
+    def sums_of(self, class_id: int) -> tuple[list[float], list[float]]:
+        """Hits and risk of a class by bin, in the present scale."""
+        nothing = [0.0] * NUM_BINS
+        return list(self._hits.get(class_id, nothing)), list(self._risk.get(class_id, nothing))
 
     def _add(self, class_id: int, position: int, weight: float, hit: float) -> None:
         risk = self._risk.get(class_id)

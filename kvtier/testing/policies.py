@@ -4,18 +4,21 @@
 
     class MyMachine(PolicyMachine):
         make = MyPolicy
+        model = MyNaivePolicy  # optional
 
     TestMyPolicy = MyMachine.TestCase
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvtier.policies.base import EvictionPolicy
+from kvtier.testing.policy_models import NaivePolicy, parent_of
 from kvtier.types import BlockKey, BlockMeta
 
 _POSITIONS = st.integers(0, 31)
@@ -26,15 +29,24 @@ def key_of(position: int) -> BlockKey:
     return BlockKey(position.to_bytes(16, "little"))
 
 
-def parent_of(position: int) -> int | None:
-    """A fixed forest over small numbers: two roots, each number's parent is half of it."""
-    return None if position < 2 else position // 2
+def meta_of(position: int) -> BlockMeta:
+    """The block of a small number."""
+    parent = parent_of(position)
+    return BlockMeta(key_of(position), None if parent is None else key_of(parent), 1)
+
+
+def path_to(position: int) -> Sequence[int]:
+    """The blocks of the prompt that ends with a block."""
+    parent = parent_of(position)
+    return [position] if parent is None else [*path_to(parent), position]
 
 
 class PolicyMachine(RuleBasedStateMachine):
     """Any sequence of calls keeps the promises of :class:`~kvtier.policies.base.EvictionPolicy`."""
 
     make: Callable[[], EvictionPolicy]
+    model: Callable[[], NaivePolicy] | None = None
+    has_admission = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,6 +54,8 @@ class PolicyMachine(RuleBasedStateMachine):
         self.present: set[int] = set()
         self.pinned: set[int] = set()
         self.now = 0.0
+        make_model = type(self).model
+        self.naive = None if make_model is None else make_model()
 
     def children(self, position: int) -> set[int]:
         """The present children of a block."""
@@ -52,18 +66,23 @@ class PolicyMachine(RuleBasedStateMachine):
         if position in self.present:
             return
         self.now += 1.0
-        parent = parent_of(position)
-        self.policy.insert(BlockMeta(key_of(position), None if parent is None else key_of(parent), 1), self.now)
+        self.policy.insert(meta_of(position), self.now)
+        if self.naive is not None:
+            self.naive.insert(position, self.now)
         self.present.add(position)
 
     @rule(positions=st.lists(_POSITIONS, max_size=5))
     def touch(self, positions: list[int]) -> None:
         self.now += 1.0
         self.policy.touch([key_of(position) for position in positions], self.now)
+        if self.naive is not None:
+            self.naive.touch(positions, self.now)
 
     @rule(position=_POSITIONS)
     def remove(self, position: int) -> None:
         self.policy.remove(key_of(position))
+        if self.naive is not None:
+            self.naive.remove(position)
         self.present.discard(position)
         self.pinned.discard(position)
 
@@ -71,35 +90,60 @@ class PolicyMachine(RuleBasedStateMachine):
     def pin(self, position: int) -> None:
         if position in self.present:
             self.policy.pin(key_of(position))
+            if self.naive is not None:
+                self.naive.pin(position)
             self.pinned.add(position)
 
     @rule(position=_POSITIONS)
     def unpin(self, position: int) -> None:
         self.now += 1.0
         self.policy.unpin(key_of(position), self.now)
+        if self.naive is not None:
+            self.naive.unpin(position, self.now)
         self.pinned.discard(position)
 
-    @rule(count=st.integers(0, 6))
-    def evict(self, count: int) -> None:
-        """Victims are unpinned leaves when taken, and fewer come only where no candidate is left."""
-        victims = [int.from_bytes(key, "little") for key in self.policy.victims(count, self.now)]
+    @rule(count=st.integers(0, 6), tip=_POSITIONS | st.none())
+    def evict(self, count: int, tip: int | None) -> None:
+        """Victims are unpinned leaves when taken; fewer come only where no candidate is left, or what comes is worth less."""
+        incoming = [] if tip is None else [meta_of(position) for position in path_to(tip) if position not in self.present][:count]
+        declined_before = self.policy.num_declined
+        victims = [int.from_bytes(key, "little") for key in self.policy.victims(count, self.now, incoming)]
+        num_declined = self.policy.num_declined - declined_before
         assert len(victims) <= count
         for victim in victims:
             assert victim in self.present
             assert victim not in self.pinned
             assert self.children(victim) == set()
             self.present.discard(victim)
-        if len(victims) < count:
-            assert [p for p in self.present - self.pinned if not self.children(p)] == []
+        candidates = [p for p in self.present - self.pinned if not self.children(p)]
+        if num_declined:
+            assert self.has_admission
+            assert candidates
+            assert len(victims) < len(incoming)
+            assert count == len(victims) + num_declined
+        elif len(victims) < count:
+            assert candidates == []
+        if self.naive is not None:
+            assert victims == self.naive.victims(count)
 
     @precondition(lambda self: not self.pinned)
     @rule()
     def evict_everything(self) -> None:
         """Without pins everything can leave."""
-        assert len(self.present) == len(self.policy.victims(1000, self.now))
+        victims = self.policy.victims(1000, self.now)
+        assert len(self.present) == len(victims)
+        if self.naive is not None:
+            assert [key_of(block) for block in self.naive.victims(1000)] == victims
         self.present.clear()
 
     @invariant()
     def knows_what_is_there(self) -> None:
         assert len(self.present) == len(self.policy)
         assert all(key_of(position) in self.policy for position in self.present)
+
+    @invariant()
+    def order_is_that_of_the_model(self) -> None:
+        """Everything that may leave would leave in the same order."""
+        if self.naive is not None:
+            expected = copy.deepcopy(self.naive).victims(1000)
+            assert [key_of(block) for block in expected] == copy.deepcopy(self.policy).victims(1000, self.now)

@@ -143,7 +143,7 @@ log_level: debug
         (HOST + "    ttl: 5m\n", ['yaml:4: tiers[0].ttl: "5m" is wrong', "did you mean 5ms or 5min?"]),
         (HOST + "    ttl: 900000d\n", ["yaml:4: tiers[0].ttl:", "hundred years"]),
         (HOST + "    ttl_mode: slide\n", ['yaml:4: tiers[0].ttl_mode: "slide" is wrong; allowed: sliding, fixed; did you mean sliding?']),
-        (HOST + "    policy: arc\n", ['yaml:4: tiers[0].policy: "arc" is wrong; allowed: lru, fifo']),
+        (HOST + "    policy: mru\n", ['yaml:4: tiers[0].policy: "mru" is wrong; allowed: default, lru, fifo, arc']),
         (
             HOST + "    polcy: lru\n",
             ['yaml:4: tiers[0].polcy: unknown key (value "lru"); did you mean policy?; allowed: type, capacity, policy'],

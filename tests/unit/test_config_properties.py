@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvtier.config import Config, HostTierConfig
 from kvtier.errors import ConfigError
+from kvtier.policies import POLICIES
 from kvtier.units import MAX_DURATION_S, MAX_SIZE_BYTES, format_duration, format_size, parse_duration, parse_size
 
 HOST = "tiers:\n  - type: host\n    capacity: 8GiB\n"
@@ -26,7 +27,7 @@ def write(directory: Path, text: bytes) -> Path:
 sizes = st.one_of(st.integers(1, 1 << 20), st.integers(1, MAX_SIZE_BYTES))
 durations = st.one_of(st.integers(1, 10**6).map(float), st.floats(0, MAX_DURATION_S, exclude_min=True))
 residency: dict[str, Any] = {
-    "policy": st.sampled_from(["lru", "fifo"]),
+    "policy": st.sampled_from(sorted(POLICIES)),
     "ttl": st.none() | durations,
     "ttl_mode": st.sampled_from(["sliding", "fixed"]),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtier.control.commands import Promote, Remove
+from kvtier.control.commands import Demote, Promote, Remove
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
@@ -47,6 +47,18 @@ TestExclusive = ExclusiveMachine.TestCase
 TestAdmission = AdmissionMachine.TestCase
 
 
+class HazardMachine(PlannerMachine):
+    """Blocks are turned away in all tiers."""
+
+    policy = "hazard"
+    device_slots = 3
+
+
+class ARCMachine(PlannerMachine):
+    policy = "arc"
+    write = WriteMode.BACK
+
+
 class DevicePoolMachine(PlannerMachine):
     device_slots = 3
 
@@ -63,14 +75,26 @@ TestWriteThrough = ThroughMachine.TestCase
 TestWriteBack = BackMachine.TestCase
 TestWriteOnEvict = OnEvictMachine.TestCase
 TestFIFOWithTTL = FIFOMachine.TestCase
+TestHazard = HazardMachine.TestCase
+TestARC = ARCMachine.TestCase
 
 
-def make_planner(host_blocks: int, *, ttl_s: float | None = None, extent_blocks: int = 4, has_disk: bool = True) -> Planner:
+def make_planner(
+    host_blocks: int,
+    *,
+    ttl_s: float | None = None,
+    extent_blocks: int = 4,
+    policy: str = "lru",
+    disk_blocks: int = 100,
+    has_disk: bool = True,
+    stats: Stats | None = None,
+) -> Planner:
     slab = SlabAllocator(host_blocks * PAGE_BYTES, extent_blocks * PAGE_BYTES)
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=True)
-    host = Residency("host", lambda: create_policy("lru"), expiry)
-    disk = LowerTierSpec(Residency("disk", lambda: create_policy("lru"), None), lambda num_bytes: 100, WriteMode.THROUGH, 1 << 30)
-    return Planner(HostSpace(slab, [0] * host_blocks), host, [disk] if has_disk else [], Stats())
+    host = Residency("host", lambda: create_policy(policy), expiry)
+    residency = Residency("disk", lambda: create_policy(policy), None)
+    disk = LowerTierSpec(residency, lambda num_bytes: disk_blocks, WriteMode.THROUGH, 1 << 30)
+    return Planner(HostSpace(slab, [0] * host_blocks), host, [disk] if has_disk else [], stats or Stats())
 
 
 def keys_of(prompt: int, num_blocks: int) -> list[BlockKey]:
@@ -241,3 +265,44 @@ def test_a_block_that_fails_verification_stops_being_a_hit() -> None:
     assert isinstance(promotion, Promote)
     planner.promoted(promotion.job_id, [Outcome.CORRUPT, Outcome.OK], 0.0)
     assert 0 == planner.match(keys_of(1, 2)).hit_blocks
+
+
+def write_down(planner: Planner, now: float) -> None:
+    """Everything that is to be written to the disk is."""
+    planner.tick(now)
+    for command in planner.take_commands():
+        if isinstance(command, Demote):
+            planner.demoted(command.job_id, [Outcome.OK] * len(command.blocks), (), now)
+
+
+def test_what_is_worth_less_is_not_admitted_and_is_no_refusal() -> None:
+    """A prompt used every second keeps host memory and disk; another one is turned away by both, counted by name, and nothing is broken."""
+    stats = Stats()
+    planner = make_planner(4, policy="hazard", disk_blocks=4, stats=stats)
+    hot = keys_of(1, 4)
+    for second in range(100):
+        store(planner, hot, now=float(second))
+        write_down(planner, float(second))
+        planner.touch(hot, float(second))
+    plan = planner.begin_store(keys_of(2, 3), 0, PAGE_BYTES, 100.5)
+
+    assert (plan.slots, plan.num_refused, plan.num_declined, plan.broken) == ((), 0, 3, False)
+    assert stats["host.not_admitted_blocks"] == 3
+    assert stats["store.refused_blocks"] == stats["host.evicted_blocks"] == 0
+    assert planner.match(hot).ready_blocks == 4
+    assert planner.check() == []
+    assert planner.leftovers()["pins"] == 0
+
+
+def test_a_promotion_is_never_turned_away() -> None:
+    """A request waits for the blocks, and gets them only through host memory, whatever they are worth."""
+    planner = make_planner(4, policy="hazard")
+    cold, hot = keys_of(2, 4), keys_of(1, 4)
+    store(planner, cold)
+    write_down(planner, 0.0)
+    planner.promote(hot, 0.0)
+    for second in range(1, 100):
+        store(planner, hot, now=float(second))
+        planner.touch(hot, float(second))
+    assert planner.match(hot).ready_blocks == 4
+    assert planner.promote(cold, 101.0) == 4

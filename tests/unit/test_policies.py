@@ -1,4 +1,4 @@
-"""Eviction policies keep their contract, and LRU and FIFO their order."""
+"""Eviction policies keep their contract, and the order of their naive models."""
 
 from __future__ import annotations
 
@@ -6,26 +6,71 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.policies import POLICIES, FIFOPolicy, LRUPolicy, create_policy
-from kvtier.testing.policies import PolicyMachine, key_of, parent_of
-from kvtier.types import BlockMeta
-
-
-class LRUMachine(PolicyMachine):
-    make = LRUPolicy
+from kvtier.policies import (
+    POLICIES,
+    ARCPolicy,
+    FIFOPolicy,
+    GDSFPolicy,
+    HazardPolicy,
+    LRU2Policy,
+    LRUPolicy,
+    S3FIFOPolicy,
+    SIEVEPolicy,
+    create_policy,
+)
+from kvtier.testing.policies import PolicyMachine, key_of, meta_of
+from kvtier.testing.policy_models import NaiveARC, NaiveFIFO, NaiveLRU, NaiveS3FIFO, NaiveSIEVE, parent_of
+from kvtier.testing.policy_models_ranked import NaiveGDSF, NaiveLRU2
 
 
 class FIFOMachine(PolicyMachine):
     make = FIFOPolicy
+    model = NaiveFIFO
 
 
-TestLRU = LRUMachine.TestCase
+class LRUMachine(PolicyMachine):
+    make = LRUPolicy
+    model = NaiveLRU
+
+
+class ARCMachine(PolicyMachine):
+    make = ARCPolicy
+    model = NaiveARC
+
+
+class LRU2Machine(PolicyMachine):
+    make = LRU2Policy
+    model = NaiveLRU2
+
+
+class S3FIFOMachine(PolicyMachine):
+    make = S3FIFOPolicy
+    model = NaiveS3FIFO
+
+
+class SIEVEMachine(PolicyMachine):
+    make = SIEVEPolicy
+    model = NaiveSIEVE
+
+
+class GDSFMachine(PolicyMachine):
+    make = GDSFPolicy
+    model = NaiveGDSF
+
+
+class HazardMachine(PolicyMachine):
+    make = HazardPolicy
+    has_admission = True
+
+
 TestFIFO = FIFOMachine.TestCase
-
-
-def meta(position: int) -> BlockMeta:
-    parent = parent_of(position)
-    return BlockMeta(key_of(position), None if parent is None else key_of(parent), 1)
+TestLRU = LRUMachine.TestCase
+TestARC = ARCMachine.TestCase
+TestLRU2 = LRU2Machine.TestCase
+TestS3FIFO = S3FIFOMachine.TestCase
+TestSIEVE = SIEVEMachine.TestCase
+TestGDSF = GDSFMachine.TestCase
+TestHazard = HazardMachine.TestCase
 
 
 def naive_victim(order: list[int]) -> int | None:
@@ -50,7 +95,7 @@ def test_lru_evicts_the_oldest_leaf(steps: list[tuple[str, int]]) -> None:
             order.remove(position)
             order.append(position)
         else:
-            policy.insert(meta(position), 0.0)
+            policy.insert(meta_of(position), 0.0)
             order.append(position)
 
 
@@ -59,9 +104,9 @@ def test_the_tail_of_a_prompt_leaves_first() -> None:
     policy = LRUPolicy()
     old, new = [1, 2, 4, 8], [3, 6, 12]
     for position in reversed(old):
-        policy.insert(meta(position), 0.0)
+        policy.insert(meta_of(position), 0.0)
     for position in reversed(new):
-        policy.insert(meta(position), 1.0)
+        policy.insert(meta_of(position), 1.0)
 
     assert [key_of(p) for p in (8, 4, 2, 12, 6, 3, 1)] == policy.victims(9, 2.0)
 
@@ -70,7 +115,7 @@ def test_fifo_is_not_moved_by_use() -> None:
     """The first to come is the first to leave, however often it is used."""
     policy = FIFOPolicy()
     for position in (16, 17, 18):
-        policy.insert(meta(position), 0.0)
+        policy.insert(meta_of(position), 0.0)
     policy.touch([key_of(16)], 1.0)
 
     assert [key_of(16)] == policy.victims(1, 2.0)
@@ -80,7 +125,7 @@ def test_pinning_the_tip_keeps_the_prefix() -> None:
     """A pinned block keeps everything before it; once unpinned it can leave."""
     policy = LRUPolicy()
     for position in (2, 4, 8, 9):
-        policy.insert(meta(position), 0.0)
+        policy.insert(meta_of(position), 0.0)
     policy.pin(key_of(8))
 
     assert [key_of(9)] == policy.victims(4, 1.0)

@@ -1,0 +1,259 @@
+"""The hazard policy: its statistics against a recount, its table against all horizons, what it keeps and what it turns away."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtier.policies import EvictionPolicy, HazardPolicy, LRUPolicy, hazard_model
+from kvtier.policies.hazard_model import (
+    DECAY,
+    EDGES_S,
+    NUM_BINS,
+    NUM_CLASSES,
+    REQUESTS_PER_DECAY,
+    HazardModel,
+    bin_of,
+    class_of_extension,
+    class_of_first_use,
+    class_of_reuse,
+    gittins,
+    prior_chances,
+)
+from kvtier.policies.segments import GhostTable, Segment, SegmentLog, runs_of
+from kvtier.types import BlockKey, BlockMeta
+
+CHANCES = st.lists(st.floats(0.0, 0.98), min_size=NUM_BINS, max_size=NUM_BINS)
+
+
+def key_of(*name: object) -> BlockKey:
+    return BlockKey(hashlib.blake2b(repr(name).encode(), digest_size=16).digest())
+
+
+def prompt_of(*names: tuple[str, int]) -> list[BlockMeta]:
+    """A chain of blocks: (name, how many) after each other; equal beginnings are shared."""
+    out: list[BlockMeta] = []
+    path = ""
+    for name, count in names:
+        path += "/" + name
+        for position in range(count):
+            out.append(BlockMeta(key_of(path, position), out[-1].key if out else None, 1))
+    return out
+
+
+def serve(policy: EvictionPolicy, prompt: list[BlockMeta], now: float, capacity: int) -> int:
+    """One request, as the planner would have it. Returns the leading blocks that were there."""
+    hits = next((position for position, block in enumerate(prompt) if block.key not in policy), len(prompt))
+    policy.touch([block.key for block in reversed(prompt[:hits])], now)
+    new = prompt[hits:]
+    short = len(policy) + len(new) - capacity
+    if new and hits:
+        policy.pin(prompt[hits - 1].key)
+    if short > 0:
+        asked = min(short, len(new))
+        victims = policy.victims(asked, now, new[-asked:])
+        new = new[: len(new) - asked + len(victims)]
+    for block in reversed(new[: max(0, capacity - len(policy))]):
+        policy.insert(block, now)
+    if hits:
+        policy.unpin(prompt[hits - 1].key, now)
+    return hits
+
+
+class TestTable:
+    """The index and the prior."""
+
+    @settings(max_examples=40)
+    @given(CHANCES)
+    def test_is_the_best_ratio_over_all_horizons(self, chances: list[float]) -> None:
+        """For each age, by trying every horizon."""
+        indexes = gittins(chances)
+        for first in range(NUM_BINS):
+            alive, cost, reward, best = 1.0, 0.0, 0.0, 0.0
+            for position in range(first, NUM_BINS):
+                cost += alive * (EDGES_S[position + 1] - EDGES_S[position]) * (1.0 - chances[position] / 2.0)
+                reward += alive * chances[position]
+                alive *= 1.0 - chances[position]
+                best = max(best, reward / cost)
+            assert best == pytest.approx(indexes[first], rel=1e-6, abs=1e-12)
+
+    def test_prior_is_a_probability_that_falls_with_the_gap(self) -> None:
+        """Chances lie between 0 and 1; a longer gap means a later use; more uses, a surer one."""
+        for class_id in range(NUM_CLASSES):
+            assert all(0.0 < chance < 1.0 for chance in prior_chances(class_id))
+        by_gap = [gittins(prior_chances(class_of_reuse(2, gap_s)))[0] for gap_s in (0.1, 3.0, 50.0, 800.0)]
+        assert sorted(by_gap, reverse=True) == by_gap
+        by_count = [gittins(prior_chances(class_of_reuse(count, 50.0)))[0] for count in (1, 2, 4, 8, 16)]
+        assert sorted(by_count) == by_count
+
+    @given(st.floats(0.0, 1e6), st.integers(1, 10**6), st.floats(0.0, 1e6))
+    def test_every_use_has_a_class_of_its_kind(self, gap_s: float, count: int, length: float) -> None:
+        """Kinds never share a class, and ages fall into the bin whose edges enclose them."""
+        first, branch = class_of_first_use(length, is_branch=False), class_of_first_use(length, is_branch=True)
+        assert 0 <= first < branch < class_of_extension(count, gap_s) < class_of_reuse(count, gap_s) < NUM_CLASSES
+        assert EDGES_S[bin_of(gap_s)] <= gap_s
+        assert bin_of(gap_s) == NUM_BINS - 1 or gap_s < EDGES_S[bin_of(gap_s) + 1]
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("reused"), st.integers(0, 3), st.floats(0.0, 50_000.0), st.floats(0.01, 100.0)),
+        st.tuples(st.just("survived"), st.integers(0, 3), st.floats(0.0, 36_000.0), st.floats(0.01, 100.0)),
+        st.tuples(st.just("requests"), st.integers(1, 200), st.just(0.0), st.just(0.0)),
+    ),
+    max_size=40,
+)
+
+
+class TestStatistics:
+    """What it has seen."""
+
+    @settings(max_examples=30)
+    @given(EVENTS)
+    def test_hits_and_risk_are_a_recount(self, events: list[tuple[str, int, float, float]]) -> None:
+        """The sums are those of a recount of all events, to the last bit."""
+        classes = [class_of_reuse(2, 1.5), class_of_reuse(2, 40.0), class_of_reuse(9, 1.5), class_of_first_use(1.0, is_branch=True)]
+        model = HazardModel()
+        hits = {class_id: [0.0] * NUM_BINS for class_id in classes}
+        risk = {class_id: [0.0] * NUM_BINS for class_id in classes}
+        scale, num_requests = 1.0, 0
+        for what, number, seconds, weight in events:
+            if what == "requests":
+                for _ in range(number):
+                    model.end_request()
+                    num_requests += 1
+                    if num_requests % REQUESTS_PER_DECAY == 0:
+                        scale /= DECAY
+                continue
+            class_id, position = classes[number], bin_of(seconds)
+            if what == "reused":
+                model.reused(class_id, seconds, weight)
+                hits[class_id][position] += weight * scale
+            else:
+                model.survived(class_id, position, weight)
+            risk[class_id][position] += weight * scale
+        for class_id in classes:
+            seen_hits, seen_risk = model.sums_of(class_id)
+            assert hits[class_id] == seen_hits
+            assert risk[class_id] == seen_risk
+
+    def test_little_evidence_leaves_the_prior_and_much_overrules_it(self) -> None:
+        """With ten thousand uses in one bin and none elsewhere the estimate is what was seen; with one, what was believed."""
+        class_id = class_of_reuse(2, 40.0)
+        position = bin_of(60.0)
+        model = HazardModel()
+        model.survived(class_id, position, 1.0)
+        assert prior_chances(class_id)[position] == pytest.approx(model.chances(class_id)[position], rel=0.2)
+        for _ in range(5_000):
+            model.reused(class_id, 60.0, 1.0)
+            model.survived(class_id, position, 1.0)
+        assert pytest.approx(0.5, abs=0.01) == model.chances(class_id)[position]
+
+    def test_scale_is_taken_out_when_it_is_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """When the weights of what is new become huge, all are divided, and nothing else changes."""
+        class_id = class_of_reuse(2, 40.0)
+        chances = []
+        for largest in (1e100, 1.005):
+            monkeypatch.setattr(hazard_model, "_MAX_SCALE", largest)
+            model = HazardModel()
+            for _ in range(100 * REQUESTS_PER_DECAY):
+                model.reused(class_id, 60.0, 1.0)
+                model.survived(class_id, bin_of(60.0), 2.0)
+                model.end_request()
+            chances.append(model.chances(class_id))
+            is_small = model.sums_of(class_id)[1][bin_of(60.0)] < 3.0 * 100 * REQUESTS_PER_DECAY
+            assert is_small == (largest < 2.0)
+        assert chances[0] == pytest.approx(chances[1], rel=1e-9)
+
+
+class TestSegments:
+    """Books by the run of blocks."""
+
+    @given(st.lists(st.floats(0.0, 2_000.0), min_size=1, max_size=8), st.floats(0.0, 40_000.0))
+    def test_each_segment_survives_each_bin_once(self, times: list[float], later_s: float) -> None:
+        """However the time is cut into steps, a bin counts a segment when its age has passed the bin."""
+        model, log = HazardModel(), SegmentLog[object]()
+        times = sorted(times)
+        class_id = class_of_reuse(2, 40.0)
+        for time_s in times:
+            log.advance(time_s, model)
+            segment = log.new(time_s)
+            segment.class_id, segment.num_blocks, segment.num_alive = class_id, 4, 4
+        now = times[-1] + later_s
+        log.advance(now, model)
+        expected = [float(sum(2.0 for time_s in times if time_s <= now - EDGES_S[position + 1])) for position in range(NUM_BINS)]
+        assert expected == model.sums_of(class_id)[1]
+
+    def test_ghosts_are_remembered_until_their_place_is_taken(self) -> None:
+        """Whoever comes later takes the place; what was there can not be seen to be used again, so it counts no more."""
+        log = SegmentLog[object]()
+        ghosts = GhostTable(log)
+        segment = log.new(1.0)
+        segment.num_blocks = segment.num_alive = 300_000
+        keys = [key_of(number) for number in range(300_000)]
+        for key in keys:
+            ghosts.put(key, segment, had_child=True)
+        found = [ghosts.pop(key) for key in keys]
+        known = [each for each in found if each[0] is not None]
+        assert {(segment, True)} == set(known)
+        assert segment.num_alive == len(known)
+        assert 50_000 < len(known) <= 1 << 16
+
+    def test_runs(self) -> None:
+        """Equal neighbours come together."""
+        one, two = Segment[object](1, 0.0), Segment[object](2, 0.0)
+        assert [(one, 2), (None, 1), (two, 1), (one, 1)] == runs_of([one, one, None, two, one])
+
+
+class TestPolicy:
+    """What it keeps."""
+
+    def test_a_scan_does_not_flush_what_is_used(self) -> None:
+        """One conversation that goes on beside prompts that never come again: it hits nearly always; under LRU never."""
+        hits = {}
+        for name, policy in (("hazard", HazardPolicy()), ("lru", LRUPolicy())):
+            hits[name] = 0
+            for turn in range(400):
+                hits[name] += serve(policy, prompt_of(("chat", 20)), turn * 10.0, 50) == 20
+                for other in range(4):
+                    serve(policy, prompt_of((f"scan {turn} {other}", 20)), turn * 10.0 + other + 1.0, 50)
+        assert hits["lru"] == 0
+        assert hits["hazard"] > 350
+
+    def test_what_is_worth_less_is_turned_away_and_counted(self) -> None:
+        """Blocks used every second stay; prompts that come once are declined."""
+        policy = HazardPolicy()
+        hot = prompt_of(("hot", 8))
+        for second in range(200):
+            serve(policy, hot, float(second), 8)
+        new = prompt_of(("cold", 8))
+        assert policy.victims(8, 200.5, new) == []
+        assert policy.num_declined == 8
+        assert len(policy.victims(8, 200.5)) == 8
+
+    def test_without_incoming_everything_is_given(self) -> None:
+        """Room that must be had is had."""
+        policy = HazardPolicy()
+        for block in reversed(prompt_of(("a", 5))):
+            policy.insert(block, 0.0)
+        assert [block.key for block in reversed(prompt_of(("a", 5)))] == policy.victims(9, 1.0)
+
+    def test_equal_calls_give_equal_answers(self) -> None:
+        """There is no chance in it."""
+        answers = []
+        for _ in range(2):
+            policy = HazardPolicy()
+            answers.append([serve(policy, prompt_of((f"p{n * n % 7}", 6), (f"q{n % 5}", 3)), float(n), 30) for n in range(300)])
+        assert answers[0] == answers[1]
+
+    def test_is_not_worse_than_lru_where_lru_is_right(self) -> None:
+        """Conversations in turn, all of which fit but one: nearly as many hits as LRU, whose case this is."""
+        hits = {"hazard": 0, "lru": 0}
+        for name, policy in (("hazard", HazardPolicy()), ("lru", LRUPolicy())):
+            for turn in range(600):
+                talk, step = divmod(turn, 10)
+                hits[name] += serve(policy, prompt_of((f"talk {talk}", 2 + step)), turn * 5.0, 40)
+        assert hits["hazard"] >= 0.97 * hits["lru"] > 0
