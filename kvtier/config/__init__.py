@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from kvtier.config.model import (
-    Config,
-    ConnectorConfig,
-    ControlConfig,
-    DiskTierConfig,
-    GpuTierConfig,
-    HostTierConfig,
-    RecordConfig,
-    WriteMode,
-)
+from kvtier.config.model import Config
+from kvtier.config.sections import ConnectorConfig, ControlConfig, RecordConfig
 from kvtier.config.template import commented_defaults
+from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig, WriteMode
 
 __all__ = [
     "Config",

@@ -16,6 +16,9 @@ from kvtier.units import parse_duration, parse_size
 REQUIRED: Any = ...
 """In place of a default: the setting must be given."""
 
+SIZES = "`8GiB`, `500MB`, or bytes"
+"""How a size may be written."""
+
 _VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})", re.ASCII)
 
 

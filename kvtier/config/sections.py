@@ -1,0 +1,93 @@
+"""The settings that belong to no tier: how requests use them, what is recorded, what may be asked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from kvtier.config.fields import (
+    ON_OFF,
+    SIZES,
+    Duration,
+    OptionalPath,
+    Section,
+    Size,
+    setting,
+)
+
+
+class ConnectorConfig(Section):
+    """How the engine's requests use the tiers."""
+
+    store: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Store what requests compute.")
+    load: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Load what is stored, instead of computing it again.")
+    store_decode_blocks: bool = setting(
+        True, kind="boolean", allowed="`true`, `false`", about="Store blocks of generated tokens too, not only those of prompts."
+    )
+    async_load: bool = setting(
+        False, kind="boolean", allowed="`true`, `false`", about="Load while other requests run. false: in the step that needs the blocks."
+    )
+    layerwise: Annotated[Literal["auto", "on", "off"], ON_OFF] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `on`, `off`",
+        about="Whether copies follow the forward pass layer by layer: a layer waits for its own part of a load only, and on a GPU is "
+        "stored as soon as it is computed. `auto`: on where a GPU copies beside the computation, off on a CPU.",
+    )
+    promote_wait_s: Duration = setting(
+        2.0,
+        key="promote_wait",
+        kind="duration",
+        allowed="0 or more: `2s`, `500ms`, or seconds",
+        about="How long a request may wait for blocks from the disk before they are computed instead.",
+    )
+    max_pinned_fraction: float = setting(
+        0.5, kind="number", allowed="0 to 1", about="Share of host memory that pinned blocks may take.", ge=0, le=1
+    )
+    load_or_recompute: Literal["auto", "always"] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `always`",
+        about="Whether blocks are loaded that the engine would compute faster. `auto`: not, once both were measured. `always`: load.",
+    )
+    gpu_copy: Literal["auto", "dma", "bulk", "staged"] = setting(
+        "auto",
+        kind="name",
+        allowed="`auto`, `dma`, `bulk`, `staged`",
+        about="How blocks are copied to and from a GPU. `auto`: for each direction and size the way that was the fastest at start. "
+        "`dma`: the copy engines alone. `bulk`: a kernel straight to host memory (Hopper and later). `staged`: a kernel and a buffer.",
+    )
+    copy_threads: int = setting(
+        2,
+        kind="integer",
+        allowed="a whole number from 1 to 16",
+        about="Threads that share a large copy between the engine's memory and host memory on a CPU; not more than it has CPUs.",
+        ge=1,
+        le=16,
+    )
+
+
+class RecordConfig(Section):
+    """A recording of the requests and of what the tiers had for them, for `kvtier simulate` and `kvtier plan`."""
+
+    path: OptionalPath = setting(
+        None,
+        kind="path",
+        allowed="null, or a file",
+        about="The file to write; where it is there, `.1`, `.2`, ... is added. It holds no prompts and no tokens. null: no recording.",
+    )
+    max_bytes: Size = setting(
+        1 << 30, key="max_size", kind="size", allowed=f"more than 0: {SIZES}", about="Recording ends when the file has grown to this.", gt=0
+    )
+
+
+class ControlConfig(Section):
+    """What users and hints may claim."""
+
+    max_pinned_fraction: float = setting(
+        0.25,
+        kind="number",
+        allowed="0 to 1",
+        about="Share of host memory that pins of the control API and of hints may keep together.",
+        ge=0,
+        le=1,
+    )
