@@ -55,7 +55,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "torch": ("kvtier.copy.pool", "kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu", "kvtier.testing"),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
-    "xxhash": ("kvtier.tiers.disk", "kvtier.codecs"),
+    "xxhash": ("kvtier.tiers.disk", "kvtier.tiers.record", "kvtier.codecs"),
     "pydantic": ("kvtier.config",),
     "pydantic_core": ("kvtier.config",),
     "yaml": ("kvtier.config",),
