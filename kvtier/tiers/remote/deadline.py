@@ -29,7 +29,7 @@ class Deadline:
 
 
 def retry_pauses(num_retries: int, first_s: float, uniform: Callable[[float, float], float]) -> Iterator[float]:
-    """The pause before each further attempt, in seconds: anything up to a bound that doubles each time, to ``LONGEST_PAUSE_S`` ("full jitter").
+    """The pause before each further attempt, in seconds: up to a bound that doubles, to ``LONGEST_PAUSE_S`` at most ("full jitter").
 
     Callers that failed together because a server stumbled do not come back together.
     """
