@@ -21,7 +21,7 @@ from benchmark_pages import benchmarks_page, readme  # noqa: E402 - after the li
 from pydantic import BaseModel  # noqa: E402
 from version_pages import versions_page  # noqa: E402
 
-from kvtier.config import Config, ConnectorConfig, DiskTierConfig, GpuTierConfig, HostTierConfig  # noqa: E402
+from kvtier.config import Config, ConnectorConfig, DiskTierConfig, GpuTierConfig, HostTierConfig, ObjectTierConfig, RedisTierConfig  # noqa: E402
 from kvtier.config.fields import text_of  # noqa: E402
 from kvtier.config.template import EXAMPLE  # noqa: E402
 from kvtier.units import DURATION_UNITS, SIZE_UNITS, format_duration, format_size  # noqa: E402
@@ -44,6 +44,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`tiers`: `type: gpu`", GpuTierConfig),
     ("`tiers`: `type: host`", HostTierConfig),
     ("`tiers`: `type: disk`", DiskTierConfig),
+    ("`tiers`: `type: redis`", RedisTierConfig),
+    ("`tiers`: `type: object`", ObjectTierConfig),
     ("`connector`", ConnectorConfig),
 )
 
@@ -109,7 +111,7 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L1: memory and files", ("memory", "io", "codecs")),
     ("L2: where bytes are kept and how they get there", ("tiers", "copy")),
     ("L3: decisions", ("control", "policies")),
-    ("L4: the two joined, and the machine they run on", ("engine.py", "transfer.py", "machine.py")),
+    ("L4: the two joined, and the machine they run on", ("engine.py", "remote_tiers.py", "transfer.py", "machine.py")),
     ("L5: engines, benchmarks, tests for third parties", ("connectors", "bench", "testing")),
 )
 """title -> modules and packages of kvtier, in the order of the page"""

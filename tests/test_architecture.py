@@ -35,6 +35,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.control": 3,
     "kvtier.policies": 3,
     "kvtier.engine": 4,
+    "kvtier.remote_tiers": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,
     "kvtier.connectors": 5,
@@ -84,7 +85,7 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.connectors": ("kvtier.bench", "kvtier.testing"),
     "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
     "kvtier.copy": ("kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
-    "kvtier.testing": (),
+    "kvtier.testing": ("kvtier.bench.servers",),
     "kvtier.bench": (),
 }
 """part -> who outside of it may import it, where the layers alone allow more: what serves one engine, one disk or only tests stays apart"""

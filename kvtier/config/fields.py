@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 from pathlib import Path
@@ -16,6 +17,14 @@ REQUIRED: Any = ...
 """In place of a default: the setting must be given."""
 
 _VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})", re.ASCII)
+
+
+class WriteMode(enum.Enum):
+    """When a block goes from host memory to the tier below."""
+
+    THROUGH = "through"
+    BACK = "back"
+    ON_EVICT = "on_evict"
 
 
 class Section(BaseModel):

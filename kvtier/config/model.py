@@ -22,10 +22,12 @@ from kvtier.config.fields import (
     OptionalDuration,
     Section,
     Size,
+    WriteMode,
     setting,
     write_path,
 )
 from kvtier.config.problems import TIER_ORDER, Problem, explain, render
+from kvtier.config.remote import ObjectTierConfig, RedisTierConfig
 from kvtier.config.source import Dumper, Source, read_source
 from kvtier.errors import ConfigError
 from kvtier.units import format_duration, format_size
@@ -37,16 +39,8 @@ _TTL = "null, or more than 0: `30s`, `5min`, `2h`, or seconds"
 _TTL_ABOUT = "A block is dropped this long after it was stored or used (see `ttl_mode`). null: never."
 _TTL_MODE_ABOUT = "From when `ttl` counts. `sliding`: the last use. `fixed`: the time of storing."
 _POLICY_ABOUT = "Which block leaves a full tier first. `lru`: the one unused for longest. `fifo`: the oldest."
-_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one of type disk"
-_TIER_ORDER = ("gpu", "host", "disk")
-
-
-class WriteMode(enum.Enum):
-    """When a block goes from host memory to the disk."""
-
-    THROUGH = "through"
-    BACK = "back"
-    ON_EVICT = "on_evict"
+_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one each of type disk, redis, object"
+_TIER_ORDER = ("gpu", "host", "disk", "redis", "object")
 
 
 class GpuTierConfig(Section):
@@ -188,7 +182,8 @@ class ConnectorConfig(Section):
     )
 
 
-TierConfig = Annotated[GpuTierConfig | HostTierConfig | DiskTierConfig, Field(discriminator="type")]
+LowerTierConfig = DiskTierConfig | RedisTierConfig | ObjectTierConfig
+TierConfig = Annotated[GpuTierConfig | HostTierConfig | LowerTierConfig, Field(discriminator="type")]
 
 
 class Config(Section):
@@ -235,6 +230,11 @@ class Config(Section):
     def disk(self) -> DiskTierConfig | None:
         """The disk tier, if there is one."""
         return next((tier for tier in self.tiers if isinstance(tier, DiskTierConfig)), None)
+
+    @property
+    def lower(self) -> tuple[LowerTierConfig, ...]:
+        """The tiers below host memory, fastest first."""
+        return tuple(tier for tier in self.tiers if isinstance(tier, LowerTierConfig))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

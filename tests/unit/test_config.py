@@ -101,7 +101,10 @@ log_level: debug
         ("tiers:\n  - type: [host]\n", ["kvtier.yaml:2: tiers[0]: type a list is unknown; allowed: gpu, host, disk"]),
         ("tiers:\n  - host\n", ['kvtier.yaml:2: tiers[0]: "host" is not a mapping']),
         (HOST + "  - type: ssd\n", ['kvtier.yaml:4: tiers[1]: type "ssd" is unknown; allowed: gpu, host, disk']),
-        (HOST + "  - type: dsk\n", ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk; did you mean disk?']),
+        (
+            HOST + "  - type: dsk\n",
+            ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk, redis, object; did you mean disk?'],
+        ),
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
         (
             DISK + "  - {type: disk, path: /b, capacity: 1GiB}\n",
@@ -309,6 +312,7 @@ def test_exports_are_sorted() -> None:
     """The package names exactly what others use."""
     assert sorted(kvtier.config.__all__) == kvtier.config.__all__
     exports = {"Config", "ConnectorConfig", "DiskTierConfig", "GpuTierConfig", "HostTierConfig", "WriteMode", "commented_defaults"}
+    exports |= {"LowerTierConfig", "ObjectTierConfig", "RedisTierConfig", "RemoteTierConfig"}
     assert exports == set(kvtier.config.__all__)
     assert DiskTierConfig.__doc__
 

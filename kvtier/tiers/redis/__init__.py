@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from kvtier.tiers.redis.client import RedisClient
+from kvtier.tiers.redis.endpoint import RedisAccess
 
-__all__ = ["RedisClient"]
+__all__ = ["RedisAccess", "RedisClient"]
