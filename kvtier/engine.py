@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtier.config import Config
+from kvtier.config import Config, DiskTierConfig
 from kvtier.control.admission import Admission
 from kvtier.control.commands import BlockEvent
 from kvtier.control.device_pool import DevicePool
@@ -25,6 +25,7 @@ from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
 from kvtier.policies import create_policy
+from kvtier.remote_tiers import open_remote
 from kvtier.stats import Stats
 from kvtier.tiers.base import Tier
 from kvtier.tiers.disk import DiskTier
@@ -339,9 +340,19 @@ def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Re
 
 
 def _open_tiers(config: Config, arena: Arena, block_bytes: int) -> list[Tier]:
-    disk = config.disk
-    if disk is None:
-        return []
+    opened: list[Tier] = []
+    try:
+        for section in config.lower:
+            tier = _open_disk(section, config, arena, block_bytes) if isinstance(section, DiskTierConfig) else open_remote(section)
+            opened += [tier]
+    except BaseException:
+        for tier in opened:
+            tier.close()
+        raise
+    return opened
+
+
+def _open_disk(disk: DiskTierConfig, config: Config, arena: Arena, block_bytes: int) -> Tier:
     tier = DiskTier(
         disk.path,
         disk.capacity_bytes,
@@ -361,16 +372,19 @@ def _open_tiers(config: Config, arena: Arena, block_bytes: int) -> list[Tier]:
             f"tiers[{config.tiers.index(disk)}].segment: {disk.segment_bytes} bytes hold no block; one block of this model has "
             f"{block_bytes} bytes. Allowed: at least {least} bytes, and a directory whose segments are as large, or an empty one"
         )
-    return [tier]
+    return tier
 
 
 def _spec(tier: Tier, config: Config) -> LowerTierSpec:
-    disk = config.disk
-    if disk is None:
+    section = next((each for each in config.lower if each.type == tier.name), None)
+    if section is None:
         return LowerTierSpec(_residency(tier.name, "lru", None, "sliding"), tier.max_blocks, WriteMode.THROUGH, 256 << 20)
-    residency = _residency(tier.name, disk.policy, disk.ttl_s, disk.ttl_mode)
+    if not isinstance(section, DiskTierConfig):
+        residency = _residency(tier.name, "lru", section.server_ttl_s, "fixed")
+        return LowerTierSpec(residency, tier.max_blocks, WriteMode(section.write.value), section.max_in_flight_bytes)
+    residency = _residency(tier.name, section.policy, section.ttl_s, section.ttl_mode)
     admission = None
-    if disk.admit == "second_use" or disk.daily_writes_bytes is not None:
-        admission = Admission(second_use=disk.admit == "second_use", daily_bytes=disk.daily_writes_bytes)
-    write = WriteMode(disk.write.value)
-    return LowerTierSpec(residency, tier.max_blocks, write, disk.max_in_flight_bytes, admission, is_exclusive=disk.exclusive)
+    if section.admit == "second_use" or section.daily_writes_bytes is not None:
+        admission = Admission(second_use=section.admit == "second_use", daily_bytes=section.daily_writes_bytes)
+    write = WriteMode(section.write.value)
+    return LowerTierSpec(residency, tier.max_blocks, write, section.max_in_flight_bytes, admission, is_exclusive=section.exclusive)

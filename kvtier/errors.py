@@ -8,6 +8,7 @@
     +-- TierError (OSError)             a tier cannot be opened: says what and how to mend it
     |   +-- TierBusyError               another process holds the directory: names it
     |   +-- TierFormatError             the directory is of another format or damaged beyond use
+    |   +-- RemoteError                 a remote store does not answer, or refuses: names it, the user and the cause, no secret
     +-- ArenaError (OSError)            the arena cannot be made or mapped (too little /dev/shm, ...)
     +-- TraceError (ValueError)         a trace cannot be read: names file, line and what was expected
     +-- ClosedError (ValueError)        used after close()
@@ -46,6 +47,18 @@ class TierBusyError(TierError):
 
 class TierFormatError(TierError):
     """The directory was written by another format version, or its index is damaged beyond use."""
+
+
+class RemoteError(TierError):
+    """A remote store does not answer, or refuses. Raised at start; later it becomes an outcome and a counted event.
+
+    ``event`` is the counter's name; ``may_pass`` says whether the same call may work if it is repeated at once.
+    """
+
+    def __init__(self, event: str, message: str, *, may_pass: bool = True) -> None:
+        super().__init__(message)
+        self.event = event
+        self.may_pass = may_pass
 
 
 class ArenaError(KVTierError, OSError):

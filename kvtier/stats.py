@@ -8,6 +8,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_PLACES: Mapping[str, str] = {"disk": "the disk", "redis": "the Redis server", "object": "the bucket"}
+
+_LOWER: Mapping[str, str] = {
+    "stored_blocks": "blocks written to {}",
+    "loaded_blocks": "blocks promoted from {}",
+    "evicted_blocks": "blocks evicted from {}",
+    "not_admitted_blocks": "blocks not written to {} because what it has is worth more",
+    "unadmitted_blocks": "blocks not written to {} because they were used only once",
+    "over_budget_blocks": "blocks not written to {} because the day's bytes were used up",
+    "expired_blocks": "blocks whose time to live in {} ended",
+    "missing_blocks": "blocks {} did not have after all",
+    "corrupt_blocks": "blocks from {} that failed verification",
+    "rejected_blocks": "blocks {} declined",
+    "failed_blocks": "blocks lost to errors of {} or while it was offline",
+    "dropped_blocks": "blocks that were given up in {} to make room",
+    "skipped_blocks": "blocks evicted from host memory before there was time to write them to {}",
+    "offline": "times {} was taken offline",
+}
+
+_REMOTE: Mapping[str, str] = {
+    "timeouts": "calls of {} that missed a deadline",
+    "connect_errors": "connections to {} that failed or broke",
+    "auth_errors": "calls that {} refused for their user",
+    "protocol_errors": "answers of {} that made no sense",
+    "server_errors": "calls that {} answered with an error",
+    "refusals": "blocks that {} refused, being full or read-only",
+    "retries": "calls of {} made again",
+    "hedged_reads": "reads of {} asked for a second time",
+    "shared_loads": "loads that needed no read of {} of their own",
+    "damaged_records": "values in {} that were not whole",
+    "foreign_records": "values in {} that were not the block asked for",
+    "failed_removals": "blocks that stayed in {} although they were removed",
+    "probes": "times {} was asked what it has of a prompt",
+    "probed_blocks": "blocks found in {} that way",
+}
+
+
+def _of_lower_tiers() -> dict[str, str]:
+    """The counters of every kind of tier below host memory."""
+    found = {}
+    for tier, place in _PLACES.items():
+        names = _LOWER if tier == "disk" else {**_LOWER, **_REMOTE}
+        found.update({f"{tier}.{name}": text.format(place) for name, text in names.items()})
+    return found
+
+
 COUNTERS: Mapping[str, str] = {
     "lookup.blocks": "blocks asked for",
     "lookup.hit_blocks": "blocks found in some tier",
@@ -25,20 +71,7 @@ COUNTERS: Mapping[str, str] = {
     "gpu.evicted_blocks": "blocks that left the pool in device memory for others",
     "gpu.not_admitted_blocks": "blocks not put into the pool in device memory because what it has is worth more",
     "gpu.expired_blocks": "blocks whose time to live in device memory ended",
-    "disk.stored_blocks": "blocks written to disk",
-    "disk.loaded_blocks": "blocks promoted from disk",
-    "disk.evicted_blocks": "blocks evicted from disk",
-    "disk.not_admitted_blocks": "blocks not written to disk because what the disk has is worth more",
-    "disk.expired_blocks": "blocks whose time to live on disk ended",
-    "disk.missing_blocks": "blocks the disk tier did not have after all",
-    "disk.corrupt_blocks": "blocks that failed verification",
-    "disk.rejected_blocks": "blocks the disk tier declined",
-    "disk.failed_blocks": "blocks lost to I/O errors or an offline tier",
-    "disk.dropped_blocks": "blocks the disk tier gave up to make room for another slot size",
-    "disk.skipped_blocks": "blocks evicted from host memory before there was time to write them to disk",
-    "disk.unadmitted_blocks": "blocks not written to disk because they were used only once",
-    "disk.over_budget_blocks": "blocks not written to disk because the day's bytes were used up",
-    "disk.offline": "times the disk tier was taken offline",
+    **_of_lower_tiers(),
     "promote.refused_blocks": "promotions that found no slot",
     "promote.timeouts": "requests that stopped waiting for a promotion",
     "recompute.refused_blocks": "blocks that were computed although a tier held them, because loading was estimated slower",

@@ -11,7 +11,7 @@ from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.planner import Planner
 from kvtier.memory.arena import Arena
 from kvtier.stats import Stats
-from kvtier.tiers.base import Tier
+from kvtier.tiers.base import SharedTier, Tier
 from kvtier.types import BlockIO, JobKind, JobResult, TransferJob
 
 _LOG = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ class TransferRunner:
     def __init__(self, planner: Planner, tiers: Sequence[Tier], arena: Arena, namespace: bytes, stats: Stats, estimates: Estimates) -> None:
         self._planner = planner
         self._tiers = tiers
+        self._shared = [tier for tier in tiers if isinstance(tier, SharedTier)]
         self._arena = arena
         self._namespace = namespace
         self._stats = stats
@@ -49,6 +50,9 @@ class TransferRunner:
             for result in tier.poll(timeout_s):
                 self._running[position] -= 1
                 self._finish(tier, result, now)
+        for shared in self._shared:
+            for event, count in shared.take_events().items():
+                self._stats.add(f"{shared.name}.{event}", count)
         self._watch_health()
         self.run()
 

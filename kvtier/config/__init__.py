@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from kvtier.config.model import Config
+from kvtier.config.fields import WriteMode
+from kvtier.config.model import Config, LowerTierConfig
+from kvtier.config.remote import ObjectTierConfig, RedisTierConfig, RemoteTierConfig
 from kvtier.config.sections import ConnectorConfig, ControlConfig, RecordConfig
 from kvtier.config.template import commented_defaults
-from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig, WriteMode
+from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 
 __all__ = [
     "Config",
@@ -14,7 +16,11 @@ __all__ = [
     "DiskTierConfig",
     "GpuTierConfig",
     "HostTierConfig",
+    "LowerTierConfig",
+    "ObjectTierConfig",
     "RecordConfig",
+    "RedisTierConfig",
+    "RemoteTierConfig",
     "WriteMode",
     "commented_defaults",
 ]

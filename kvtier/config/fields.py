@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,14 @@ SIZES = "`8GiB`, `500MB`, or bytes"
 """How a size may be written."""
 
 _VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})", re.ASCII)
+
+
+class WriteMode(enum.Enum):
+    """When a block goes from host memory to the tier below."""
+
+    THROUGH = "through"
+    BACK = "back"
+    ON_EVICT = "on_evict"
 
 
 class Section(BaseModel):

@@ -21,16 +21,18 @@ from kvtier.config.fields import (
     write_path,
 )
 from kvtier.config.problems import TIER_ORDER, Problem, explain, render
+from kvtier.config.remote import ObjectTierConfig, RedisTierConfig
 from kvtier.config.sections import ConnectorConfig, ControlConfig, RecordConfig
 from kvtier.config.source import Dumper, Source, read_source
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 from kvtier.errors import ConfigError
 from kvtier.units import format_duration, format_size
 
-_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one of type disk"
-_TIER_ORDER = ("gpu", "host", "disk")
+_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one each of type disk, redis, object"
+_TIER_ORDER = ("gpu", "host", "disk", "redis", "object")
 
-TierConfig = Annotated[GpuTierConfig | HostTierConfig | DiskTierConfig, Field(discriminator="type")]
+LowerTierConfig = DiskTierConfig | RedisTierConfig | ObjectTierConfig
+TierConfig = Annotated[GpuTierConfig | HostTierConfig | LowerTierConfig, Field(discriminator="type")]
 
 
 class Config(Section):
@@ -79,6 +81,11 @@ class Config(Section):
     def disk(self) -> DiskTierConfig | None:
         """The disk tier, if there is one."""
         return next((tier for tier in self.tiers if isinstance(tier, DiskTierConfig)), None)
+
+    @property
+    def lower(self) -> tuple[LowerTierConfig, ...]:
+        """The tiers below host memory, fastest first."""
+        return tuple(tier for tier in self.tiers if isinstance(tier, LowerTierConfig))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

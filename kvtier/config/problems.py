@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, get_args
@@ -16,6 +17,10 @@ from kvtier.config.fields import text_of
 TIER_ORDER = "tier_order"
 """type of the pydantic error that says tiers are in the wrong order"""
 _MAX_SHOWN = 80
+_SECRET = re.compile("password|secret|token", re.IGNORECASE)
+"""in the name of a key: its value is not shown"""
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
+"""user and password inside an address"""
 
 Location: TypeAlias = tuple[str | int, ...]
 """The way to a value: keys and list positions."""
@@ -176,7 +181,8 @@ def _unknown_key(key: str, value: object, section: type[BaseModel], root: type[B
     keys = list(fields_of(section))
     by_name = [field.alias for name, field in section.model_fields.items() if name == key and field.alias]
     hint = f"; did you mean {by_name[0]}?" if by_name else did_you_mean(key, keys) or _elsewhere(key, section, root)
-    return f"unknown key (value {shown(value)}){hint}; allowed: {', '.join(keys)}"
+    given = "" if _SECRET.search(key) else f" (value {shown(value)})"
+    return f"unknown key{given}{hint}; allowed: {', '.join(keys)}"
 
 
 def _elsewhere(key: str, section: type[BaseModel], root: type[BaseModel]) -> str:
@@ -205,5 +211,5 @@ def shown(value: object) -> str:
         return "a mapping"
     if isinstance(value, (list, tuple)):
         return "a list"
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    text = _CREDENTIALS.sub("://***@", json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

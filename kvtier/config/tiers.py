@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -18,6 +17,7 @@ from kvtier.config.fields import (
     Section,
     Size,
     SizesByName,
+    WriteMode,
     setting,
 )
 from kvtier.units import format_size
@@ -35,14 +35,6 @@ _POLICY_ABOUT = (
     "The others are described under policies."
 )
 _QUOTAS = "tenants and sizes, such as `{acme: 2GiB}`, together not more than `capacity`"
-
-
-class WriteMode(enum.Enum):
-    """When a block goes from host memory to the disk."""
-
-    THROUGH = "through"
-    BACK = "back"
-    ON_EVICT = "on_evict"
 
 
 def _fit_into_capacity(quotas: Mapping[str, int], info: ValidationInfo) -> Mapping[str, int]:

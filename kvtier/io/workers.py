@@ -47,8 +47,11 @@ class WorkerPool:
                 return
         task.fail(RuntimeError("the worker pool is closed"))
 
-    def close(self, *, discard: bool = False) -> None:
-        """Waits for the queued tasks, or only for the running ones and drops the rest unreported (``discard``). Idempotent."""
+    def close(self, *, discard: bool = False, timeout_s: float | None = None) -> None:
+        """Waits for the queued tasks, or only for the running ones and drops the rest unreported (``discard``). Idempotent.
+
+        Waits ``timeout_s`` for each thread, where that is given; one that still runs then is left to itself.
+        """
         with self._lock:
             self._closing = True
             if discard:
@@ -56,7 +59,7 @@ class WorkerPool:
                 self._normal.clear()
             self._work.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout_s)
 
     def _loop(self) -> None:
         while True:

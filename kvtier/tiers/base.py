@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
-from kvtier.types import BlockKey, BlockMeta, Damage, JobResult, TransferJob
+from kvtier.types import BlockKey, BlockMeta, Damage, JobResult, ProbeJob, ProbeResult, TransferJob
 
 
 class Tier(Protocol):
@@ -56,3 +56,21 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Finishes running jobs (their results can still be polled), releases everything. Idempotent."""
+
+
+@runtime_checkable
+class SharedTier(Tier, Protocol):
+    """A tier that others write to as well, so that only the store itself knows what it holds.
+
+    ``lookup`` and ``entries`` speak of what this process stored, loaded or found by probing, and of no more; a block they name may
+    be gone already (the store evicts by its own rules), which a LOAD finds out.  A LOAD asks the store whatever ``lookup`` says.
+    """
+
+    def probe(self, job: ProbeJob) -> None:
+        """Starts to ask the store for the leading run of keys. Does not wait. Raises ClosedError after ``close()``."""
+
+    def take_probes(self) -> list[ProbeResult]:
+        """The answers that came in since the last call; every probe appears exactly once. ``poll`` wakes up for them too."""
+
+    def take_events(self) -> Mapping[str, int]:
+        """What happened since the last call and how often, by the names in :mod:`kvtier.stats` without the tier's."""

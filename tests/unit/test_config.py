@@ -113,7 +113,10 @@ log_level: debug
         ("tiers:\n  - type: [host]\n", ["kvtier.yaml:2: tiers[0]: type a list is unknown; allowed: gpu, host, disk"]),
         ("tiers:\n  - host\n", ['kvtier.yaml:2: tiers[0]: "host" is not a mapping']),
         (HOST + "  - type: ssd\n", ['kvtier.yaml:4: tiers[1]: type "ssd" is unknown; allowed: gpu, host, disk']),
-        (HOST + "  - type: dsk\n", ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk; did you mean disk?']),
+        (
+            HOST + "  - type: dsk\n",
+            ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk, redis, object; did you mean disk?'],
+        ),
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
         (DISK + "    exclusive: true\n", ["tiers[1].exclusive: true is wrong (the write mode is through)", "with write: on_evict only"]),
         (HOST + "    quotas: [a]\n", ["tiers[0].quotas: a list is wrong (not a mapping of names to sizes)", "allowed: tenants and sizes"]),
@@ -333,7 +336,11 @@ def test_exports_are_sorted() -> None:
         "DiskTierConfig",
         "GpuTierConfig",
         "HostTierConfig",
+        "LowerTierConfig",
+        "ObjectTierConfig",
         "RecordConfig",
+        "RedisTierConfig",
+        "RemoteTierConfig",
         "WriteMode",
         "commented_defaults",
     }

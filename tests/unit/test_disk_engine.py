@@ -20,7 +20,7 @@ from kvtier.io.ring_engine import NativeRing
 from kvtier.memory.arena import Arena
 from kvtier.testing.tiers import key_of, payload_of
 from kvtier.tiers.disk import DiskTier
-from kvtier.tiers.disk.health import FIRST_BACK_OFF_S, MAX_CONSECUTIVE_FAILURES
+from kvtier.tiers.health import FIRST_BACK_OFF_S, MAX_CONSECUTIVE_FAILURES
 from kvtier.types import BlockKey
 
 BLOCK_BYTES = 10_000

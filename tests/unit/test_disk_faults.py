@@ -16,8 +16,8 @@ import pytest
 
 from kvtier.testing.tiers import NAMESPACE, load, meta_of, payload_of, store, store_job, wait_for
 from kvtier.tiers.disk import DiskTier, check_path, committer
-from kvtier.tiers.disk.health import FIRST_BACK_OFF_S, MAX_CONSECUTIVE_FAILURES, Health
 from kvtier.tiers.disk.index_file import IndexFile, IndexFileError
+from kvtier.tiers.health import FIRST_BACK_OFF_S, MAX_CONSECUTIVE_FAILURES, Health
 from kvtier.types import BlockIO, BlockMeta, JobKind, Outcome, TransferJob
 
 SEGMENT_BYTES = 64 << 10

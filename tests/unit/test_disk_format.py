@@ -14,24 +14,9 @@ from kvtier.codecs import CodecId, is_known_codec
 from kvtier.errors import TierFormatError
 from kvtier.testing.tiers import meta_of, payload_of, store
 from kvtier.tiers.disk import DiskTier
-from kvtier.tiers.disk.format import (
-    ENTRY,
-    HEADER_BYTES,
-    Header,
-    RecordFields,
-    header_mismatch,
-    is_row_intact,
-    pack_entry,
-    pack_header,
-    pack_place,
-    pack_sequence,
-    pack_text,
-    parse_header,
-    parse_row,
-    parse_text,
-    record_bytes_for,
-)
+from kvtier.tiers.disk.format import ENTRY, HEADER_BYTES, is_row_intact, pack_entry, pack_place, pack_sequence, parse_row, record_bytes_for
 from kvtier.tiers.disk.segments import segment_name, segment_number
+from kvtier.tiers.record import Header, RecordFields, header_mismatch, pack_header, pack_text, parse_header, parse_text
 from kvtier.types import BlockKey, Outcome
 
 KEY, PARENT, NAMESPACE = BlockKey(b"k" * 16), BlockKey(b"p" * 16), b"n" * 16

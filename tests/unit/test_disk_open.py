@@ -13,9 +13,10 @@ import pytest
 from kvtier.errors import TierBusyError, TierError, TierFormatError
 from kvtier.testing.tiers import key_of, load, meta_of, store
 from kvtier.tiers.disk import DiskTier, check_path
-from kvtier.tiers.disk.format import RecordFields, pack_entry, pack_place, pack_text
+from kvtier.tiers.disk.format import pack_entry, pack_place
 from kvtier.tiers.disk.geometry import divide
 from kvtier.tiers.disk.index_file import IndexFile
+from kvtier.tiers.record import RecordFields, pack_text
 from kvtier.types import Outcome
 
 SEGMENT_BYTES = 64 << 10

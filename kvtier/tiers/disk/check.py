@@ -9,12 +9,13 @@ from pathlib import Path
 
 from kvtier.errors import TierError
 from kvtier.io import PAGE_BYTES
-from kvtier.tiers.disk.format import SEQUENCE_KEY, RecordFields, parse_row
+from kvtier.tiers.disk.format import SEQUENCE_KEY, parse_row, record_bytes_for
 from kvtier.tiers.disk.index_file import CLEAN_NAME, INDEX_NAME, read_proof, salvage
 from kvtier.tiers.disk.lock import DirectoryLock
 from kvtier.tiers.disk.record_io import RecordBuffer, RecordIO
 from kvtier.tiers.disk.recovery import FORMAT_NAME, is_own_name, read_format
 from kvtier.tiers.disk.segments import SegmentFiles, segment_name
+from kvtier.tiers.record import RecordFields
 from kvtier.types import Damage
 
 
@@ -104,7 +105,7 @@ def _overlaps(records: list[RecordFields], pages_per_segment: int) -> list[Damag
     next_free = 0
     keys = set()
     for record in sorted(records, key=lambda record: record.place):
-        pages = record.record_bytes // PAGE_BYTES
+        pages = record_bytes_for(record.num_bytes) // PAGE_BYTES
         if record.place < next_free:
             found.append(Damage(INDEX_NAME, f"two records share place {record.place}", record.key))
         if record.place % pages_per_segment + pages > pages_per_segment:

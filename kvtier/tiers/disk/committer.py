@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from kvtier.tiers.disk.format import pack_entry
-from kvtier.tiers.disk.health import Health
 from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.pending import PendingStore
 from kvtier.tiers.disk.recovery import SEQUENCE_SLACK
+from kvtier.tiers.health import Health
 from kvtier.types import Outcome
 
 logger = logging.getLogger(__name__)

@@ -22,19 +22,9 @@ import xxhash
 
 from kvtier.errors import TierFormatError
 from kvtier.io import preallocate
-from kvtier.tiers.disk.format import (
-    ENTRY,
-    FORMAT_VERSION,
-    PLACE_BYTES,
-    ROW_BYTES,
-    SEQUENCE_KEY,
-    is_row_intact,
-    pack_place,
-    pack_sequence,
-    pack_text,
-    parse_text,
-)
+from kvtier.tiers.disk.format import ENTRY, PLACE_BYTES, ROW_BYTES, SEQUENCE_KEY, is_row_intact, pack_place, pack_sequence
 from kvtier.tiers.disk.segments import sync_directory
+from kvtier.tiers.record import FORMAT_VERSION, pack_text, parse_text
 
 logger = logging.getLogger(__name__)
 

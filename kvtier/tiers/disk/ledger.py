@@ -14,30 +14,28 @@ Not thread-safe: the tier calls it with its lock held.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 from kvtier.tiers.disk.geometry import Geometry
-from kvtier.tiers.disk.pending import PendingRead, PendingStore, RunningJob, Ticket
+from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.places import Entry, Places
 from kvtier.tiers.disk.turns import Turns
-from kvtier.types import BlockKey, JobKind, JobResult, Outcome, TransferJob
+from kvtier.tiers.jobs import JobBook, RunningJob, Ticket
+from kvtier.types import BlockKey, JobKind, Outcome, TransferJob
 
 
-class Ledger:
+class Ledger(JobBook):
     """The state of a disk tier. What has become runnable collects in ``turns.runnable`` and ``reads``, results in ``results``."""
 
     def __init__(self, geometry: Geometry, *, max_in_flight_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
         self.max_in_flight_bytes = max_in_flight_bytes
-        self._clock = clock
         self.index: dict[BlockKey, Entry] = {}
         """readable blocks, oldest store first"""
         self.places = Places(geometry)
         self.turns = Turns(geometry.pages_per_segment)
         self.next_sequence = 1
-        self.num_jobs = 0
         self.reads: list[PendingRead] = []
-        self.results: deque[JobResult] = deque()
         self._pending: dict[BlockKey, PendingStore] = {}
         self.in_flight_bytes = 0
         """of stores that have a place and no outcome yet"""
@@ -47,10 +45,7 @@ class Ledger:
 
     def begin(self, job: TransferJob, *, is_online: bool) -> None:
         """Starts a job: settles what can be settled at once and makes the rest runnable, or waits for what must come first."""
-        running = RunningJob(job, self._clock())
-        self.num_jobs += 1
-        if not job.blocks:
-            self._finish(running)
+        running = self.open_job(job)
         for index in range(len(job.blocks)):
             ticket = Ticket(running, index)
             outcome = self._begin_store(ticket, is_online) if job.kind is JobKind.STORE else self._begin_load(ticket, is_online)
@@ -68,9 +63,9 @@ class Ledger:
             pending.followers.append(ticket)
             return None
         if not is_online:
-            return self._fail(running, "the disk tier is offline")
+            return running.refuse(Outcome.FAILED, "the disk tier is offline")
         if buffer.nbytes != num_bytes or not buffer.c_contiguous:
-            return self._fail(running, f"a buffer of {buffer.nbytes} bytes for a block of {num_bytes}")
+            return running.refuse(Outcome.FAILED, f"a buffer of {buffer.nbytes} bytes for a block of {num_bytes}")
         if self.in_flight_bytes and self.in_flight_bytes + num_bytes > self.max_in_flight_bytes:
             return Outcome.REJECTED
         place = self.places.take(key, num_bytes) if num_bytes > 0 else None
@@ -104,24 +99,16 @@ class Ledger:
         if entry is None:
             return Outcome.MISS
         if not is_online:
-            return self._fail(running, "the disk tier is offline")
+            return running.refuse(Outcome.FAILED, "the disk tier is offline")
         if entry.num_bytes != block.meta.num_bytes or entry.namespace != running.job.namespace:
-            return self._miss(running, f"the block is there with {entry.num_bytes} bytes, or in another namespace")
+            return running.refuse(Outcome.MISS, f"the block is there with {entry.num_bytes} bytes, or in another namespace")
         if block.buffer.nbytes != entry.num_bytes or block.buffer.readonly or not block.buffer.c_contiguous:
-            return self._fail(running, f"a buffer of {block.buffer.nbytes} bytes for a block of {entry.num_bytes}")
+            return running.refuse(Outcome.FAILED, f"a buffer of {block.buffer.nbytes} bytes for a block of {entry.num_bytes}")
         if pending is not None:
             pending.readers.append(ticket)
         else:
             self._start_read(ticket, entry)
         return None
-
-    def _fail(self, running: RunningJob, error: str) -> Outcome:
-        running.error = running.error or error
-        return Outcome.FAILED
-
-    def _miss(self, running: RunningJob, error: str) -> Outcome:
-        running.error = running.error or error
-        return Outcome.MISS
 
     def shared_namespace(self, namespace: bytes) -> bytes:
         """One object for equal namespaces: every entry names one."""
@@ -197,25 +184,6 @@ class Ledger:
         if not self.num_jobs and (self._pending or self.in_flight_bytes):
             problems.append("no job is running, yet stores are on their way")
         return problems
-
-    def settle(self, ticket: Ticket, outcome: Outcome, error: str | None = None) -> None:
-        """Notes the outcome of one block and, with the last one, the job's result."""
-        running = ticket.running
-        assert running.outcomes[ticket.index] is None, "a block was settled twice"
-        running.outcomes[ticket.index] = outcome
-        running.num_open -= 1
-        running.error = running.error or error
-        if outcome is Outcome.OK:
-            running.num_bytes += ticket.block.meta.num_bytes
-        if not running.num_open:
-            self._finish(running)
-
-    def _finish(self, running: RunningJob) -> None:
-        job = running.job
-        outcomes = tuple(outcome for outcome in running.outcomes if outcome is not None)
-        seconds = self._clock() - running.started
-        self.num_jobs -= 1
-        self.results.append(JobResult(job.job_id, job.kind, outcomes, seconds, running.num_bytes, tuple(running.dropped), running.error))
 
     def _settle_store(self, store: PendingStore, outcome: Outcome, error: str | None) -> None:
         was_written = outcome is Outcome.OK or (store.doomed is not None and error is None)

@@ -1,39 +1,10 @@
-"""What a disk tier has begun and not finished: jobs, their blocks, stores and reads on their way."""
+"""Stores and reads of a disk tier on their way."""
 
 from __future__ import annotations
 
 from kvtier.tiers.disk.places import Entry
-from kvtier.types import BlockIO, BlockKey, Outcome, TransferJob
-
-
-class RunningJob:
-    """A job with the outcomes known so far."""
-
-    __slots__ = ("dropped", "error", "job", "num_bytes", "num_open", "outcomes", "started")
-
-    def __init__(self, job: TransferJob, started: float) -> None:
-        self.job = job
-        self.started = started
-        self.outcomes: list[Outcome | None] = [None] * len(job.blocks)
-        self.num_open = len(job.blocks)
-        self.num_bytes = 0
-        self.dropped: list[BlockKey] = []
-        self.error: str | None = None
-
-
-class Ticket:
-    """One block of a running job."""
-
-    __slots__ = ("index", "running")
-
-    def __init__(self, running: RunningJob, index: int) -> None:
-        self.running = running
-        self.index = index
-
-    @property
-    def block(self) -> BlockIO:
-        """The block in question."""
-        return self.running.job.blocks[self.index]
+from kvtier.tiers.jobs import Ticket
+from kvtier.types import BlockKey, Outcome
 
 
 class PendingStore:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from kvtier.io import PAGE_BYTES
 from kvtier.memory.slab import SlabAllocator
-from kvtier.tiers.disk.format import RecordFields, record_bytes_for
+from kvtier.tiers.disk.format import record_bytes_for
 from kvtier.tiers.disk.geometry import Geometry
+from kvtier.tiers.record import RecordFields
 from kvtier.types import BlockKey, BlockMeta
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtier.io import PAGE_BYTES, AlignedFile, Scratch, is_page_aligned
-from kvtier.tiers.disk.format import HEADER_BYTES, RecordFields, header_mismatch, pack_header, parse_header, payload_checksum
+from kvtier.tiers.disk.format import HEADER_BYTES, record_bytes_for
 from kvtier.tiers.disk.segments import SegmentFiles
+from kvtier.tiers.record import RecordFields, header_mismatch, pack_header, parse_header, payload_checksum
 
 _PAGE_MASK = PAGE_BYTES - 1
 _MAX_IDLE_SCRATCHES = 16
@@ -86,7 +87,7 @@ class RecordIO:
         verdicts = []
         end = 0
         for record, part in zip(run.records, run.parts, strict=True):
-            end += record.fields.record_bytes
+            end += record_bytes_for(record.fields.num_bytes)
             if num_read < end:
                 verdicts.append(ReadVerdict(f"segment {run.segment} ends before the record does"))
                 continue
@@ -114,7 +115,7 @@ class RecordIO:
             scratch = self._scratches.pop()
         except IndexError:
             scratch = Scratch()
-        scratch.reset(sum(record.fields.record_bytes for record in records))
+        scratch.reset(sum(record_bytes_for(record.fields.num_bytes) for record in records))
         return PreparedRun(records, segment, page * PAGE_BYTES, file, scratch)
 
 

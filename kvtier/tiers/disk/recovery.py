@@ -17,17 +17,7 @@ from typing import Literal
 
 from kvtier.errors import TierError, TierFormatError
 from kvtier.io import PAGE_BYTES, AlignedFile, DirectMode, Scratch, preallocate
-from kvtier.tiers.disk.format import (
-    FORMAT_VERSION,
-    PLACE_BYTES,
-    SEQUENCE_KEY,
-    RecordFields,
-    pack_entry,
-    pack_place,
-    pack_text,
-    parse_row,
-    parse_text,
-)
+from kvtier.tiers.disk.format import PLACE_BYTES, SEQUENCE_KEY, pack_entry, pack_place, parse_row, record_bytes_for
 from kvtier.tiers.disk.geometry import Geometry, divide
 from kvtier.tiers.disk.index_file import CLEAN_NAME, INDEX_NAME, IndexFile, read_proof, replace_file, salvage, withdraw_proof
 from kvtier.tiers.disk.ledger import Ledger
@@ -35,6 +25,7 @@ from kvtier.tiers.disk.lock import LOCK_NAME
 from kvtier.tiers.disk.places import Entry
 from kvtier.tiers.disk.scan import scan_segments
 from kvtier.tiers.disk.segments import segment_number
+from kvtier.tiers.record import FORMAT_VERSION, RecordFields, pack_text, parse_text
 from kvtier.types import BlockKey
 
 logger = logging.getLogger(__name__)
@@ -203,7 +194,7 @@ def _fill(ledger: Ledger, rows: _Rows, directory: Path, geometry: Geometry) -> i
     num_lost = 0
     for record in _newest_first_wins(rows.records):
         segment, page = divmod(record.place, geometry.pages_per_segment)
-        end = page * PAGE_BYTES + record.record_bytes
+        end = page * PAGE_BYTES + record_bytes_for(record.num_bytes)
         if end > sizes.get(segment, 0) or not ledger.places.adopt(record.key, record.place, record.num_bytes):
             ledger.turns.delete_later(record.place)
             num_lost += 1

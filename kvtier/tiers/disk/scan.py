@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvtier.io import PAGE_BYTES
-from kvtier.tiers.disk.format import HEADER_BYTES, MAGIC, RecordFields, parse_header, payload_checksum
+from kvtier.tiers.disk.format import HEADER_BYTES, record_bytes_for
 from kvtier.tiers.disk.segments import segment_name
+from kvtier.tiers.record import MAGIC, RecordFields, parse_header, payload_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,12 @@ def _records(content: memoryview, first_place: int, segment_bytes: int) -> Itera
             offset += PAGE_BYTES
         else:
             found.append(fields)
-            offset += fields.record_bytes  # what lies inside is its payload, whatever it looks like
+            offset += record_bytes_for(fields.num_bytes)  # what lies inside is its payload, whatever it looks like
     if not found:
         return []
-    record_bytes = max(found, key=lambda fields: fields.sequence).record_bytes
+    record_bytes = record_bytes_for(max(found, key=lambda fields: fields.sequence).num_bytes)
     slots = range(0, segment_bytes - record_bytes + 1, record_bytes)
-    return [f for f in found if f.record_bytes == record_bytes and (f.place - first_place) * PAGE_BYTES in slots]
+    return [f for f in found if record_bytes_for(f.num_bytes) == record_bytes and (f.place - first_place) * PAGE_BYTES in slots]
 
 
 def _record_at(content: memoryview, offset: int, place: int) -> RecordFields | None:
@@ -85,6 +86,6 @@ def _record_at(content: memoryview, offset: int, place: int) -> RecordFields | N
     if isinstance(header, str) or header.fields.place != place:
         return None
     payload = content[offset + HEADER_BYTES : offset + HEADER_BYTES + header.fields.num_bytes]
-    if len(payload) != header.fields.num_bytes or offset + header.fields.record_bytes > len(content):
+    if len(payload) != header.fields.num_bytes or offset + record_bytes_for(header.fields.num_bytes) > len(content):
         return None
     return header.fields if payload_checksum(payload) == header.payload_checksum else None

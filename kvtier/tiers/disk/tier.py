@@ -12,7 +12,6 @@ from kvtier.errors import ClosedError, TierError
 from kvtier.io import DirectMode, EngineKind, IoEngine, open_engine
 from kvtier.tiers.disk.check import check_names, check_records
 from kvtier.tiers.disk.committer import Committer
-from kvtier.tiers.disk.health import Health
 from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.lock import DirectoryLock
@@ -24,6 +23,7 @@ from kvtier.tiers.disk.recovery import prepare_directory, probe, rebuild_index, 
 from kvtier.tiers.disk.runs import into_runs
 from kvtier.tiers.disk.segments import SegmentFiles
 from kvtier.tiers.disk.syncs import SegmentSyncer
+from kvtier.tiers.health import Health
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, TransferJob
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,109 @@
+"""The servers that ``kvtier bench remote`` measures against, and the barest way to move bytes to and from each."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvtier.testing.servers import S3Server, ValkeyServer
+from kvtier.tiers.object import ObjectAccess, ObjectClient
+from kvtier.tiers.redis import RedisAccess, RedisClient
+from kvtier.tiers.remote import RemoteClient
+
+STORES = ("redis-unix", "redis-tcp", "s3")
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A server and how to use it, by the tier's client and raw."""
+
+    name: str
+    kind: str
+    open_client: Callable[[], RemoteClient]
+    raw_put: Callable[[str, memoryview], None]
+    raw_get: Callable[[str, memoryview], None]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """settings of the tier"""
+
+
+def start_stores(stack: ExitStack, directory: Path, names: Sequence[str]) -> Iterator[Store]:
+    """The stores of these names, each started when it is its turn. Raises ValueError for other names."""
+    for name in names:
+        if name not in STORES:
+            raise ValueError(f"--stores: {name!r} is unknown; allowed: {', '.join(STORES)}")
+        folder = directory / name
+        folder.mkdir()
+        yield _s3(stack, folder) if name == "s3" else _redis(stack, folder, name)
+
+
+def _redis(stack: ExitStack, folder: Path, name: str) -> Store:
+    server = ValkeyServer(folder).start()
+    stack.callback(server.kill)
+    place: Any = str(server.socket_path) if name == "redis-unix" else ("127.0.0.1", server.port)
+    url = server.unix_url if name == "redis-unix" else server.tcp_url
+    raw = _RawRedis(place)
+    access = RedisAccess(url=url, stall_timeout_s=30.0)
+    return Store(name, "redis", lambda: RedisClient(access), raw.put, raw.get)
+
+
+def _s3(stack: ExitStack, folder: Path) -> Store:
+    server = S3Server(folder).start()
+    stack.callback(server.kill)
+    access = ObjectAccess(
+        url=f"s3://{server.bucket}",
+        endpoint=server.endpoint,
+        region="us-east-1",
+        access_key="any",
+        secret_key="any",
+        request_timeout_s=60.0,
+    )
+    raw = _RawObjects(access)
+    return Store("s3", "object", lambda: ObjectClient(access), raw.put, raw.get, {"threads": 8, "batch_bytes": 1})
+
+
+class _RawRedis:
+    """A socket for each thread, GET and SET and nothing else."""
+
+    def __init__(self, place: Any) -> None:
+        self._place = place
+        self._local = threading.local()
+
+    def put(self, name: str, buffer: memoryview) -> None:
+        views = [b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name.encode(), len(buffer)), buffer, b"\r\n"]
+        sock = self._socket()
+        for view in map(memoryview, views):
+            sock.sendall(view)
+        assert sock.recv(5, socket.MSG_WAITALL) == b"+OK\r\n"
+
+    def get(self, name: str, buffer: memoryview) -> None:
+        sock = self._socket()
+        sock.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name.encode()))
+        line = bytearray(len(b"$%d\r\n" % len(buffer)))
+        end = bytearray(2)
+        count = len(line) + len(buffer) + len(end)
+        assert count == sock.recvmsg_into([line, buffer, end], 0, socket.MSG_WAITALL)[0]
+
+    def _socket(self) -> socket.socket:
+        if not hasattr(self._local, "socket"):
+            self._local.socket = socket.socket(socket.AF_UNIX if isinstance(self._place, str) else socket.AF_INET)
+            self._local.socket.connect(self._place)
+        found: socket.socket = self._local.socket
+        return found
+
+
+class _RawObjects:
+    """obstore's own put and get, and the copy out of its memory."""
+
+    def __init__(self, access: ObjectAccess) -> None:
+        self._store = access.open()
+
+    def put(self, name: str, buffer: memoryview) -> None:
+        self._store.put(name, bytes(buffer), use_multipart=False)
+
+    def get(self, name: str, buffer: memoryview) -> None:
+        buffer[:] = memoryview(self._store.get(name).bytes())

@@ -1,0 +1,198 @@
+"""The settings of tiers in remote stores. Secrets are named here, by environment variable or file, and never held."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from pydantic import ValidationInfo, field_validator
+
+from kvtier.config.fields import REQUIRED, Duration, ExpandedPath, OptionalDuration, Section, Size, WriteMode, setting
+from kvtier.errors import ConfigError
+
+_TIMEOUT = "more than 0: `2s`, `500ms`, or seconds"
+_VARIABLE = "null, or the name of an environment variable"
+_FILE = "null, or the path of a file; `~`, `$NAME` and `${NAME}` are expanded"
+
+
+class RemoteTierConfig(Section):
+    """What all tiers in remote stores have in common."""
+
+    type: str
+    url: str
+    prefix: str = setting(
+        "kvtier/",
+        kind="text",
+        allowed="text that ends with `/`",
+        about="What the names of all values begin with. Engines share what has one prefix.",
+    )
+    write: WriteMode = setting(
+        WriteMode.THROUGH,
+        kind="name",
+        allowed="`through`, `back`, `on_evict`",
+        about="When blocks are written. `through`: at once. `back`: 5 s later. `on_evict`: as they leave host memory.",
+        strict=False,
+    )
+    required: bool = setting(
+        True,
+        kind="boolean",
+        allowed="`true`, `false`",
+        about="Refuse to start where the store does not answer. false: start without it; it comes in when it answers.",
+    )
+    connect_timeout_s: Duration = setting(1.0, key="connect_timeout", kind="duration", allowed=_TIMEOUT, about="For one connection.", gt=0)
+    total_timeout_s: Duration = setting(
+        5.0, key="total_timeout", kind="duration", allowed=_TIMEOUT, about="For one call, with all its attempts.", gt=0
+    )
+    retries: int = setting(
+        1, kind="integer", allowed="a whole number from 0 to 10", about="Further attempts of a failed call.", ge=0, le=10
+    )
+    threads: int = setting(4, kind="integer", allowed="a whole number from 1 to 64", about="Calls under way at once.", ge=1, le=64)
+    max_in_flight_bytes: Size = setting(
+        256 << 20,
+        key="max_in_flight",
+        kind="size",
+        allowed="more than 0: `8GiB`, `500MB`, or bytes",
+        about="Bytes on their way to the store at once; more is not stored.",
+        gt=0,
+    )
+
+    @field_validator("prefix")
+    @classmethod
+    def _prefix_is_a_folder(cls, prefix: str) -> str:
+        if not prefix.endswith("/") or prefix.startswith("/") or not prefix.isprintable():
+            raise ValueError("not the beginning of names")
+        return prefix
+
+    @property
+    def server_ttl_s(self) -> float | None:
+        """After which the store drops a block by itself; None where it decides."""
+        return None
+
+
+class RedisTierConfig(RemoteTierConfig):
+    """A Redis or Valkey server or cluster that engines share. At most one, after the tiers on this machine."""
+
+    type: Literal["redis"] = setting("redis", kind="name", allowed="`redis`", about="Makes this tier a Redis or Valkey server.")
+    url: str = setting(
+        REQUIRED,
+        kind="text",
+        allowed="`redis://HOST:PORT/DB`, `rediss://HOST:PORT/DB` (TLS) or `unix:///PATH`, without user and password",
+        about="The server.",
+    )
+    username: str | None = setting(None, kind="text", allowed="null, or a name", about="The user (ACL). null: the server's default user.")
+    password_env: str | None = setting(None, kind="name", allowed=_VARIABLE, about="The variable that holds the password.")
+    password_file: ExpandedPath | None = setting(None, kind="path", allowed=_FILE, about="The file that holds the password, instead.")
+    ca_file: ExpandedPath | None = setting(
+        None, kind="path", allowed=_FILE, about="Certificates that vouch for the server. null: the system's."
+    )
+    cluster: bool = setting(False, kind="boolean", allowed="`true`, `false`", about="Whether `url` names a node of a cluster.")
+    ttl_s: OptionalDuration = setting(
+        None,
+        key="ttl",
+        kind="duration",
+        allowed="null, or more than 0: `30s`, `5min`, `2h`, or seconds",
+        about="The server drops a block this long after it was stored. null: as its own eviction decides.",
+        gt=0,
+    )
+    stall_timeout_s: Duration = setting(
+        1.0, key="stall_timeout", kind="duration", allowed=_TIMEOUT, about="Longest time without a byte.", gt=0
+    )
+    hedge_after_s: OptionalDuration = setting(
+        None,
+        key="hedge_after",
+        kind="duration",
+        allowed="null, or more than 0: `20ms`, or seconds",
+        about="A read that has not begun to come after this time is asked for on a second connection too. null: never.",
+        gt=0,
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_server(cls, url: str) -> str:
+        scheme, separator, rest = url.partition("://")
+        if not separator or not rest or scheme not in ("redis", "rediss", "unix") or "@" in rest or "password=" in rest:
+            raise ValueError("not the address of a server alone")
+        return url
+
+    @field_validator("password_file")
+    @classmethod
+    def _one_password(cls, password_file: object, info: ValidationInfo) -> object:
+        return _only_one(password_file, info.data.get("password_env"), "password_env")
+
+    @property
+    def server_ttl_s(self) -> float | None:
+        """As :attr:`ttl_s`."""
+        return self.ttl_s
+
+    def password(self) -> str | None:
+        """Read now. Raises ConfigError where the variable or file is not there."""
+        return _secret("redis", "password", self.password_env, self.password_file)
+
+
+class ObjectTierConfig(RemoteTierConfig):
+    """A bucket in object storage that engines share. At most one, last."""
+
+    type: Literal["object"] = setting("object", kind="name", allowed="`object`", about="Makes this tier a bucket in object storage.")
+    url: str = setting(
+        REQUIRED,
+        kind="text",
+        allowed="`s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `az://CONTAINER/PATH` or `file:///PATH`",
+        about="The bucket. Old objects leave it by a lifecycle rule of the bucket, for the names that begin with `prefix`.",
+    )
+    endpoint: str | None = setting(
+        None, kind="text", allowed="null, or `http://HOST:PORT` or `https://HOST:PORT`", about="A server other than the provider's own."
+    )
+    region: str | None = setting(None, kind="text", allowed="null, or a name", about="The region of an S3 bucket.")
+    access_key: str | None = setting(
+        None, kind="text", allowed="null, or a name", about="The access key's id of S3. null: as the environment says."
+    )
+    secret_key_env: str | None = setting(None, kind="name", allowed=_VARIABLE, about="The variable that holds the access key's secret.")
+    secret_key_file: ExpandedPath | None = setting(None, kind="path", allowed=_FILE, about="The file that holds it, instead.")
+    threads: int = setting(16, kind="integer", allowed="a whole number from 1 to 64", about="Requests under way at once.", ge=1, le=64)
+    total_timeout_s: Duration = setting(
+        20.0, key="total_timeout", kind="duration", allowed=_TIMEOUT, about="For one request, with all its attempts.", gt=0
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_bucket(cls, url: str) -> str:
+        scheme, separator, rest = url.partition("://")
+        if not separator or not rest or scheme not in ("s3", "gs", "az", "file") or "@" in rest:
+            raise ValueError("not the address of a bucket alone")
+        return url
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_an_endpoint(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and (not endpoint.startswith(("http://", "https://")) or "@" in endpoint):
+            raise ValueError("not the address of a server alone")
+        return endpoint
+
+    @field_validator("secret_key_file")
+    @classmethod
+    def _one_secret(cls, secret_key_file: object, info: ValidationInfo) -> object:
+        return _only_one(secret_key_file, info.data.get("secret_key_env"), "secret_key_env")
+
+    def secret_key(self) -> str | None:
+        """Read now. Raises ConfigError where the variable or file is not there."""
+        return _secret("object", "secret_key", self.secret_key_env, self.secret_key_file)
+
+
+def _only_one(file: object, variable: object, name: str) -> object:
+    if file is not None and variable is not None:
+        raise ValueError(f"{name} is given too; keep one")
+    return file
+
+
+def _secret(tier: str, name: str, variable: str | None, file: os.PathLike[str] | None) -> str | None:
+    if variable is not None:
+        if variable not in os.environ:
+            raise ConfigError(f"tier {tier}: {name}_env: the environment variable {variable} is not set")
+        return os.environ[variable]
+    if file is None:
+        return None
+    try:
+        with open(file, encoding="utf-8") as content:
+            return content.read().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tier {tier}: {name}_file: {os.fspath(file)}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None

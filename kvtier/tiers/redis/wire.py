@@ -1,0 +1,156 @@
+"""One connection that speaks RESP2: commands out of buffers, replies into buffers, within deadlines.
+
+A plain socket is read with ``MSG_WAITALL`` and the kernel's own timeouts, so that a payload of many megabytes takes one call, with the
+interpreter lock released once: a loader thread beside a busy engine loop waits for that lock each time it must have it back.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+from collections.abc import Sequence
+
+from kvtier.errors import RemoteError
+from kvtier.tiers.remote.deadline import Deadline
+
+_LINE_BYTES = 64
+"""read at once where a line is expected; what comes behind it in there is copied to where it belongs"""
+_MAX_LINE_BYTES = 1 << 16
+_DRAIN_BYTES = 1 << 16
+_SMALLEST_TIMEOUT_S = 0.001
+
+
+class Wire:
+    """A connected socket. One thread at a time; ``abort`` from any. Methods raise RemoteError; after that the wire is of no use."""
+
+    def __init__(self, sock: socket.socket, address: str, stall_timeout_s: float) -> None:
+        """Takes the socket as it is after the handshake: no reply may be under way."""
+        self._socket = sock
+        self._address = address
+        self._stall_timeout_s = stall_timeout_s
+        self._is_plain = not isinstance(sock, ssl.SSLSocket)
+        self._ahead = memoryview(b"")
+        self._line = memoryview(bytearray(_LINE_BYTES))
+        self._end = memoryview(bytearray(2))
+        if self._is_plain:
+            sock.settimeout(None)
+
+    def fileno(self) -> int:
+        """For ``select``."""
+        return self._socket.fileno()
+
+    def has_data(self, timeout_s: float) -> bool:
+        """Whether a reply begins within a time."""
+        return bool(self._ahead) or bool(select.select([self._socket], [], [], timeout_s)[0])
+
+    def send(self, buffers: Sequence[bytes | memoryview], deadline: Deadline) -> None:
+        """Sends all of the buffers, one behind the other."""
+        views = [memoryview(buffer) for buffer in buffers]
+        while views:
+            self._set_timeout(socket.SO_SNDTIMEO, deadline)
+            try:
+                if self._is_plain:
+                    views = _after(views, self._socket.sendmsg(views))
+                else:
+                    self._socket.sendall(views.pop(0))
+            except OSError as error:
+                raise self._failure(error) from error
+
+    def read_line(self, deadline: Deadline) -> bytes:
+        """The next line, without its end."""
+        text = b""
+        while len(text) < _MAX_LINE_BYTES:
+            if not self._ahead:
+                self._ahead = self._line[: self._receive([self._line], deadline, whole=False)]
+            piece = bytes(self._ahead)
+            end = (text + piece).find(b"\r\n")
+            if end >= 0:
+                self._ahead = self._ahead[end + 2 - len(text) :]
+                return (text + piece)[:end]
+            text += piece
+            self._ahead = self._ahead[:0]
+        raise self.garbage("a line without end")
+
+    def read_into(self, views: Sequence[memoryview], deadline: Deadline) -> None:
+        """Fills the views, one behind the other, and takes the line end behind them."""
+        open_views = [view for view in (*views, self._end) if view]
+        while self._ahead:
+            count = min(len(self._ahead), len(open_views[0]))
+            open_views[0][:count] = self._ahead[:count]
+            self._ahead = self._ahead[count:]
+            open_views = _after(open_views, count)
+            if not open_views:
+                break
+        while open_views:
+            open_views = _after(open_views, self._receive(open_views, deadline, whole=True))
+        if bytes(self._end) != b"\r\n":
+            raise self.garbage("a value without end")
+
+    def drain(self, num_bytes: int, deadline: Deadline) -> None:
+        """Skips a value of this length."""
+        scratch = memoryview(bytearray(min(num_bytes, _DRAIN_BYTES)))
+        while num_bytes > len(scratch):
+            taken = min(len(self._ahead), len(scratch))
+            if taken:
+                self._ahead = self._ahead[taken:]
+            else:
+                taken = self._receive([scratch], deadline, whole=False)
+            num_bytes -= taken
+        self.read_into([scratch[:num_bytes]], deadline)
+
+    def abort(self) -> None:
+        """Makes running and later calls fail at once. Thread-safe."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it is over already
+
+    def garbage(self, what: str) -> RemoteError:
+        """The error for bytes that are no RESP."""
+        return RemoteError("protocol_errors", f"{self._address}: answered with {what}")
+
+    def _receive(self, views: Sequence[memoryview], deadline: Deadline, *, whole: bool) -> int:
+        self._set_timeout(socket.SO_RCVTIMEO, deadline)
+        try:
+            if self._is_plain:
+                count = self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL if whole else 0)[0]
+            else:
+                count = self._socket.recv_into(views[0])
+        except OSError as error:
+            raise self._failure(error) from error
+        if not count:
+            raise RemoteError("connect_errors", f"{self._address}: closed the connection")
+        return count
+
+    def _set_timeout(self, option: int, deadline: Deadline) -> None:
+        remaining_s = deadline.remaining_s()
+        if not remaining_s:
+            raise RemoteError("timeouts", f"{self._address}: not done within the total deadline", may_pass=False)
+        timeout_s = max(min(self._stall_timeout_s, remaining_s), _SMALLEST_TIMEOUT_S)
+        if self._is_plain:
+            seconds = int(timeout_s)
+            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, int((timeout_s - seconds) * 1e6)))
+        else:
+            self._socket.settimeout(timeout_s)
+
+    def _failure(self, error: OSError) -> RemoteError:
+        if isinstance(error, (BlockingIOError, TimeoutError)):
+            return RemoteError("timeouts", f"{self._address}: no byte moved for {self._stall_timeout_s:g} s")
+        return RemoteError("connect_errors", f"{self._address}: {error.strerror or error}")
+
+
+def command(*arguments: bytes) -> bytes:
+    """A command as RESP."""
+    return b"*%d\r\n" % len(arguments) + b"".join(b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in arguments)
+
+
+def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of views after the first ``count`` bytes."""
+    rest = list(views)
+    while rest and count >= len(rest[0]):
+        count -= len(rest.pop(0))
+    if count:
+        rest[0] = rest[0][count:]
+    return rest

@@ -1,0 +1,129 @@
+"""The object tier: in memory, in a folder, and against a real S3 server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvtier.errors import RemoteError
+from kvtier.testing.fault_proxy import FaultProxy
+from kvtier.testing.remote import wait_for_probe
+from kvtier.testing.servers import S3Server
+from kvtier.testing.tiers import NAMESPACE, TierContract, load, meta_of, store
+from kvtier.tiers.base import Tier
+from kvtier.tiers.object import ObjectAccess, ObjectClient
+from kvtier.tiers.object import client as object_client
+from kvtier.tiers.remote import RemoteSettings, RemoteTier
+from kvtier.types import BlockMeta, Outcome, ProbeJob
+
+MIB = 1 << 20
+TOTAL_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One server for all tests."""
+    server = S3Server(tmp_path_factory.mktemp("s3")).start()
+    yield server
+    server.kill()
+
+
+def open_tier(access: ObjectAccess, prefix: str = "kvtier/", total_timeout_s: float = 20.0) -> RemoteTier:
+    """A tier that asks for each block on its own."""
+    settings = RemoteSettings(prefix=prefix, retries=0, threads=4, batch_bytes=1, total_timeout_s=total_timeout_s)
+    return RemoteTier(ObjectClient(access), name="object", settings=settings)
+
+
+def s3(endpoint: str) -> ObjectAccess:
+    """The server's bucket."""
+    return ObjectAccess(url=f"s3://{S3Server.bucket}", endpoint=endpoint, region="us-east-1", access_key="any", secret_key="hidden-secret")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Half a minute at most."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+class TestMemory(TierContract):
+    """The contract, in memory."""
+
+    def make_tier(self, directory: Path) -> Tier:
+        return open_tier(ObjectAccess(url="memory:///"))
+
+
+class TestFolder(TierContract):
+    """The contract, in a folder."""
+
+    def make_tier(self, directory: Path) -> Tier:
+        return open_tier(ObjectAccess(url=directory.as_uri()))
+
+
+class TestS3(TierContract):
+    """The contract, in S3."""
+
+    @pytest.fixture(autouse=True)
+    def _server(self, server: S3Server) -> None:
+        self.endpoint = server.endpoint
+
+    def make_tier(self, directory: Path) -> Tier:
+        return open_tier(s3(self.endpoint), f"{directory.name}-{time.monotonic_ns()}/")
+
+
+def test_two_engines_share_a_bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one stored, in one piece or in parts, the other finds by probing and by listing, and loads."""
+    monkeypatch.setattr(object_client, "MULTIPART_BYTES", 20 * MIB)
+    first, second = open_tier(s3(server.endpoint), "share/"), open_tier(s3(server.endpoint), "share/")
+    metas = [meta_of(0, 3 * MIB), meta_of(1, 33 * MIB)]
+    assert (Outcome.OK,) * 2 == store(first, metas)
+    keys = tuple(meta.key for meta in [*metas, meta_of(5, 1)])
+    assert (3 * MIB, 33 * MIB) == wait_for_probe(second, ProbeJob(1, NAMESPACE, keys)).num_bytes
+    assert (Outcome.OK,) * 2 == load(second, metas)
+    other = BlockMeta(metas[0].key, meta_of(7, 1).key, 3 * MIB)
+    third = open_tier(s3(server.endpoint), "share/")
+    assert (Outcome.OK,) == store(third, [other])
+    assert [] == first.check()  # it was not overwritten
+    names = dict(ObjectClient(s3(server.endpoint)).list_names("share"))
+    assert sorted([128 + 3 * MIB, 128 + 33 * MIB]) == sorted(size for name, size in names.items() if not name.endswith("format"))
+    for tier in (first, second, third):
+        tier.close()
+
+
+def test_slow_cut_and_back(server: S3Server) -> None:
+    """At 1 MB/s, with cut and with refused connections, loads fail in time; hits come back."""
+    proxy = FaultProxy(("127.0.0.1", int(server.endpoint.rpartition(":")[2])))
+    tier = open_tier(s3(f"http://127.0.0.1:{proxy.port}"), "slow/", TOTAL_S)
+    metas = [meta_of(0, 8 * MIB)]
+    try:
+        assert (Outcome.OK,) == store(tier, metas)
+        proxy.bytes_per_s = 1e6
+        start = time.monotonic()
+        assert (Outcome.FAILED,) == load(tier, metas)
+        assert time.monotonic() - start < TOTAL_S + 1
+        proxy.heal()
+        proxy.cut_after_bytes = MIB
+        assert (Outcome.FAILED,) == load(tier, metas)
+        proxy.heal()
+        proxy.is_refusing = True
+        assert (Outcome.FAILED,) == load(tier, metas)
+        assert not tier.online
+        proxy.heal()
+        wait_until(lambda: tier.online)
+        assert (Outcome.OK,) == load(tier, metas)
+        assert tier.take_events()["timeouts"] >= 1
+    finally:
+        tier.close()
+        proxy.close()
+
+
+def test_a_server_that_is_not_there() -> None:
+    """An error that names the bucket, the address and the key, and no secret."""
+    with pytest.raises(RemoteError, match=r"s3://kvtier at http://127.0.0.1:1 \(access key any\)") as caught:
+        open_tier(s3("http://127.0.0.1:1"))
+    assert "hidden" not in str(caught.value)
+    assert "hidden" not in repr(s3("http://127.0.0.1:1"))
