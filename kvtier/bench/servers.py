@@ -74,9 +74,13 @@ class _RawRedis:
         self._local = threading.local()
 
     def put(self, name: str, buffer: memoryview) -> None:
-        views = [b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name.encode(), len(buffer)), buffer, b"\r\n"]
+        views: list[bytes | memoryview] = [
+            b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name.encode(), len(buffer)),
+            buffer,
+            b"\r\n",
+        ]
         sock = self._socket()
-        for view in map(memoryview, views):
+        for view in views:
             sock.sendall(view)
         assert sock.recv(5, socket.MSG_WAITALL) == b"+OK\r\n"
 
