@@ -41,6 +41,7 @@ PUBLIC = {
     "ToolCall",
     "Workflow",
     "QuotaError",
+    "RemoteError",
     "UnknownSessionError",
     "controllers",
     "InvariantError",

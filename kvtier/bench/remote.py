@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Starts the servers, measures, prints, writes. Returns the exit status."""
-    records = []
+    records: list[Record] = []
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-bench-")))
         for store in start_stores(stack, directory, args.stores):
@@ -51,6 +51,8 @@ def measure(store: Store, block_bytes: int, batch_bytes: int, rounds: int) -> It
     bench = Bench(store, block_bytes, max(1, batch_bytes // block_bytes))
     params: dict[str, object] = {"store": store.name, "block_mib": block_bytes >> 20, "batch_mib": bench.num_bytes >> 20}
     try:
+        bench.put()  # the first round may begin with a read
+        bench.raw(store.raw_put, 1, "w")
         lanes = [1, 2, MAX_RAW_LANES]
         steps: list[Callable[[], float]] = [bench.put]
         steps += [lambda count=count: bench.raw(store.raw_put, count, "w") for count in lanes]  # type: ignore[misc]

@@ -47,6 +47,7 @@ def _redis(stack: ExitStack, folder: Path, name: str) -> Store:
     place: Any = str(server.socket_path) if name == "redis-unix" else ("127.0.0.1", server.port)
     url = server.unix_url if name == "redis-unix" else server.tcp_url
     raw = _RawRedis(place)
+    stack.callback(raw.close)
     access = RedisAccess(url=url, stall_timeout_s=30.0)
     return Store(name, "redis", lambda: RedisClient(access), raw.put, raw.get)
 
@@ -72,11 +73,16 @@ class _RawRedis:
     def __init__(self, place: Any) -> None:
         self._place = place
         self._local = threading.local()
+        self._sockets: list[socket.socket] = []
 
     def put(self, name: str, buffer: memoryview) -> None:
-        views = [b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name.encode(), len(buffer)), buffer, b"\r\n"]
+        views: list[bytes | memoryview] = [
+            b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name.encode(), len(buffer)),
+            buffer,
+            b"\r\n",
+        ]
         sock = self._socket()
-        for view in map(memoryview, views):
+        for view in views:
             sock.sendall(view)
         assert sock.recv(5, socket.MSG_WAITALL) == b"+OK\r\n"
 
@@ -88,10 +94,16 @@ class _RawRedis:
         count = len(line) + len(buffer) + len(end)
         assert count == sock.recvmsg_into([line, buffer, end], 0, socket.MSG_WAITALL)[0]
 
+    def close(self) -> None:
+        """Closes the sockets of all threads."""
+        for sock in self._sockets:
+            sock.close()
+
     def _socket(self) -> socket.socket:
         if not hasattr(self._local, "socket"):
             self._local.socket = socket.socket(socket.AF_UNIX if isinstance(self._place, str) else socket.AF_INET)
             self._local.socket.connect(self._place)
+            self._sockets.append(self._local.socket)
         found: socket.socket = self._local.socket
         return found
 

@@ -139,8 +139,9 @@ class S3Server(Server):
         self.endpoint = f"http://127.0.0.1:{ports['s3']}"
         options = [f"-{name}.port={port}" for name, port in ports.items()]
         options += [f"-{name}.port.grpc={free_port()}" for name in ports]
+        options += [f"-s3.port.{name}={free_port()}" for name in ("iceberg", "lance")]  # they have fixed ports otherwise
         binary = find_binary(("weed",), [Path(folder) / "bin" / "weed" for folder in sys.path])
-        fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3", "-s3.iam=false"]
+        fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=20", "-master.volumeSizeLimitMB=1024", "-s3", "-s3.iam=false"]
         super().__init__([binary, "server", f"-dir={directory}", *fixed, *options], directory, self._is_ready_with_bucket)
 
     def _is_ready_with_bucket(self) -> bool:
