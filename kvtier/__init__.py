@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvtier.errors import (
     ArenaError,
+    BlendRefusedError,
     ClosedError,
     ConfigError,
     InvariantError,
@@ -34,6 +35,7 @@ __all__ = [
     "ClosedError",
     "Config",
     "ConfigError",
+    "BlendRefusedError",
     "InvariantError",
     "KVTierError",
     "KeyChain",

@@ -10,12 +10,15 @@
     |   +-- TierFormatError             the directory is of another format or damaged beyond use
     +-- ArenaError (OSError)            the arena cannot be made or mapped (too little /dev/shm, ...)
     +-- ClosedError (ValueError)        used after close()
+    +-- BlendRefusedError (ValueError)  this request's chunks cannot be reused: says why; ordinary prefill serves it
     +-- InvariantError (AssertionError) kvtier has a bug
 
 After start nothing of this reaches an engine: what goes wrong then becomes a miss and a counted event.
 """
 
 from __future__ import annotations
+
+import enum
 
 
 class KVTierError(Exception):
@@ -48,6 +51,24 @@ class ArenaError(KVTierError, OSError):
 
 class ClosedError(KVTierError, ValueError):
     """An object was used after ``close()``."""
+
+
+class RefusalReason(enum.Enum):
+    """Why a request's chunks are not reused; the values are the labels of its metrics."""
+
+    SPANS_OVERLAP = "spans_overlap"
+    SPAN_OUTSIDE_PROMPT = "span_outside_prompt"
+    TOKENS_DIFFER = "tokens_differ"
+    RATIO = "ratio"
+    MODEL = "model"
+
+
+class BlendRefusedError(KVTierError, ValueError):
+    """The chunks of one request cannot be reused. The request itself is served by ordinary prefill."""
+
+    def __init__(self, reason: RefusalReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class InvariantError(KVTierError, AssertionError):

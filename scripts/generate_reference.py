@@ -110,6 +110,7 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L2: where bytes are kept and how they get there", ("tiers", "copy")),
     ("L3: decisions", ("control", "policies")),
     ("L4: the two joined, and the machine they run on", ("engine.py", "transfer.py", "machine.py")),
+    ("L4: chunks reused at any position", ("blend",)),
     ("L5: engines, benchmarks, tests for third parties", ("connectors", "bench", "testing")),
 )
 """title -> modules and packages of kvtier, in the order of the page"""

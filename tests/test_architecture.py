@@ -34,6 +34,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.copy": 2,
     "kvtier.control": 3,
     "kvtier.policies": 3,
+    "kvtier.blend": 4,
     "kvtier.engine": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,
@@ -50,9 +51,37 @@ FACADE = "kvtier"
 
 MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench", "kvtier.machine")
 
+BLEND_WITH_TORCH = (
+    "kvtier.blend.blender",
+    "kvtier.blend.entries",
+    "kvtier.blend.mean_shift",
+    "kvtier.blend.methods",
+    "kvtier.blend.model",
+    "kvtier.blend.prefill",
+    "kvtier.blend.ratio",
+    "kvtier.blend.transformers_models",
+)
+"""what finds chunks and lays out prompts is not among them: a scheduler has no torch"""
+
 THIRD_PARTY: Mapping[str, Sequence[str]] = {
-    "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
-    "torch": ("kvtier.copy.pool", "kvtier.copy.torch_copier", "kvtier.connectors", "kvtier.bench.gpu", "kvtier.testing"),
+    "numpy": (
+        "kvtier.blend.finding",
+        "kvtier.blend.transformers_models",
+        "kvtier.hashing",
+        "kvtier.memory",
+        "kvtier.copy",
+        "kvtier.connectors",
+        "kvtier.bench",
+        "kvtier.testing",
+    ),
+    "torch": (
+        *BLEND_WITH_TORCH,
+        "kvtier.copy.pool",
+        "kvtier.copy.torch_copier",
+        "kvtier.connectors",
+        "kvtier.bench.gpu",
+        "kvtier.testing",
+    ),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
     "xxhash": ("kvtier.tiers.disk", "kvtier.codecs"),
@@ -67,7 +96,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
 }
 """package -> who may import it"""
 
-HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "pydantic", "rich", "torch", "vllm", "xxhash", "yaml")
+HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "pydantic", "rich", "torch", "transformers", "vllm", "xxhash", "yaml")
 """what ``import kvtier`` must not bring"""
 
 STUB_ONLY = {"typing_extensions"}
@@ -80,7 +109,8 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.connectors.vllm": (),
     "kvtier.connectors": ("kvtier.bench", "kvtier.testing"),
     "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
-    "kvtier.copy": ("kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
+    "kvtier.blend": ("kvtier.connectors", "kvtier.bench", "kvtier.testing"),
+    "kvtier.copy": ("kvtier.blend", "kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
     "kvtier.testing": (),
     "kvtier.bench": (),
 }

@@ -29,6 +29,7 @@ PUBLIC = {
     "TierFormatError",
     "ArenaError",
     "ClosedError",
+    "BlendRefusedError",
     "InvariantError",
     "__version__",
 }
