@@ -31,11 +31,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArenaError",
+    "BlendRefusedError",
     "CacheEngine",
     "ClosedError",
     "Config",
     "ConfigError",
-    "BlendRefusedError",
     "InvariantError",
     "KVTierError",
     "KeyChain",

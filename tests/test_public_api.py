@@ -28,8 +28,8 @@ PUBLIC = {
     "TierBusyError",
     "TierFormatError",
     "ArenaError",
-    "ClosedError",
     "BlendRefusedError",
+    "ClosedError",
     "InvariantError",
     "__version__",
 }

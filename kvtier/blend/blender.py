@@ -6,7 +6,7 @@ The reference implementation: one prompt at a time, on the device where the mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,6 +56,7 @@ def blend(
         ValueError: prompt, layout, entries and prefix differ in length.
     """
     _check(token_ids, layout, entries, prefix)
+    layout = _without_foreign_context(layout, entries)
     prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, entries, prefix)
     selection = method.select(prompt, ratio) if len(prompt.candidates) else Selection(prompt.candidates.bool())
     chosen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=model.device)
@@ -157,6 +158,13 @@ class _Prompt:
 
     def contexts(self) -> list[Context]:
         return [entry.context for entry in self._entries]
+
+
+def _without_foreign_context(layout: PromptLayout, entries: Sequence[ChunkEntry]) -> PromptLayout:
+    """A chunk whose KV was computed behind other chunks is nowhere exact, also not directly behind its anchor."""
+    pairs = zip(layout.placements, entries, strict=True)
+    placements = tuple(replace(at, is_exact=at.is_exact and not entry.context.chunk_keys) for at, entry in pairs)
+    return replace(layout, placements=placements)
 
 
 def _check(token_ids: Sequence[int], layout: PromptLayout, entries: Sequence[ChunkEntry], prefix: TokenKV | None) -> None:

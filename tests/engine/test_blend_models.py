@@ -198,6 +198,21 @@ def test_entries_taken_from_a_prompt_fit_it_again() -> None:
     torch.testing.assert_close(second.token_mass.sum().item(), second.chunk_mass[0], rtol=1e-4, atol=0)
 
 
+def test_an_entry_from_behind_other_chunks_is_nowhere_exact() -> None:
+    """Directly behind its anchor, too, it is computed anew where the ratio says so."""
+    _, model = tiny("llama")
+    anchor, first, second = tokens(1, 6), tokens(2, 20), tokens(3, 20)
+    store = Store(model, anchor)
+    served = [*anchor, *first, *second, 5]
+    entry = capture_entries(model, served, lay_out(47, 0, store.space.place(served, [Span(6, 26), Span(26, 46)])))[1]
+    ids = [*anchor, *second, 5]
+    layout = lay_out(27, 0, store.space.place(ids, [Span(6, 26)]))
+    assert layout.placements[0].is_exact
+    blended = blend(model, ids, layout, [entry], FullReuse(), FixedRatio(1.0))
+    assert 20 == blended.num_chosen
+    torch.testing.assert_close(blended.logits, models_own("llama", ids)[0], rtol=0, atol=TOLERANCE)
+
+
 def test_an_entry_of_another_chunk_is_refused() -> None:
     """KV of other tokens never gets into a prompt."""
     _, model = tiny("llama")
