@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvtier.bench.blend.quality import Encode, Variant
     from kvtier.blend.model import BlendModel
 
+__all__ = ["BASELINE", "add_arguments", "report", "run"]
+
 BASELINE = "cacheblend, alone"
 
 
