@@ -98,9 +98,10 @@ def test_each_method_takes_what_its_paper_says() -> None:
     assert [14, 17, 18] == chosen_by(CacheBlend(), evidence, 0.3)
     assert [11, 12, 15] == chosen_by(ProphetKV(), evidence, 0.3)
     assert [10, 11, 12] == chosen_by(Epic(), evidence, 0.3)
-    assert [10, 11, 12, 15] == chosen_by(Combined(head_share=0.25, smoothing=1), evidence, 0.4)
-    # with their neighbours 11 and 12 share 7, and 14 shares 5 with 15
-    assert [11, 12, 14] == chosen_by(Combined(head_share=0.0, smoothing=3), evidence, 0.3)
+    assert [10, 11, 12, 15] == chosen_by(Combined(context_share=0.25), evidence, 0.4)
+    looked = Context((layout.placements[0].chunk.key,), (1.0,), 9.0, torch.tensor([0.0] * 8 + [0.5, 0.5]))
+    evidence.remembered = [NO_CONTEXT, looked]
+    assert [12, 15, 18, 19] == chosen_by(Combined(context_share=0.5), evidence, 0.4)
     two = FakeEvidence(layout_of([4, 10]))
     assert [0, 1, 2, 3, *range(4, 10)] == chosen_by(Epic(), two, 10 / 14)
 

@@ -49,7 +49,7 @@ class Variant:
     method: SelectionMethod
     entries: str
     """alone; prefix: behind the system prompt; or from prompts that were served: reordered, the same documents in another
-    order; mixed, each behind other documents"""
+    order; mixed, each behind other documents; primed, each behind one document that is always the same and never in the prompt"""
     needs_question: bool = False
     is_reuse: bool = False
     """nothing is computed, whatever the ratio"""
@@ -68,8 +68,12 @@ VARIANTS = (
     Variant("cachecraft, reordered", CacheCraft(), "reordered"),
     Variant("none, mixed", FullReuse(), "mixed", is_reuse=True),
     Variant("cachecraft, mixed", CacheCraft(), "mixed"),
-    Variant("prophetkv, mixed", ProphetKV(), "mixed", needs_question=True),
     Variant("combined, mixed", Combined(), "mixed", needs_question=True),
+    Variant("none, primed", FullReuse(), "primed", is_reuse=True),
+    Variant("cacheblend, primed", CacheBlend(), "primed"),
+    Variant("cachecraft, primed", CacheCraft(), "primed"),
+    Variant("prophetkv, primed", ProphetKV(), "primed", needs_question=True),
+    Variant("combined, primed", Combined(), "primed", needs_question=True),
     Variant("combined, prefix", Combined(), "prefix", needs_question=True),
 )
 
@@ -108,7 +112,7 @@ class SetRun:
     def _make_entries(self, kind: str) -> tuple[PromptLayout, list[ChunkEntry]]:
         anchor: Anchor = NO_ANCHOR if kind == "alone" else anchor_of(ROOT, self._prefix_ids, BLOCK_TOKENS)
         layout = self._lay_out(self._chunks, anchor, len(self._prefix_ids))
-        if kind in ("reordered", "mixed"):
+        if kind in ("reordered", "mixed", "primed"):
             by_key = {entry.chunk.key: entry for served in self._served(kind) for entry in self._capture(served, anchor)}
             return layout, [by_key[placement.chunk.key] for placement in layout.placements]
         anchor_kv = None if anchor == NO_ANCHOR else self.prefix
@@ -121,7 +125,10 @@ class SetRun:
         even, odd = self._chunks[::2], self._chunks[1::2]
         if kind == "reordered":
             return [[*odd, *even]]
-        others = [self._encode(text) for text in make_set(self._documents.number + OTHERS).documents]
+        if kind == "primed":
+            filler = self._encode(make_set(OTHERS).documents[0])
+            return [[filler, chunk] for chunk in self._chunks]
+        others = [self._encode(text) for text in make_set(self._documents.number + OTHERS + 1).documents]
         pairs = zip(others, [*odd, *even], strict=True)
         mixed = [chunk for pair in pairs for chunk in pair]
         return [mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]]
