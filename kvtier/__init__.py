@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvtier.errors import (
     ArenaError,
+    BlendRefusedError,
     ClosedError,
     ConfigError,
     ControlError,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArenaError",
+    "BlendRefusedError",
     "CacheEngine",
     "ClosedError",
     "Config",

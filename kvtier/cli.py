@@ -26,6 +26,7 @@ OK, DAMAGED, UNUSABLE = 0, 1, 2
 """exit statuses: all is well; the answer is no; the question could not be asked (argparse's own choice too)"""
 
 BENCHMARKS = {
+    "blend": ("kvtier.bench.blend", "how near answers with reused chunks come to those of full prefill"),
     "copy": ("kvtier.bench.copy", "moving blocks to host memory and back, and hashing prompts"),
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
     "disk": ("kvtier.bench.disk", "the disk tier beside the disk it lies on"),

@@ -17,12 +17,15 @@
     |   +-- UnknownSessionError         a hint for a session that kvtier has never seen
     +-- JobCancelledError               the result of a job that was cancelled was asked for
     +-- JobTimeoutError (TimeoutError)  a job is not over yet
+    +-- BlendRefusedError (ValueError)  this request's chunks cannot be reused: says why; ordinary prefill serves it
     +-- InvariantError (AssertionError) kvtier has a bug
 
 After start nothing of this reaches an engine: what goes wrong then becomes a miss and a counted event.
 """
 
 from __future__ import annotations
+
+import enum
 
 
 class KVTierError(Exception):
@@ -91,6 +94,24 @@ class JobCancelledError(KVTierError):
 
 class JobTimeoutError(KVTierError, TimeoutError):
     """A job is not over after the time that its caller wanted to wait. It goes on."""
+
+
+class RefusalReason(enum.Enum):
+    """Why a request's chunks are not reused; the values are the labels of its metrics."""
+
+    SPANS_OVERLAP = "spans_overlap"
+    SPAN_OUTSIDE_PROMPT = "span_outside_prompt"
+    TOKENS_DIFFER = "tokens_differ"
+    RATIO = "ratio"
+    MODEL = "model"
+
+
+class BlendRefusedError(KVTierError, ValueError):
+    """The chunks of one request cannot be reused. The request itself is served by ordinary prefill."""
+
+    def __init__(self, reason: RefusalReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class InvariantError(KVTierError, AssertionError):

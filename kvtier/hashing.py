@@ -32,6 +32,7 @@ KEY_FORMAT = 1
 
 _NAMESPACE_END = b"kvtier/namespace"
 _REQUEST_END = b"kvtier/request/1"
+_CHUNK_END = b"kvtier/chunks/01"
 _FIRST_BATCH_BLOCKS = 8
 
 
@@ -103,6 +104,37 @@ def salt_extra(salt: str) -> bytes:
 def tenant_extra(tenant: str) -> bytes:
     """What the tenant that a request names adds to the root of its keys."""
     return b"tenant " + tenant.encode()
+
+
+def chunk_root(root: bytes, anchor: bytes = b"") -> bytes:
+    """The parent of the first block of a chunk, whose keys never equal those of a prefix.
+
+    ``root`` is the request's; ``anchor`` identifies the tokens that the chunk's KV was computed behind, empty: none. See
+    :func:`whole_keys` for the key of an anchor.
+
+    Raises:
+        ValueError: the root is not 16 bytes long, or the anchor neither empty nor 16 bytes.
+    """
+    _check_key("a root", root)
+    if anchor:
+        _check_key("an anchor", anchor)
+    return hashlib.sha256(root + _encode_bytes(anchor) + _CHUNK_END).digest()[:KEY_BYTES]
+
+
+def whole_keys(root: bytes, token_ids: Sequence[int], block_tokens: int) -> list[BlockKey]:
+    """One key for each block of ``token_ids``, the last one shorter where they do not fill it. The last key identifies all of them.
+
+    Raises:
+        ValueError: a root that is not 16 bytes, no tokens in a block, or a token id outside [0, 2**32).
+        TypeError: a token id that is no integer.
+    """
+    keys = KeyChain(root, block_tokens).update(token_ids, len(token_ids))
+    num_hashed = len(keys) * block_tokens
+    if num_hashed < len(token_ids):
+        parent = keys[-1] if keys else root
+        rest = _native.chain_keys(parent, token_ids, num_hashed, 1, len(token_ids) - num_hashed, None)
+        keys += cast("list[BlockKey]", rest)
+    return keys
 
 
 class KeyChain:

@@ -124,10 +124,11 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L2: where bytes are kept and how they get there", ("tiers", "copy")),
     ("L3: decisions", ("control", "policies")),
     (
-        "L4: the two joined",
+        "L4: the two joined, the control API, and the machine they run on",
         ("engine.py", "remote_tiers.py", "transfer.py", "verbs.py", "controller.py", "controlled.py", "job.py", "machine.py"),
     ),
     ("L4: the simulator", ("sim",)),
+    ("L4: chunks reused at any position", ("blend",)),
     ("L5: engines, benchmarks, tests for third parties", ("connectors", "bench", "testing")),
 )
 """title -> modules and packages of kvtier, in the order of the page"""

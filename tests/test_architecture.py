@@ -35,6 +35,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.copy": 2,
     "kvtier.control": 3,
     "kvtier.policies": 3,
+    "kvtier.blend": 4,
     "kvtier.controlled": 4,
     "kvtier.controller": 4,
     "kvtier.engine": 4,
@@ -57,16 +58,41 @@ FACADE = "kvtier"
 
 MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench", "kvtier.machine")
 
+BLEND_WITH_TORCH = (
+    "kvtier.blend.blender",
+    "kvtier.blend.entries",
+    "kvtier.blend.mean_shift",
+    "kvtier.blend.methods",
+    "kvtier.blend.model",
+    "kvtier.blend.prefill",
+    "kvtier.blend.ratio",
+    "kvtier.blend.transformers_models",
+)
+"""what finds chunks and lays out prompts is not among them: a scheduler has no torch"""
+
 THIRD_PARTY: Mapping[str, Sequence[str]] = {
-    "numpy": ("kvtier.hashing", "kvtier.memory", "kvtier.copy", "kvtier.connectors", "kvtier.bench", "kvtier.sim", "kvtier.testing"),
+    "numpy": (
+        "kvtier.blend.finding",
+        "kvtier.blend.transformers_models",
+        "kvtier.hashing",
+        "kvtier.memory",
+        "kvtier.copy",
+        "kvtier.connectors",
+        "kvtier.bench",
+        "kvtier.sim",
+        "kvtier.testing",
+    ),
     "torch": (
+        *BLEND_WITH_TORCH,
         "kvtier.copy.pool",
         "kvtier.copy.torch_copier",
         "kvtier.connectors",
+        "kvtier.bench.blend",
         "kvtier.bench.gpu",
         "kvtier.bench.lmcache",
         "kvtier.testing",
     ),
+    "transformers": ("kvtier.bench.blend",),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
     "redis": ("kvtier.tiers.redis",),
@@ -85,7 +111,22 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
 }
 """package -> who may import it"""
 
-HEAVY = ("cupy", "hypothesis", "lmdb", "matplotlib", "numpy", "obstore", "pydantic", "redis", "rich", "torch", "vllm", "xxhash", "yaml")
+HEAVY = (
+    "cupy",
+    "hypothesis",
+    "lmdb",
+    "matplotlib",
+    "numpy",
+    "obstore",
+    "pydantic",
+    "redis",
+    "rich",
+    "torch",
+    "transformers",
+    "vllm",
+    "xxhash",
+    "yaml",
+)
 """what ``import kvtier`` must not bring"""
 
 STUB_ONLY = {"typing_extensions"}
@@ -98,7 +139,8 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.connectors.vllm": (),
     "kvtier.connectors": ("kvtier.bench", "kvtier.testing"),
     "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
-    "kvtier.copy": ("kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
+    "kvtier.blend": ("kvtier.connectors", "kvtier.bench", "kvtier.testing"),
+    "kvtier.copy": ("kvtier.blend", "kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
     "kvtier.testing": ("kvtier.bench.servers",),
     "kvtier.bench": (),
 }

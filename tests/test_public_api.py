@@ -29,6 +29,7 @@ PUBLIC = {
     "TierFormatError",
     "TraceError",
     "ArenaError",
+    "BlendRefusedError",
     "ClosedError",
     "ControlError",
     "Controller",

@@ -1,0 +1,77 @@
+"""Figures with intervals from many rows. Questions of one set share its documents, so whole sets are drawn again, not questions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NUM_DRAWS = 2000
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def estimate(rows: Sequence[Row], field: str, *, over: str | None = None) -> Estimate:
+    """The mean of a field; with ``over``, the quotient of its sum and that of another one. By 2,000 draws of sets.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("no rows")
+    sums: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in rows:
+        pair = sums[row["set"]]
+        pair[0] += float(row[field])
+        pair[1] += 1.0 if over is None else float(row[over])
+    table = np.array(list(sums.values()))
+    draws = np.random.default_rng(1).integers(0, len(table), (NUM_DRAWS, len(table)))
+    drawn = table[draws].sum(1)
+    values = drawn[:, 0] / np.maximum(drawn[:, 1], 1e-12)
+    low, high = np.quantile(values, (0.025, 0.975))
+    total = table.sum(0)
+    return Estimate(float(total[0] / max(total[1], 1e-12)), float(low), float(high))
+
+
+def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
+    """For each variant the figures of one task.
+
+    ``retained``: of the questions that full prefill answers, those that are still answered; absent where it answers none.
+    """
+    groups: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["task"] == task:
+            groups[row["variant"]].append(row)
+    table = {}
+    for variant, members in groups.items():
+        answered = [row for row in members if row["full_is_right"]]
+        figures: dict[str, Any] = {"n": len(members), "answered": len(answered)}
+        figures |= {field: estimate(members, field) for field in ("kl", "agreement", "nll_change", "share", "cost")}
+        if task != "prose" and answered:
+            figures |= {"retained": estimate(answered, "is_right"), "kl_answered": estimate(answered, "kl")}
+        table[variant] = figures
+    return table
+
+
+def paired(rows: Sequence[Row], task: str, variant: str, baseline: str) -> Estimate | None:
+    """The quotient of two variants' mean KL over the same questions; ``None`` where they share none."""
+    values: defaultdict[tuple[int, int], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row["task"] == task and row["variant"] in (variant, baseline):
+            values[row["set"], row["question"]][row["variant"]] = row["kl"]
+    both = [{"set": key[0], "ours": pair[variant], "theirs": pair[baseline]} for key, pair in values.items() if len(pair) == 2]
+    return estimate(both, "ours", over="theirs") if both else None

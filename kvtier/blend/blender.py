@@ -1,0 +1,179 @@
+"""Blends one prompt: puts the chunks' KV in place, asks the method, computes what it chose.
+
+The reference implementation: one prompt at a time, on the device where the model is, any model that implements ``BlendModel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvtier.blend.entries import ChunkEntry, Context, empty_kv
+from kvtier.blend.layout import PromptLayout
+from kvtier.blend.mean_shift import MeanShift
+from kvtier.blend.methods.base import Selection, SelectionMethod
+from kvtier.blend.model import BlendModel, Projected, TokenKV
+from kvtier.blend.prefill import Rows, advance, attention_mask, attention_weights, start
+from kvtier.blend.ratio import Ratio
+from kvtier.errors import BlendRefusedError, RefusalReason
+
+
+@dataclass(frozen=True)
+class Blended:
+    """A prompt that is ready to be answered."""
+
+    kv: TokenKV
+    """of the whole prompt; depends on all of it, so it must never be kept under a prefix's keys"""
+    logits: torch.Tensor
+    """behind the prompt's last token: ``[vocabulary]``, fp32"""
+    num_chosen: int
+    """tokens of chunks that were computed anew"""
+    num_token_layers: int
+    """layers computed, summed over tokens, what the method asked for included; full prefill: tokens x layers"""
+
+
+@torch.no_grad()
+def blend(
+    model: BlendModel,
+    token_ids: Sequence[int],
+    layout: PromptLayout,
+    entries: Sequence[ChunkEntry],
+    method: SelectionMethod,
+    ratio: Ratio,
+    *,
+    prefix: TokenKV | None = None,
+) -> Blended:
+    """Blends a prompt.
+
+    Args:
+        entries: one for each placement of the layout, in its order
+        prefix: the KV of the layout's prefix
+
+    Raises:
+        BlendRefusedError: an entry is not of the chunk that the layout puts there.
+        ValueError: prompt, layout, entries and prefix differ in length.
+    """
+    _check(token_ids, layout, entries, prefix)
+    layout = _without_foreign_context(layout, entries)
+    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, entries, prefix)
+    selection = method.select(prompt, ratio) if len(prompt.candidates) else Selection(prompt.candidates.bool())
+    chosen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=model.device)
+    chosen[prompt.candidates[selection.chosen.to(model.device)]] = True
+    rows = prompt.rows_of(chosen)
+    hook = None
+    if selection.shift_weight:
+        hook = MeanShift(prompt.kv, layout, rows.positions, chosen, selection.shift_weight)
+    prompt.advance(rows, hook=hook)
+    return Blended(prompt.kv, model.logits(rows.hidden[-1:])[0], int(chosen.sum()), prompt.num_token_layers)
+
+
+def assemble(model: BlendModel, layout: PromptLayout, entries: Sequence[ChunkEntry], prefix: TokenKV | None, like: torch.Tensor) -> TokenKV:
+    """The KV of a prompt as far as it is known, keys moved to their places; zeros elsewhere."""
+    kv = empty_kv(model, layout.num_tokens, like)
+    if prefix is not None:
+        kv.keys[:, :, : prefix.num_tokens] = prefix.keys
+        kv.values[:, :, : prefix.num_tokens] = prefix.values
+    for placement, entry in zip(layout.placements, entries, strict=True):
+        part = entry.kv.part(placement.first_token, placement.chunk.num_tokens)
+        kv.keys[:, :, placement.start : placement.end] = model.rotary.move(part.keys, placement.shift)
+        kv.values[:, :, placement.start : placement.end] = part.values
+    return kv
+
+
+@torch.no_grad()
+def extend(model: BlendModel, kv: TokenKV, token_ids: Sequence[int]) -> tuple[TokenKV, torch.Tensor]:
+    """Computes more tokens behind a prompt: its KV with theirs, and the logits behind each of them."""
+    first = kv.num_tokens
+    device = model.device
+    longer = empty_kv(model, first + len(token_ids), kv.keys[0])
+    longer.keys[:, :, :first] = kv.keys
+    longer.values[:, :, :first] = kv.values
+    rows = Rows(torch.arange(first, longer.num_tokens, device=device), model.embed(torch.as_tensor(token_ids, device=device)))
+    advance(model, rows, longer, torch.ones(longer.num_tokens, dtype=torch.bool, device=device))
+    return longer, model.logits(rows.hidden)
+
+
+class _Prompt:
+    """One prompt's state while it is blended; what methods see of it is :class:`kvtier.blend.methods.base.Evidence`."""
+
+    def __init__(
+        self, model: BlendModel, token_ids: torch.Tensor, layout: PromptLayout, entries: Sequence[ChunkEntry], prefix: TokenKV | None
+    ) -> None:
+        self.layout = layout
+        self.num_token_layers = 0
+        self._model = model
+        self._tokens = token_ids
+        self._entries = entries
+        device = token_ids.device
+        self.candidates = torch.tensor(layout.candidates, dtype=torch.long, device=device)
+        self._fresh = torch.zeros(layout.num_tokens, dtype=torch.bool, device=device)
+        self._fresh[torch.tensor(layout.fresh, dtype=torch.long, device=device)] = True
+        self._writable = self._fresh.clone()
+        self._writable[self.candidates] = True
+        self._fresh[-1] = True
+        """computed in any case: the last one for its logits, even where its KV is known"""
+        first = model.project(0, model.embed(token_ids[:1]), torch.zeros(1, dtype=torch.long, device=device))
+        self.kv = assemble(model, layout, entries, prefix, first.keys)
+        self._begun: Rows | None = None
+
+    def advance(self, rows: Rows, end_layer: int | None = None, hook: MeanShift | None = None) -> None:
+        end = self._model.num_layers if end_layer is None else end_layer
+        self.num_token_layers += len(rows.positions) * (end - rows.next_layer)
+        advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=hook)
+
+    def rows_of(self, chosen: torch.Tensor) -> Rows:
+        """The rows of what was chosen and all that nobody has, from the layer on that was reached for all."""
+        wanted = chosen | self._fresh
+        if self._begun is not None:
+            return self._begun.narrow(wanted)
+        return start(self._model, self._tokens, wanted.nonzero()[:, 0])
+
+    def value_deviation(self, layer: int) -> torch.Tensor:
+        if self._begun is None:
+            self._begun = start(self._model, self._tokens, (self._fresh | self._writable).nonzero()[:, 0])
+        layer = min(layer, self._model.num_layers - 1)
+        self.advance(self._begun, end_layer=layer)
+        is_candidate = torch.isin(self._begun.positions, self.candidates)
+        projected = self._model.project(layer, self._begun.hidden[is_candidate], self._begun.positions[is_candidate])
+        difference = (projected.values - self.kv.values[layer][:, self.candidates]).float()
+        return difference.square().sum((0, 2))
+
+    def question_attention(self) -> torch.Tensor:
+        model, layout = self._model, self.layout
+        rows = start(model, self._tokens, self._fresh.nonzero()[:, 0])
+        asks = rows.positions >= layout.question[0]
+        mask = attention_mask(rows.positions[asks], layout.num_tokens)
+        total = torch.zeros(layout.num_tokens, device=self._tokens.device)
+
+        def look(layer: int, projected: Projected) -> None:
+            keys = self.kv.keys[layer].clone()
+            keys[:, rows.positions] = projected.keys
+            total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / model.num_layers)
+
+        self.num_token_layers += len(rows.positions) * model.num_layers
+        advance(model, rows, self.kv, self._writable, hook=look)
+        return total[self.candidates]
+
+    def contexts(self) -> list[Context]:
+        return [entry.context for entry in self._entries]
+
+
+def _without_foreign_context(layout: PromptLayout, entries: Sequence[ChunkEntry]) -> PromptLayout:
+    """A chunk whose KV was computed behind other chunks is nowhere exact, also not directly behind its anchor."""
+    pairs = zip(layout.placements, entries, strict=True)
+    placements = tuple(replace(at, is_exact=at.is_exact and not entry.context.chunk_keys) for at, entry in pairs)
+    return replace(layout, placements=placements)
+
+
+def _check(token_ids: Sequence[int], layout: PromptLayout, entries: Sequence[ChunkEntry], prefix: TokenKV | None) -> None:
+    num_prefix = 0 if prefix is None else prefix.num_tokens
+    given = (len(token_ids), len(entries), num_prefix)
+    wanted = (layout.num_tokens, len(layout.placements), layout.num_prefix_tokens)
+    if given != wanted:
+        raise ValueError(f"tokens, entries and prefix tokens are {given}, of the layout {wanted}")
+    for placement, entry in zip(layout.placements, entries, strict=True):
+        if entry.chunk != placement.chunk:
+            text = f"the entry of chunk {entry.chunk.key.hex()} for token {placement.start}, where chunk {placement.chunk.key.hex()} lies"
+            raise BlendRefusedError(RefusalReason.TOKENS_DIFFER, text)

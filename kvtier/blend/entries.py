@@ -1,0 +1,105 @@
+"""A chunk's KV as it is kept: computed behind its anchor, or taken from a longer prompt together with what it looked at there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvtier.blend.chunks import Chunk
+from kvtier.blend.layout import PromptLayout
+from kvtier.blend.model import BlendModel, Projected, TokenKV
+from kvtier.blend.prefill import Rows, advance, attention_mask, attention_weights, start
+from kvtier.types import BlockKey
+
+
+@dataclass(frozen=True)
+class Context:
+    """Which chunks lay before a chunk when its KV was computed, and how much it looked at them. Mean over layers and heads."""
+
+    chunk_keys: tuple[BlockKey, ...]
+    """in their order"""
+    chunk_mass: tuple[float, ...]
+    """attention of all tokens of this chunk to each of them, summed over tokens"""
+    own_mass: float
+    """attention to the chunk itself, summed over tokens"""
+    token_mass: torch.Tensor
+    """of each token of the chunk: attention to all earlier chunks"""
+
+
+NO_CONTEXT = Context((), (), 1.0, torch.zeros(0))
+
+
+@dataclass(frozen=True)
+class ChunkEntry:
+    """A chunk's KV. Keys are rotated for positions from the anchor's end on, wherever it was computed."""
+
+    chunk: Chunk
+    kv: TokenKV
+    context: Context = NO_CONTEXT
+
+
+def empty_kv(model: BlendModel, num_tokens: int, like: torch.Tensor) -> TokenKV:
+    """Zeroed KV for so many tokens, of the type, the place and the heads of one layer's keys ``[num_kv_heads, ..., head_dim]``."""
+    shape = (model.num_layers, like.shape[0], num_tokens, like.shape[-1])
+    return TokenKV(like.new_zeros(shape), like.new_zeros(shape))
+
+
+@torch.no_grad()
+def full_prefill(model: BlendModel, token_ids: torch.Tensor, prefix: TokenKV | None = None) -> tuple[TokenKV, Rows]:
+    """KV of all tokens, and the rows behind the last layer. ``prefix``: KV of the first tokens, which are not computed again."""
+    first = 0 if prefix is None else prefix.num_tokens
+    rows = start(model, token_ids, torch.arange(first, len(token_ids), device=token_ids.device))
+    like = model.project(0, rows.hidden[:1], rows.positions[:1]).keys
+    kv = empty_kv(model, len(token_ids), like)
+    if prefix is not None:
+        kv.keys[:, :, :first] = prefix.keys
+        kv.values[:, :, :first] = prefix.values
+    advance(model, rows, kv, torch.ones(len(token_ids), dtype=torch.bool, device=token_ids.device))
+    return kv, rows
+
+
+@torch.no_grad()
+def compute_entry(model: BlendModel, chunk: Chunk, token_ids: torch.Tensor, anchor_kv: TokenKV | None) -> ChunkEntry:
+    """The entry of a chunk computed behind its anchor, whose KV is given. ``token_ids``: the chunk's.
+
+    Raises:
+        ValueError: the lengths are not those of the chunk and its anchor.
+    """
+    num_anchor = 0 if anchor_kv is None else anchor_kv.num_tokens
+    if (num_anchor, len(token_ids)) != (chunk.anchor.num_tokens, chunk.num_tokens):
+        text = f"{num_anchor} tokens of anchor and {len(token_ids)} of chunk, not {chunk.anchor.num_tokens} and {chunk.num_tokens}"
+        raise ValueError(text)
+    padded = torch.cat((token_ids.new_zeros(num_anchor), token_ids))
+    kv, _ = full_prefill(model, padded, anchor_kv)
+    return ChunkEntry(chunk, kv.part(num_anchor, len(padded)).clone())
+
+
+@torch.no_grad()
+def capture_entries(model: BlendModel, token_ids: Sequence[int], layout: PromptLayout) -> list[ChunkEntry]:
+    """The chunks of a prompt as full prefill computes them there, with what each looked at. For Cache-Craft.
+
+    Keys are moved to where the anchor ends, so such an entry is used like any other.
+    """
+    tokens = torch.as_tensor(token_ids, device=model.device)
+    positions = torch.arange(len(tokens), device=model.device)
+    rows = start(model, tokens, positions)
+    kv = empty_kv(model, len(tokens), model.project(0, rows.hidden[:1], positions[:1]).keys)
+    mask = attention_mask(positions, len(tokens))
+    total = torch.zeros(len(tokens), len(layout.placements), device=model.device)
+
+    def look(_: int, projected: Projected) -> None:
+        weights = attention_weights(projected.queries, projected.keys, mask, model.scale)
+        for index, placement in enumerate(layout.placements):
+            total[:, index] += weights[:, placement.start : placement.end].sum(1) / model.num_layers
+
+    advance(model, rows, kv, torch.ones(len(tokens), dtype=torch.bool, device=model.device), hook=look)
+    entries = []
+    for index, placement in enumerate(layout.placements):
+        part = kv.part(placement.start, placement.end).clone()
+        mass = total[placement.start : placement.end]
+        keys = tuple(earlier.chunk.key for earlier in layout.placements[:index])
+        context = Context(keys, tuple(mass[:, :index].sum(0).tolist()), float(mass[:, index].sum()), mass[:, :index].sum(1).cpu())
+        entries.append(ChunkEntry(placement.chunk, TokenKV(model.rotary.move(part.keys, -placement.shift), part.values), context))
+    return entries

@@ -1,0 +1,194 @@
+"""Where chunks lie in a prompt: as the caller says, between separators, or wherever stored ones occur. Pure.
+
+Found without being told, a chunk is looked for by a hash of its first tokens over every window of the prompt (after Karp and Rabin,
+"Efficient randomized pattern-matching algorithms", 1987); a window that matches is then compared by the chunk's key, a
+cryptographic hash of all its tokens. So a false match costs time and never wrong KV.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvtier.blend.chunks import Anchor, Chunk, anchor_of, chunk_of
+from kvtier.blend.layout import Placement
+from kvtier.errors import BlendRefusedError, RefusalReason
+from kvtier.types import BlockKey
+
+HEAD_TOKENS = 16
+"""of a chunk are hashed to find it; shorter chunks are found only where the caller says"""
+
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]
+
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Positions ``[start, end)`` of a prompt that the caller says are one chunk."""
+
+    start: int
+    end: int
+
+
+def check_spans(spans: Iterable[Span], num_tokens: int) -> list[Span]:
+    """The spans in the prompt's order.
+
+    Raises:
+        BlendRefusedError: a span is empty or leaves the prompt, or two overlap.
+    """
+    ordered = sorted(spans, key=lambda span: (span.start, span.end))
+    end = 0
+    for span in ordered:
+        if not 0 <= span.start < span.end <= num_tokens:
+            text = f"span [{span.start}, {span.end}) of a prompt of {num_tokens} tokens; 0 <= start < end <= {num_tokens} is allowed"
+            raise BlendRefusedError(RefusalReason.SPAN_OUTSIDE_PROMPT, text)
+        if span.start < end:
+            raise BlendRefusedError(
+                RefusalReason.SPANS_OVERLAP, f"span [{span.start}, {span.end}) begins before {end}, where the last one ends"
+            )
+        end = span.end
+    return ordered
+
+
+def separated_spans(token_ids: Sequence[int], separator: Sequence[int]) -> list[Span]:
+    """What lies between each two occurrences of the separator. What is before the first and behind the last one is no chunk.
+
+    Raises:
+        ValueError: the separator is empty.
+    """
+    if not separator:
+        raise ValueError("a separator has at least one token")
+    tokens, pattern = list(token_ids), list(separator)
+    spans = []
+    previous_end = None
+    position = 0
+    while position + len(pattern) <= len(tokens):
+        if tokens[position : position + len(pattern)] != pattern:
+            position += 1
+            continue
+        if previous_end is not None and previous_end < position:
+            spans.append(Span(previous_end, position))
+        position += len(pattern)
+        previous_end = position
+    return spans
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpace:
+    """Within what chunks are equal: the request's root, the anchor that they are computed behind, the size of their blocks in tokens."""
+
+    root: bytes
+    anchor: Anchor
+    block_tokens: int
+
+    def chunk(self, token_ids: Sequence[int]) -> Chunk:
+        """The chunk of these tokens.
+
+        Raises:
+            ValueError: as :func:`kvtier.blend.chunks.chunk_of` does.
+        """
+        return chunk_of(self.root, self.anchor, token_ids, self.block_tokens)
+
+    def begins(self, token_ids: Sequence[int]) -> bool:
+        """Whether the prompt begins with the anchor's tokens."""
+        tokens = token_ids[: self.anchor.num_tokens]
+        return len(tokens) == self.anchor.num_tokens and anchor_of(self.root, tokens, self.block_tokens) == self.anchor
+
+    def place(self, token_ids: Sequence[int], spans: Iterable[Span], expected: Mapping[Span, BlockKey] | None = None) -> list[Placement]:
+        """The chunks at spans that the caller gives. ``expected``: the keys of chunks that it says lie there.
+
+        Raises:
+            BlendRefusedError: spans overlap or leave the prompt, or the tokens of one are not those of the chunk that is expected.
+        """
+        has_anchor = self.begins(token_ids)
+        placements = []
+        for span in check_spans(spans, len(token_ids)):
+            chunk = self.chunk(token_ids[span.start : span.end])
+            key = (expected or {}).get(span, chunk.key)
+            if key != chunk.key:
+                text = f"the tokens in [{span.start}, {span.end}) are chunk {chunk.key.hex()}, not {key.hex()}"
+                raise BlendRefusedError(RefusalReason.TOKENS_DIFFER, text)
+            placements.append(Placement(chunk, span.start, is_exact=has_anchor and span.start == self.anchor.num_tokens))
+        return placements
+
+
+class ChunkFinder:
+    """Finds stored chunks in prompts. Not thread-safe.
+
+    Of chunks that overlap the one that begins first is taken, and of those the longest.
+    """
+
+    def __init__(self, space: ChunkSpace) -> None:
+        self._space = space
+        self._by_head: defaultdict[int, dict[bytes, tuple[Chunk, int]]] = defaultdict(dict)
+        """hash of the first tokens -> key -> chunk, hash of its last tokens"""
+        self._head_of: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._head_of)
+
+    def add(self, token_ids: Sequence[int]) -> Chunk | None:
+        """Finds these tokens from now on. ``None``, and nothing else happens, where there are fewer than ``HEAD_TOKENS``."""
+        if len(token_ids) < HEAD_TOKENS:
+            return None
+        chunk = self._space.chunk(token_ids)
+        hashes = _window_hashes(token_ids)
+        head = int(hashes[0])
+        self._by_head[head][chunk.key] = (chunk, int(hashes[-1]))
+        self._head_of[chunk.key] = head
+        return chunk
+
+    def discard(self, key: bytes) -> None:
+        """Finds this chunk no more; an unknown key is fine."""
+        head = self._head_of.pop(key, None)
+        if head is None:
+            return
+        del self._by_head[head][key]
+        if not self._by_head[head]:
+            del self._by_head[head]
+
+    def find(self, token_ids: Sequence[int]) -> list[Placement]:
+        """Where stored chunks lie, in the prompt's order; not among the anchor's tokens where the prompt begins with them."""
+        placements: list[Placement] = []
+        if len(token_ids) < HEAD_TOKENS or not self._by_head:
+            return placements
+        has_anchor = self._space.begins(token_ids)
+        first = end = self._space.anchor.num_tokens if has_anchor else 0
+        hashes = _window_hashes(token_ids)
+        wanted = np.fromiter(self._by_head, dtype=np.uint64, count=len(self._by_head))
+        for position in np.flatnonzero(np.isin(hashes, wanted)).tolist():
+            if position < end:
+                continue
+            chunk = self._longest_at(token_ids, position, hashes)
+            if chunk is not None:
+                placements.append(Placement(chunk, position, is_exact=has_anchor and position == first))
+                end = position + chunk.num_tokens
+        return placements
+
+    def _longest_at(self, token_ids: Sequence[int], position: int, hashes: Hashes) -> Chunk | None:
+        for chunk, tail in sorted(self._by_head[int(hashes[position])].values(), key=lambda item: -item[0].num_tokens):
+            last = position + chunk.num_tokens - HEAD_TOKENS
+            if (
+                last < len(hashes)
+                and hashes[last] == tail
+                and self._space.chunk(token_ids[position : position + chunk.num_tokens]) == chunk
+            ):
+                return chunk
+        return None
+
+
+def _window_hashes(token_ids: Sequence[int]) -> Hashes:
+    """A hash of the ``HEAD_TOKENS`` tokens from each position on, as far as there are so many."""
+    mixed = (np.asarray(token_ids, dtype=np.uint64) + np.uint64(1)) * _MIX
+    mixed ^= mixed >> np.uint64(29)
+    num_windows = len(mixed) - HEAD_TOKENS + 1
+    hashes = np.zeros(num_windows, np.uint64)
+    for offset in range(HEAD_TOKENS):
+        hashes = hashes * _BASE + mixed[offset : offset + num_windows]
+    return hashes

@@ -1,0 +1,95 @@
+"""What the sparse prefill asks of a model, and the KV it works on.
+
+Tensors of tokens have no batch dimension: one prompt at a time. Positions are those in the prompt, from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from kvtier.copy.rope import Floats, Pairs, shift_table
+
+
+class Projected(NamedTuple):
+    """Of some tokens in one layer, rotated for their positions."""
+
+    queries: torch.Tensor
+    """``[num_heads, num_tokens, head_dim]``"""
+    keys: torch.Tensor
+    """``[num_kv_heads, num_tokens, head_dim]``"""
+    values: torch.Tensor
+
+
+class BlendModel(Protocol):
+    """A decoder whose layers can be computed for any tokens of a prompt. Implementations hold no state of a prompt."""
+
+    num_layers: int
+    scale: float
+    """of the products of queries and keys before the softmax"""
+    rotary: Rotary
+    device: torch.device
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The hidden states ``[num_tokens, hidden_size]`` that enter layer 0."""
+        ...
+
+    def project(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
+        """Queries, keys and values of these tokens."""
+        ...
+
+    def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The hidden states behind the layer; ``attended`` is ``[num_tokens, num_heads * head_dim]``."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of what comes out of the last layer: ``[num_tokens, vocabulary]``, in fp32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a model's keys depend on their position."""
+
+    frequencies: Floats
+    """radians per position of each pair"""
+    pairs: Pairs
+
+    def move(self, keys: torch.Tensor, shift: int) -> torch.Tensor:
+        """Keys ``[..., head_dim]`` as of ``shift`` positions later. One rotation in fp32; the bits of ``kvtier.copy.rope.shift_keys``."""
+        if shift == 0:
+            return keys
+        table = torch.from_numpy(shift_table(self.frequencies, [shift])[0]).to(keys.device)
+        num_pairs = table.shape[0]
+        first, second = slice(0, num_pairs), slice(num_pairs, 2 * num_pairs)
+        if self.pairs == "interleaved":
+            first, second = slice(0, 2 * num_pairs, 2), slice(1, 2 * num_pairs, 2)
+        left, right = keys[..., first].float(), keys[..., second].float()
+        cosine, sine = table[:, 0], table[:, 1]
+        moved = keys.clone()
+        moved[..., first] = (left * cosine - right * sine).to(keys.dtype)
+        moved[..., second] = (right * cosine + left * sine).to(keys.dtype)
+        return moved
+
+
+@dataclass(frozen=True)
+class TokenKV:
+    """Keys and values of consecutive tokens: ``[num_layers, num_kv_heads, num_tokens, head_dim]`` each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens."""
+        return self.keys.shape[2]
+
+    def part(self, start: int, end: int) -> TokenKV:
+        """A view of tokens ``[start, end)``."""
+        return TokenKV(self.keys[:, :, start:end], self.values[:, :, start:end])
+
+    def clone(self) -> TokenKV:
+        """A copy with memory of its own."""
+        return TokenKV(self.keys.clone(), self.values.clone())

@@ -1,0 +1,81 @@
+"""The sparse prefill: some tokens of a prompt, layer by layer, each attending over all KV before it.
+
+The reference of every other implementation. With all tokens it is full prefill; with none but the question it is full reuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - everybody's name for it
+
+from kvtier.blend.model import BlendModel, Projected, TokenKV
+
+LayerHook = Callable[[int, Projected], None]
+"""told of each layer's projections before they are written: layer, projections of the rows"""
+
+
+@dataclass
+class Rows:
+    """The tokens being computed, and how far they are. Changed by :func:`advance`."""
+
+    positions: torch.Tensor
+    """increasing"""
+    hidden: torch.Tensor
+    next_layer: int = 0
+
+    def narrow(self, keep: torch.Tensor) -> Rows:
+        """Only those of which ``keep``, over all positions of the prompt, is true."""
+        chosen = keep[self.positions]
+        return Rows(self.positions[chosen], self.hidden[chosen], self.next_layer)
+
+
+def start(model: BlendModel, token_ids: torch.Tensor, positions: torch.Tensor) -> Rows:
+    """Before the first layer."""
+    return Rows(positions, model.embed(token_ids[positions]))
+
+
+def advance(
+    model: BlendModel, rows: Rows, kv: TokenKV, writable: torch.Tensor, *, end_layer: int | None = None, hook: LayerHook | None = None
+) -> None:
+    """Computes ``rows`` up to ``end_layer`` (default: all), writing their KV where ``writable`` is true (a mask over positions)."""
+    end = model.num_layers if end_layer is None else end_layer
+    written = writable[rows.positions]
+    targets = rows.positions[written]
+    mask = attention_mask(rows.positions, kv.num_tokens)
+    while rows.next_layer < end:
+        layer = rows.next_layer
+        projected = model.project(layer, rows.hidden, rows.positions)
+        if hook is not None:
+            hook(layer, projected)
+        kv.keys[layer][:, targets] = projected.keys[:, written]
+        kv.values[layer][:, targets] = projected.values[:, written]
+        attended = attend(projected.queries, kv.keys[layer], kv.values[layer], mask, model.scale)
+        rows.hidden = model.finish(layer, rows.hidden, attended)
+        rows.next_layer += 1
+
+
+def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """``[rows, num_tokens]``: true where a row may look: at itself and before."""
+    return torch.arange(num_tokens, device=positions.device)[None, :] <= positions[:, None]
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of grouped queries; ``[rows, num_heads * head_dim]``."""
+    num_heads, num_rows, head_dim = queries.shape
+    group = num_heads // keys.shape[0]
+    grouped = queries.reshape(keys.shape[0], group, num_rows, head_dim)
+    result = F.scaled_dot_product_attention(
+        grouped, keys[:, None].expand(-1, group, -1, -1), values[:, None].expand(-1, group, -1, -1), attn_mask=mask, scale=scale
+    )
+    return result.reshape(num_heads, num_rows, head_dim).transpose(0, 1).reshape(num_rows, -1)
+
+
+def attention_weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Mean over the heads of what each row looks at: ``[rows, num_tokens]``, fp32, each row sums to 1."""
+    num_heads, num_rows, head_dim = queries.shape
+    grouped = queries.float().reshape(keys.shape[0], -1, head_dim)
+    scores = (grouped @ keys.float().transpose(1, 2) * scale).view(num_heads, num_rows, -1)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(0)

@@ -1,0 +1,98 @@
+"""The tasks are what they say, and the figures are what the rows mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvtier.bench.blend.summary import by_variant, estimate, paired
+from kvtier.bench.blend.tasks import TASKS, make_set
+from kvtier.cli import main
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_answers_stand_in_the_documents(number: int) -> None:
+    """Single: in one sentence. Hops: over two documents. Border: the answer begins the document behind its question. The same each time."""
+    made = make_set(number)
+    assert made == make_set(number)
+    documents = made.documents
+    assert 6 == len(set(documents))
+    assert set(TASKS) == {question.task for question in made.questions}
+    for question in made.questions:
+        asked = question.text.split("\n")[1].removesuffix("<|im_end|>")
+        if question.task == "single":
+            assert question.answer is not None
+            city = asked.split()[-2]
+            assert 1 == sum(f"The budget of the {city} office is{question.answer} dollars." in text for text in documents)
+        elif question.task == "hops":
+            assert question.answer is not None
+            person = asked.split("where ")[1].split(" works?")[0]
+            (home,) = [text for text in documents if f"{person} works in the " in text]
+            city = home.split(f"{person} works in the ")[1].split(" office")[0]
+            (other,) = [text for text in documents if f"The budget of the {city} office is" in text]
+            assert home != other
+            assert f"The budget of the {city} office is{question.answer} dollars." in other
+        elif question.task == "border":
+            ending = asked.split("What is the ")[1].removesuffix("?")
+            (index,) = [index for index, text in enumerate(documents) if text.endswith(f"The {ending} is")]
+            assert documents[index + 1].startswith(f"{question.answer}. ".lstrip())
+
+
+def row(number: int, variant: str, kl: float, *, question: int = 0, full: bool = True, right: bool = True) -> dict[str, object]:
+    """As a run writes it."""
+    shares = {"agreement": 1.0, "nll_change": 0.0, "share": 0.15, "cost": 0.2, "token_accuracy": 1.0}
+    where = {"set": number, "question": question, "task": "hops", "variant": variant, "ratio": 0.15}
+    return {**where, **shares, "kl": kl, "full_is_right": full, "is_right": right}
+
+
+def test_only_answered_questions_count_as_retained() -> None:
+    """What full prefill cannot answer cannot be lost; where it answers none there is no such figure."""
+    rows = [row(0, "a", 0.1), row(1, "a", 0.3, right=False), row(2, "a", 0.5, full=False), row(0, "b", 0.1, full=False)]
+    table = by_variant(rows, "hops")
+    assert (3, 2) == (table["a"]["n"], table["a"]["answered"])
+    assert 0.5 == table["a"]["retained"].value
+    assert 0.3 == pytest.approx(table["a"]["kl"].value)
+    assert 0.2 == pytest.approx(table["a"]["kl_answered"].value)
+    assert "retained" not in table["b"]
+    assert {} == by_variant(rows, "prose")
+
+
+def test_variants_are_compared_over_the_questions_both_have() -> None:
+    """The quotient of means; others do not count."""
+    rows = [row(0, "a", 0.1), row(1, "a", 0.3), row(0, "b", 0.4), row(1, "b", 0.4), row(2, "a", 9.0)]
+    quotient = paired(rows, "hops", "a", "b")
+    assert quotient is not None
+    assert 0.5 == pytest.approx(quotient.value)
+    assert 0.25 == pytest.approx(quotient.low)
+    assert 0.75 == pytest.approx(quotient.high)
+    assert paired(rows, "hops", "a", "c") is None
+
+
+def test_questions_of_one_set_are_not_independent() -> None:
+    """An interval over many questions of few sets is as wide as over the sets."""
+    few = estimate([row(number, "a", number % 2) for number in range(8)], "kl")
+    many = estimate([row(number, "a", number % 2, question=question) for number in range(8) for question in range(50)], "kl")
+    assert (few.value, few.low, few.high) == (many.value, many.low, many.high)
+    assert 0.5 == few.value
+    assert few.low < 0.3 < 0.7 < few.high
+    with pytest.raises(ValueError, match="no rows"):
+        estimate([], "kl")
+
+
+def test_a_file_of_rows_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a model; rows of another ratio stay out."""
+    rows = [row(0, "cacheblend, alone", 0.4), row(0, "combined, prefix", 0.1), {**row(0, "combined, prefix", 9.0), "ratio": 0.5}]
+    (tmp_path / "rows").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    assert 0 == main(["bench", "blend", "--report-only", "--rows", str(tmp_path / "rows")])
+    printed = capsys.readouterr().out
+    assert "hops: 1 questions, 1 of them answered by full prefill" in printed
+    assert "KL 0.100 [0.100, 0.100]  of cacheblend, alone's 0.250" in printed
+
+
+def test_without_a_model_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2, and which option is missing."""
+    monkeypatch.delenv("KVTIER_TEST_MODEL", raising=False)
+    assert 2 == main(["bench", "blend"])
+    assert "--model" in capsys.readouterr().err

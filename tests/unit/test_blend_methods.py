@@ -1,0 +1,226 @@
+"""Methods choose as many tokens as the ratio says, and those that their papers say; ratios stay within their bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.blend.chunks import NO_ANCHOR
+from kvtier.blend.entries import NO_CONTEXT, Context
+from kvtier.blend.finding import ChunkSpace
+from kvtier.blend.layout import Placement, PromptLayout
+from kvtier.blend.mean_shift import MIN_CHOSEN_TOKENS, MIN_CHUNK_TOKENS, MeanShift
+from kvtier.blend.methods import METHODS, CacheBlend, CacheCraft, Combined, Epic, ProphetKV
+from kvtier.blend.methods.base import share_out, top
+from kvtier.blend.methods.cachecraft import context_impact, prefix_overlap
+from kvtier.blend.model import Projected, Rotary, TokenKV
+from kvtier.blend.ratio import AdaptiveRatio, FixedRatio, hidden_ratio
+from kvtier.copy.rope import Pairs, TokenShift, plain_frequencies, shift_keys, shift_table
+from kvtier.errors import BlendRefusedError, RefusalReason
+from kvtier.hashing import Namespace, request_root
+
+torch.set_num_threads(1)
+SPACE = ChunkSpace(request_root(Namespace(model="m").digest), NO_ANCHOR, 4)
+
+
+def layout_of(lengths: Sequence[int], *, first_is_exact: bool = False) -> PromptLayout:
+    """Chunks of these lengths side by side, and three tokens of question."""
+    placements = []
+    position = 0
+    for number, length in enumerate(lengths):
+        chunk = SPACE.chunk([number, *range(length - 1)])
+        placements.append(Placement(chunk, position, is_exact=first_is_exact and number == 0))
+        position += length
+    return PromptLayout(position + 3, 0, tuple(placements))
+
+
+@dataclass
+class FakeEvidence:
+    """Answers that a test wrote down."""
+
+    layout: PromptLayout
+    deviation: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+    remembered: list[Context] = field(default_factory=list)
+
+    def value_deviation(self, layer: int) -> torch.Tensor:
+        """Written down."""
+        return self._scores(self.deviation)
+
+    def question_attention(self) -> torch.Tensor:
+        """Written down."""
+        return self._scores(self.attention)
+
+    def contexts(self) -> Sequence[Context]:
+        """Written down."""
+        return self.remembered or [NO_CONTEXT] * len(self.layout.placements)
+
+    def _scores(self, written: list[float]) -> torch.Tensor:
+        if written:
+            return torch.tensor(written)
+        return torch.rand(len(self.layout.candidates), generator=torch.Generator().manual_seed(3))
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.floats(0, 1), st.sampled_from(sorted(METHODS)), st.booleans())
+def test_a_method_chooses_what_the_ratio_allows(lengths: list[int], ratio: float, name: str, first_is_exact: bool) -> None:
+    """The number of tokens, for every method and layout: none with 0, all with 1; more with more, never one less."""
+    evidence = FakeEvidence(layout_of(lengths, first_is_exact=first_is_exact))
+    number = len(evidence.layout.candidates)
+    if not number:
+        return
+    method = METHODS[name]()
+    assert name == method.name
+    chosen = method.select(evidence, FixedRatio(ratio)).chosen
+    assert (number,) == chosen.shape
+    assert min(number, math.ceil(ratio * number - 1e-9)) == int(chosen.sum())
+    assert not method.select(evidence, FixedRatio(0.0)).chosen.any()
+    assert method.select(evidence, FixedRatio(1.0)).chosen.all()
+
+
+def chosen_by(method: CacheBlend | CacheCraft | Combined | Epic | ProphetKV, evidence: FakeEvidence, ratio: float) -> list[int]:
+    """Positions in the prompt."""
+    chosen = method.select(evidence, FixedRatio(ratio)).chosen.tolist()
+    return [position for position, is_chosen in zip(evidence.layout.candidates, chosen, strict=True) if is_chosen]
+
+
+def test_each_method_takes_what_its_paper_says() -> None:
+    """Deviation, heads, the question's attention, both; an exact chunk needs nothing."""
+    layout = layout_of([10, 10], first_is_exact=True)
+    scores = [0.0, 1.0, 0.0, 0.0, 5.0, 0.0, 0.0, 4.0, 3.0, 0.0]
+    evidence = FakeEvidence(layout, deviation=scores, attention=scores[::-1])
+    assert [14, 17, 18] == chosen_by(CacheBlend(), evidence, 0.3)
+    assert [11, 12, 15] == chosen_by(ProphetKV(), evidence, 0.3)
+    assert [10, 11, 12] == chosen_by(Epic(), evidence, 0.3)
+    assert [10, 11, 12, 15] == chosen_by(Combined(context_share=0.25), evidence, 0.4)
+    looked = Context((layout.placements[0].chunk.key,), (1.0,), 9.0, torch.tensor([0.0] * 8 + [0.5, 0.5]))
+    evidence.remembered = [NO_CONTEXT, looked]
+    assert [12, 15, 18, 19] == chosen_by(Combined(context_share=0.5), evidence, 0.4)
+    two = FakeEvidence(layout_of([4, 10]))
+    assert [0, 1, 2, 3, *range(4, 10)] == chosen_by(Epic(), two, 10 / 14)
+
+
+def test_cachecraft_spends_where_the_old_surroundings_are_gone() -> None:
+    """A chunk whose old neighbour stands before it again is left alone; of another one those tokens go that looked at others."""
+    layout = layout_of([4, 4, 4])
+    first, second, third = (placement.chunk.key for placement in layout.placements)
+    looked = torch.tensor([0.1, 0.9, 0.2, 0.8])
+    kept = Context((first,), (2.0,), 2.0, looked)
+    lost = Context((third,), (2.0,), 2.0, looked)
+    alone = Context((), (), 4.0, torch.zeros(4))
+    evidence = FakeEvidence(layout, remembered=[alone, kept, lost])
+    assert 0.5 == context_impact(alone) < context_impact(kept) < 1
+    assert (0, 1, 0) == tuple(prefix_overlap(context, [first, second]) for context in (alone, kept, lost))
+    assert not {4, 5, 6, 7} & set(chosen_by(CacheCraft(), evidence, 4 / 12))
+    assert {9, 11} <= set(chosen_by(CacheCraft(), evidence, 4 / 12))
+    both = Context((first, second), (1.0, 3.0), 1.0, looked)
+    assert (1.0, 0.0, 0.25) == tuple(prefix_overlap(both, order) for order in ([first, second], [second, first], [first, third]))
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 20)), min_size=1, max_size=6), st.integers(0, 130))
+def test_sharing_out_gives_all_there_is_room_for(shares: list[tuple[float, int]], number: int) -> None:
+    """Nobody over its room; a heavier one with as much room gets no less."""
+    weights, rooms = [weight for weight, _ in shares], [room for _, room in shares]
+    parts = share_out(weights, rooms, number)
+    assert min(number, sum(rooms)) == sum(parts)
+    assert all(0 <= part <= room for part, room in zip(parts, rooms, strict=True))
+    for left, right in ((a, b) for a in range(len(parts)) for b in range(len(parts))):
+        if weights[left] >= weights[right] and rooms[left] >= rooms[right]:
+            assert parts[left] >= parts[right] - 1 - (parts[right] == rooms[right])
+
+
+@given(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=50), st.integers(0, 60))
+def test_top_takes_the_highest(scores: list[float], number: int) -> None:
+    """No score that was left is above one that was taken."""
+    mask = top(torch.tensor(scores), number).tolist()
+    taken = [score for score, is_taken in zip(scores, mask, strict=True) if is_taken]
+    left = [score for score, is_taken in zip(scores, mask, strict=True) if not is_taken]
+    assert min(number, len(scores)) == len(taken)
+    assert not taken or not left or min(taken) >= max(left)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf])
+def test_what_is_no_share_is_refused(value: float) -> None:
+    """By name, with the value and what is allowed."""
+    makers = (
+        lambda: FixedRatio(value),
+        lambda: AdaptiveRatio(value),
+        lambda: AdaptiveRatio(0.5, maximum=value),
+        lambda: hidden_ratio(1, 1, value),
+    )
+    for make in makers:
+        with pytest.raises(BlendRefusedError, match=r"is .*; \[0, 1\] is allowed") as caught:
+            make()
+        assert RefusalReason.RATIO == caught.value.reason
+
+
+def test_a_minimum_above_the_maximum_is_refused() -> None:
+    """Bounds that cross are no bounds."""
+    with pytest.raises(BlendRefusedError, match=r"minimum is 0.5; at most the maximum, 0.2"):
+        AdaptiveRatio(0.5, minimum=0.5, maximum=0.2)
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.floats(0, 1), st.floats(0, 0.5), st.floats(0.5, 1))
+def test_an_adaptive_ratio_holds_the_mass_within_bounds(scores: list[float], mass: float, low: float, high: float) -> None:
+    """The fewest tokens whose scores hold the mass, as far as the bounds allow."""
+    ratio = AdaptiveRatio(mass, low, high)
+    number = ratio.num_tokens(torch.tensor(scores), len(scores))
+    bounds = [FixedRatio(bound).num_tokens(None, len(scores)) for bound in (low, high)]
+    assert bounds[0] <= number <= bounds[1]
+    ordered = sorted(scores, reverse=True)
+    if bounds[0] < number:
+        assert sum(ordered[: number - 1]) <= mass * sum(ordered) + 1e-6
+    if number < bounds[1]:
+        assert sum(ordered[:number]) >= mass * sum(ordered) - 1e-6
+    assert bounds[0] == ratio.num_tokens(None, len(scores))
+
+
+def test_what_hides_under_loading_costs_no_time() -> None:
+    """Half the time of prefill lets half be computed; never less than the minimum, nor more than all."""
+    assert [0.5, 0.1, 1.0, 1.0] == [hidden_ratio(load, prefill, 0.1) for load, prefill in ((2, 4), (0.1, 4), (8, 4), (1, 0))]
+
+
+@pytest.mark.parametrize("pairs", ["neox", "interleaved"])
+@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+def test_keys_move_by_the_bits_of_the_copiers_rotation(pairs: Pairs, storage: str) -> None:
+    """One arithmetic for the reference and for the copies on a GPU; dimensions behind the pairs stay."""
+    frequencies = plain_frequencies(10_000.0, 12)
+    keys = torch.randn((2, 5, 16), generator=torch.Generator().manual_seed(1))
+    keys = keys.to(torch.bfloat16) if storage == "bf16" else keys
+    for shift in (0, 1, -7, 100_000):
+        moved = Rotary(frequencies, pairs).move(keys, shift)
+        plain = keys.permute(1, 0, 2)[None].contiguous()
+        expected = (plain.view(torch.int16).numpy().view(np.uint16) if storage == "bf16" else plain.numpy()).copy()
+        shift_keys(expected, [TokenShift(0, 0, 5, 0)], shift_table(frequencies, [shift]), pairs=pairs, storage=storage)  # type: ignore[arg-type]
+        got = moved.permute(1, 0, 2)[None].contiguous()
+        np.testing.assert_array_equal(expected, got.view(torch.int16).numpy().view(np.uint16) if storage == "bf16" else got.numpy())
+
+
+def shifted(length: int, num_chosen: int, change: torch.Tensor) -> torch.Tensor:
+    """By how much a chunk's values moved in layer 0 when its first tokens changed so: ``[tokens, head_dim]``."""
+    layout = layout_of([length])
+    kv = TokenKV(torch.zeros(1, 1, layout.num_tokens, 2), torch.zeros(1, 1, layout.num_tokens, 2))
+    positions = torch.tensor([*range(num_chosen), *layout.question])
+    chosen = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    chosen[:num_chosen] = True
+    new = torch.zeros(1, len(positions), 2)
+    new[0, :num_chosen] = change
+    MeanShift(kv, layout, positions, chosen, 0.5)(0, Projected(new, new, new))
+    assert torch.equal(kv.keys, kv.values)
+    return kv.values[0, 0]
+
+
+def test_the_rest_of_a_chunk_moves_as_far_as_the_changes_agree() -> None:
+    """Half of a common change; nothing where changes cancel out, in short chunks, or for tokens that are computed or not the chunk's."""
+    same = shifted(MIN_CHUNK_TOKENS, 10, torch.tensor([2.0, 0.0]))
+    assert [0.0, 1.0, 0.0] == [same[0, 0].item(), same[10, 0].item(), same[MIN_CHUNK_TOKENS, 0].item()]
+    opposite = torch.tensor([[2.0, 0.0], [-2.0, 0.0]]).repeat(5, 1)
+    assert 0 == shifted(MIN_CHUNK_TOKENS, 10, opposite).abs().sum()
+    assert 0 == shifted(MIN_CHUNK_TOKENS - 1, 10, torch.tensor([2.0, 0.0])).abs().sum()
+    assert 0 == shifted(MIN_CHUNK_TOKENS, MIN_CHOSEN_TOKENS - 1, torch.tensor([2.0, 0.0])).abs().sum()
