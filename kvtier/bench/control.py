@@ -13,6 +13,7 @@ import mmap
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections import deque
@@ -151,6 +152,9 @@ def disk_evictions(resident: Sequence[int], rounds: int, directory: Path | None)
     for count in resident:
         path = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=directory))
         try:
+            if shutil.disk_usage(path).free < _capacity_for(count):
+                print(f"no room for a disk tier of {count} blocks: it must be allowed {_capacity_for(count)} bytes", file=sys.stderr)
+                continue
             yield from _disk_eviction(path, count, rounds)
         finally:
             shutil.rmtree(path, ignore_errors=True)
@@ -219,10 +223,10 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _capacity_for(num_blocks: int) -> int:
-    """The least power of two in bytes that holds so many blocks of a page: with such small ones the index is the bound."""
+    """What a tier must be allowed for so many blocks of a page, nearly: with such small ones the index is the bound."""
     capacity_bytes = 1 << 28
     while divide(capacity_bytes, SEGMENT_BYTES).max_blocks(PAGE_BYTES) < num_blocks + DISK_BATCH:
-        capacity_bytes *= 2
+        capacity_bytes += capacity_bytes >> 3
     return capacity_bytes
 
 
