@@ -44,7 +44,6 @@ class HostSpace:
         self._leases = LeaseTable()
         self._tenants: list[Entry | None] = []
         """by slot; a slot behind the end has no tenant"""
-        self._num_tenants = 0
         self._draining: dict[int, int] = {}
         """retired slots that are still leased -> size of their block"""
         self._draining_count: dict[int, int] = {}
@@ -71,7 +70,6 @@ class HostSpace:
         except IndexError:
             self._tenants.extend([None] * (slot + _TENANTS_STEP - len(self._tenants)))
             self._tenants[slot] = entry
-        self._num_tenants += 1
         entry.slot = slot
         return True
 
@@ -79,7 +77,6 @@ class HostSpace:
         """Takes an entry's slot away; the slot is free once no lease is left."""
         slot = entry.slot
         self._tenants[slot] = None
-        self._num_tenants -= 1
         entry.slot = -1
         if self._leases.retire(slot):
             self._allocator.free(slot * PAGE_BYTES)
@@ -119,17 +116,10 @@ class HostSpace:
         """How many slots are leased."""
         return self._leases.num_leased
 
-    @property
-    def num_used(self) -> int:
-        """How many slots have a tenant or are draining."""
-        return self._num_tenants + len(self._draining)
-
     def check(self) -> list[str]:
         """Broken promises in words; empty = healthy."""
         problems = list(self._allocator.check())
         tenants = [(slot, entry) for slot, entry in enumerate(self._tenants) if entry is not None]
-        if len(tenants) != self._num_tenants:
-            problems.append(f"{len(tenants)} slots have a tenant, {self._num_tenants} were counted")
         problems += [f"slot {slot}: its tenant believes to live in slot {entry.slot}" for slot, entry in tenants if entry.slot != slot]
         problems += [f"slot {slot} drains although it has a tenant" for slot in self._draining if self.tenant(slot) is not None]
         return problems

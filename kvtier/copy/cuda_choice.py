@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
@@ -100,11 +100,6 @@ class CopyTable:
                 cells = [_cell(it, is_chosen=it.way is chosen) for it in figures]
                 found.append(f"{direction:<5} {size:>9,} B  " + "  ".join(cells))
         return found + [f"not {way.value}: {why}" for way, why in self.refused.items()]
-
-    def as_json(self) -> dict[str, object]:
-        """Plain values, for records."""
-        rows = [{**asdict(it), "way": it.way.value} for it in self.measured]
-        return {"measured": rows, "refused": {way.value: why for way, why in self.refused.items()}}
 
 
 def _cell(figure: Measured, *, is_chosen: bool) -> str:
