@@ -15,7 +15,7 @@ _LOWER: Mapping[str, str] = {
     "loaded_blocks": "blocks promoted from {}",
     "evicted_blocks": "blocks evicted from {}",
     "not_admitted_blocks": "blocks not written to {} because what it has is worth more",
-    "unadmitted_blocks": "blocks not written to {} because they were used only once",
+    "used_once_blocks": "blocks not written to {} because they were used only once",
     "over_budget_blocks": "blocks not written to {} because the day's bytes were used up",
     "expired_blocks": "blocks whose time to live in {} ended",
     "missing_blocks": "blocks {} did not have after all",

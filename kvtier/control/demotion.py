@@ -45,7 +45,7 @@ class Demoter:
         """A block came to host memory: queue it for the tiers that want it."""
         for tier in self._lower:
             if not tier.committed(entry, now):
-                self._stats.add(f"{tier.residency.name}.unadmitted_blocks")
+                self._stats.add(f"{tier.residency.name}.used_once_blocks")
 
     def forget_waiting(self, key: BlockKey) -> None:
         """A block is no longer in host memory: it cannot be written down any more."""

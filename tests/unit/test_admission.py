@@ -57,7 +57,7 @@ def test_blocks_are_written_on_their_second_use() -> None:
     disk = Disk(Admission(second_use=True))
     disk.store(1)
     disk.store(2)
-    assert (0, 4) == (disk.on("disk"), disk.stats["disk.unadmitted_blocks"])
+    assert (0, 4) == (disk.on("disk"), disk.stats["disk.used_once_blocks"])
     disk.planner.touch(keys_of(1, 2), disk.now)
     disk.settle()
     assert 2 == disk.on("disk")
