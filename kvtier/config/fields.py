@@ -19,6 +19,8 @@ REQUIRED: Any = ...
 
 SIZES = "`8GiB`, `500MB`, or bytes"
 """How a size may be written."""
+OPTIONAL_DURATIONS = "null, or more than 0: `30s`, `5min`, `2h`, or seconds"
+"""How a duration may be written that may be left out."""
 
 _VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})", re.ASCII)
 
@@ -40,6 +42,22 @@ class Section(BaseModel):
 def setting(default: Any, *, kind: str, allowed: str, about: str, key: str | None = None, **limits: Any) -> Any:
     """A field with what the reference page and the error messages need. ``limits`` are pydantic's (``gt``, ``le``, ...)."""
     return Field(default, alias=key, description=about, json_schema_extra={"kind": kind, "allowed": allowed}, **limits)
+
+
+def write_mode() -> Any:
+    """The setting that says when blocks go from host memory to the tier."""
+    return setting(
+        WriteMode.THROUGH,
+        kind="name",
+        allowed="`through`, `back`, `on_evict`",
+        about="When blocks are written. `through`: at once. `back`: 5 s later. `on_evict`: as they leave host memory.",
+        strict=False,
+    )
+
+
+def max_in_flight(about: str) -> Any:
+    """The setting that bounds what is under way between host memory and the tier."""
+    return setting(256 << 20, key="max_in_flight", kind="size", allowed=f"more than 0: {SIZES}", about=about, gt=0)
 
 
 def text_of(field: FieldInfo, name: str) -> str:

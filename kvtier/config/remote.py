@@ -7,7 +7,19 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from kvtier.config.fields import REQUIRED, Duration, ExpandedPath, OptionalDuration, Section, Size, WriteMode, setting
+from kvtier.config.fields import (
+    OPTIONAL_DURATIONS,
+    REQUIRED,
+    Duration,
+    ExpandedPath,
+    OptionalDuration,
+    Section,
+    Size,
+    WriteMode,
+    max_in_flight,
+    setting,
+    write_mode,
+)
 from kvtier.errors import ConfigError
 
 _TIMEOUT = "more than 0: `2s`, `500ms`, or seconds"
@@ -24,15 +36,9 @@ class RemoteTierConfig(Section):
         "kvtier/",
         kind="text",
         allowed="text that ends with `/`",
-        about="What the names of all values begin with. Engines share what has one prefix.",
+        about="What the names of all values begin with.",
     )
-    write: WriteMode = setting(
-        WriteMode.THROUGH,
-        kind="name",
-        allowed="`through`, `back`, `on_evict`",
-        about="When blocks are written. `through`: at once. `back`: 5 s later. `on_evict`: as they leave host memory.",
-        strict=False,
-    )
+    write: WriteMode = write_mode()
     required: bool = setting(
         True,
         kind="boolean",
@@ -47,14 +53,7 @@ class RemoteTierConfig(Section):
         1, kind="integer", allowed="a whole number from 0 to 10", about="Further attempts of a failed call.", ge=0, le=10
     )
     threads: int = setting(4, kind="integer", allowed="a whole number from 1 to 64", about="Calls under way at once.", ge=1, le=64)
-    max_in_flight_bytes: Size = setting(
-        256 << 20,
-        key="max_in_flight",
-        kind="size",
-        allowed="more than 0: `8GiB`, `500MB`, or bytes",
-        about="Bytes on their way to the store at once; more is not stored.",
-        gt=0,
-    )
+    max_in_flight_bytes: Size = max_in_flight("Bytes on their way to the store at once; more is not stored.")
 
     @field_validator("prefix")
     @classmethod
@@ -70,7 +69,7 @@ class RemoteTierConfig(Section):
 
 
 class RedisTierConfig(RemoteTierConfig):
-    """A Redis or Valkey server or cluster that engines share. At most one, after the tiers on this machine."""
+    """A Redis or Valkey server or cluster. At most one, after the tiers on this machine."""
 
     type: Literal["redis"] = setting("redis", kind="name", allowed="`redis`", about="Makes this tier a Redis or Valkey server.")
     url: str = setting(
@@ -90,7 +89,7 @@ class RedisTierConfig(RemoteTierConfig):
         None,
         key="ttl",
         kind="duration",
-        allowed="null, or more than 0: `30s`, `5min`, `2h`, or seconds",
+        allowed=OPTIONAL_DURATIONS,
         about="The server drops a block this long after it was stored. null: as its own eviction decides.",
         gt=0,
     )
@@ -130,7 +129,7 @@ class RedisTierConfig(RemoteTierConfig):
 
 
 class ObjectTierConfig(RemoteTierConfig):
-    """A bucket in object storage that engines share. At most one, last."""
+    """A bucket in object storage. At most one, last."""
 
     type: Literal["object"] = setting("object", kind="name", allowed="`object`", about="Makes this tier a bucket in object storage.")
     url: str = setting(

@@ -9,6 +9,7 @@ from pydantic import ValidationInfo, field_validator
 
 from kvtier.config.fields import (
     ON_OFF,
+    OPTIONAL_DURATIONS,
     REQUIRED,
     SIZES,
     ExpandedPath,
@@ -18,13 +19,14 @@ from kvtier.config.fields import (
     Size,
     SizesByName,
     WriteMode,
+    max_in_flight,
     setting,
+    write_mode,
 )
 from kvtier.units import format_size
 
 _PAGE_BYTES = 4096
 _MAX_SEGMENT_BYTES = 1 << 32
-_TTL = "null, or more than 0: `30s`, `5min`, `2h`, or seconds"
 _TTL_ABOUT = "A block is dropped this long after it was stored or used (see `ttl_mode`). null: never."
 _TTL_MODE_ABOUT = "From when `ttl` counts. `sliding`: the last use. `fixed`: the time of storing."
 PolicyName = Literal["default", "lru", "fifo", "arc", "lru2", "s3fifo", "sieve", "gdsf", "hazard"]
@@ -54,7 +56,7 @@ class GpuTierConfig(Section):
         REQUIRED, key="capacity", kind="size", allowed=f"more than 0: {SIZES}", about="Memory for blocks, on each GPU.", gt=0
     )
     policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
-    ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=_TTL, about=_TTL_ABOUT, gt=0)
+    ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
 
 
@@ -66,7 +68,7 @@ class HostTierConfig(Section):
         REQUIRED, key="capacity", kind="size", allowed=f"more than 0: {SIZES}", about="Host memory for blocks, of all ranks together.", gt=0
     )
     policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
-    ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=_TTL, about=_TTL_ABOUT, gt=0)
+    ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
     quotas: SizesByName = setting(
         {},
@@ -104,15 +106,9 @@ class DiskTierConfig(Section):
         validate_default=True,
     )
     policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
-    ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=_TTL, about=_TTL_ABOUT, gt=0)
+    ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
-    write: WriteMode = setting(
-        WriteMode.THROUGH,
-        kind="name",
-        allowed="`through`, `back`, `on_evict`",
-        about="When blocks are written. `through`: at once. `back`: 5 s later. `on_evict`: as they leave host memory.",
-        strict=False,
-    )
+    write: WriteMode = write_mode()
     quotas: SizesByName = setting(
         {},
         kind="mapping",
@@ -152,9 +148,7 @@ class DiskTierConfig(Section):
     io_threads: int = setting(
         2, kind="integer", allowed="a whole number from 1 to 64", about="Threads that compute and verify checksums.", ge=1, le=64
     )
-    max_in_flight_bytes: Size = setting(
-        256 << 20, key="max_in_flight", kind="size", allowed=f"more than 0: {SIZES}", about="Bytes being read or written at once.", gt=0
-    )
+    max_in_flight_bytes: Size = max_in_flight("Bytes being read or written at once.")
     durable: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Blocks outlive a power cut, not only a crash.")
 
     _quotas_fit = field_validator("quotas")(_fit_into_capacity)

@@ -1,4 +1,4 @@
-"""A tier in a store that others share: one implementation for all, over a :class:`~kvtier.tiers.remote.client.RemoteClient`."""
+"""A tier in a remote store: one implementation for all, over a :class:`~kvtier.tiers.remote.client.RemoteClient`."""
 
 from __future__ import annotations
 
