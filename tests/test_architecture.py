@@ -41,6 +41,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.engine": 4,
     "kvtier.job": 4,
     "kvtier.remote_tiers": 4,
+    "kvtier.sharing": 4,
     "kvtier.verbs": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,

@@ -150,6 +150,10 @@ class RemoteTier:
             self._ledger.remove(keys)
         self._launch()
 
+    def forget(self, keys: Collection[BlockKey]) -> None:
+        with self._lock:
+            self._ledger.forget(keys)
+
     def entries(self) -> Iterator[BlockMeta]:
         with self._lock:
             found = [known.meta for known in self._ledger.known.values()]
