@@ -99,6 +99,8 @@ class Demoter:
         for entry in reversed(stored):
             entry.readable |= tier.bit
             tier.residency.insert(entry.meta, now)
+        if tier.spec.is_shared:
+            tier.absent.discard(entry.key for entry in stored)
         for entry in plan.entries:
             index.drop_if_gone(entry)
         if plan.unwanted:

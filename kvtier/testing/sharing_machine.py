@@ -99,11 +99,11 @@ class SharingPlannerMachine(PlannerMachine):
         self.settle()
         if self.planner.match(keys).hit_blocks or keys[0] in self.store:
             return
-        if self.planner.probe(keys, 0, PAGE_BYTES, self.now):
+        if self.planner.probe(keys, 0, PAGE_BYTES, self.now, tenant_of(prompt)):
             self.settle()
-        assert not self.planner.probe(keys, 0, PAGE_BYTES, self.now)
+        assert not self.planner.probe(keys, 0, PAGE_BYTES, self.now, tenant_of(prompt))
         self.now += ABSENT_S
-        assert self.planner.probe(keys, 0, PAGE_BYTES, self.now)
+        assert self.planner.probe(keys, 0, PAGE_BYTES, self.now, tenant_of(prompt))
         self.carry_on()
 
     @rule(prompt=st.none() | st.integers(0, PROMPTS - 1), really=st.integers(0, 2), everywhere=st.booleans())
@@ -115,6 +115,12 @@ class SharingPlannerMachine(PlannerMachine):
             self.condemned |= {key for p in range(PROMPTS) if tenant in (None, tenant_of(p)) for key in chain(p, MAX_BLOCKS)}
         self.planner.clear({SHARED}, tenant, everywhere=everywhere)
         self.carry_on()
+        for command in [each for each in self.queue if isinstance(each, Probe)]:  # asked before: the answers are no longer used
+            self.queue.remove(command)
+            self.answer(command, Outcome.OK)
+        for other in range(PROMPTS):
+            if tenant in (None, tenant_of(other)):
+                assert not self.planner.holdings(chain(other, MAX_BLOCKS))[SHARED].num_blocks
 
     @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS), everywhere=st.booleans())
     def evict_shared(self, prompt: int, count: int, everywhere: bool) -> None:
