@@ -144,7 +144,7 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
     "kvtier.blend": ("kvtier.connectors", "kvtier.bench", "kvtier.testing"),
     "kvtier.copy": ("kvtier.blend", "kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
-    "kvtier.testing": ("kvtier.bench.servers",),
+    "kvtier.testing": ("kvtier.bench.servers", "kvtier.bench.sharing"),
     "kvtier.bench": (),
 }
 """part -> who outside of it may import it, where the layers alone allow more: what serves one engine, one disk or only tests stays apart"""
