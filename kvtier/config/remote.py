@@ -93,7 +93,7 @@ class RedisTierConfig(RemoteTierConfig):
         REQUIRED,
         kind="text",
         allowed="`redis://HOST:PORT/DB`, `rediss://HOST:PORT/DB` (TLS) or `unix:///PATH`, without user and password",
-        about="The server.",
+        about="The server; with `cluster` any node of it, with `sentinel` the sentinels: `redis://HOST:PORT,HOST:PORT/DB`.",
     )
     username: str | None = setting(None, kind="text", allowed="null, or a name", about="The user (ACL). null: the server's default user.")
     password_env: str | None = setting(None, kind="name", allowed=_VARIABLE, about="The variable that holds the password.")
@@ -102,6 +102,12 @@ class RedisTierConfig(RemoteTierConfig):
         None, kind="path", allowed=_FILE, about="Certificates that vouch for the server. null: the system's."
     )
     cluster: bool = setting(False, kind="boolean", allowed="`true`, `false`", about="Whether `url` names a node of a cluster.")
+    sentinel: str | None = setting(
+        None,
+        kind="name",
+        allowed="null, or a name; null with `cluster`",
+        about="What sentinels call the primary. null: no sentinels.",
+    )
     ttl_s: OptionalDuration = setting(
         None,
         key="ttl",
@@ -129,6 +135,17 @@ class RedisTierConfig(RemoteTierConfig):
         if not separator or not rest or scheme not in ("redis", "rediss", "unix") or "@" in rest or "password=" in rest:
             raise ValueError("not the address of a server alone")
         return url
+
+    @field_validator("sentinel")
+    @classmethod
+    def _sentinels_are_named(cls, sentinel: str | None, info: ValidationInfo) -> str | None:
+        # absent where url itself is wrong
+        places = info.data.get("url", "redis://host:1").partition("://")[2].partition("/")[0].split(",")
+        if sentinel is not None and info.data.get("cluster"):
+            raise ValueError("cluster is true; keep one")
+        if sentinel is not None and not all(place.rpartition(":")[0] and place.rpartition(":")[2].isdecimal() for place in places):
+            raise ValueError("url names no sentinels with their ports")
+        return sentinel
 
     @field_validator("password_file")
     @classmethod

@@ -229,12 +229,12 @@ def faulty_store(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def until_loaded(ask: Callable[[], dict[str, Any]], timeout_s: float = 90.0) -> dict[str, Any]:
-    """Asks until both prompts come from the store, or the last answer once the time is over."""
+    """Asks until the document of both prompts comes from the store, or the last answer once the time is over."""
     deadline = time.monotonic() + timeout_s
     while True:
         time.sleep(0.5)
         found = ask()
-        if all((answer["loaded"] or {}).get("disk_tokens") for answer in found["answers"]) or time.monotonic() > deadline:
+        if any((answer["loaded"] or {}).get("disk_tokens") for answer in found["answers"]) or time.monotonic() > deadline:
             return found
 
 
