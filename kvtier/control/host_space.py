@@ -101,7 +101,7 @@ class HostSpace:
 
     def refs(self, slots: Sequence[int]) -> tuple[SlotRef, ...]:
         """Slots together with their present generations."""
-        return tuple(map(SlotRef, slots, map(self._generations.__getitem__, slots)))
+        return SlotRef.many(slots, map(self._generations.__getitem__, slots))
 
     def crowd(self, num_bytes: int) -> list[Entry]:
         """The tenants that must leave for blocks of another size to get an extent; empty where that cannot help."""

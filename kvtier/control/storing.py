@@ -37,7 +37,7 @@ class Storing:
         if not wanted:
             return StorePlan(job_id)
         anchored = books.anchor(anchor)
-        blocks = [BlockMeta(keys[p], keys[p - 1] if p else None, num_bytes) for p in wanted]
+        blocks = BlockMeta.many([keys[p] for p in wanted], [keys[p - 1] if p else None for p in wanted], num_bytes)
         if may_evict:
             room, num_declined = books.host.make_room(len(blocks), num_bytes, now, tenant, blocks)
         else:
