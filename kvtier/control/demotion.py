@@ -47,11 +47,11 @@ class Demoter:
             if not tier.committed(entry, now):
                 self._stats.add(f"{tier.residency.name}.used_once_blocks")
 
-    def forget_waiting(self, key: BlockKey) -> None:
-        """A block is no longer in host memory: it cannot be written down any more."""
+    def forget_waiting(self, entries: Sequence[Entry]) -> None:
+        """Blocks are no longer in host memory: they cannot be written down any more."""
         for tier in self._lower:
-            if tier.forget_waiting(key):
-                self._stats.add(f"{tier.residency.name}.skipped_blocks")
+            num_skipped = sum(tier.forget_waiting(entry.key) for entry in entries)
+            self._stats.add(f"{tier.residency.name}.skipped_blocks", num_skipped)
 
     def pump(self, index: Index, now: float, max_dirty: float, forget: Forget) -> None:
         """Starts the writes that are due, as far as the bound on bytes in flight allows.
@@ -96,9 +96,10 @@ class Demoter:
                 stored.append(entry)
             elif outcome is not Outcome.OK:
                 self._stats.add(f"{tier.residency.name}.{OUTCOME_COUNTERS[outcome]}_blocks")
-        for entry in reversed(stored):
+        for entry in stored:
             entry.readable |= tier.bit
-            tier.residency.insert(entry.meta, now)
+        if stored:
+            tier.residency.insert([entry.meta for entry in reversed(stored)], now)
         if tier.spec.is_shared:
             tier.absent.discard(entry.key for entry in stored)
         for entry in plan.entries:

@@ -185,7 +185,7 @@ class Planner:
             entry = self._books.index.ensure(meta.key, meta.parent, meta.num_bytes)
             if not entry.readable & tier.bit:
                 entry.readable |= tier.bit
-                tier.residency.insert(meta, now)
+                tier.residency.insert((meta,), now)
 
     def demoted(self, job_id: int, outcomes: Sequence[Outcome], dropped: Collection[BlockKey], now: float) -> None:
         """A demotion is done; ``dropped`` are blocks the tier gave up on its own."""

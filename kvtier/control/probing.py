@@ -104,11 +104,14 @@ class Prober:
                 books.host.forget_lower(tier, key)
             books.commands.append(Forget(tier.index, tuple(victims)))
             new = new[: len(new) - short + len(victims)]
-        for meta in reversed(new):
-            entry = index.ensure(meta.key, meta.parent, meta.num_bytes, tenant)
+        new.reverse()
+        entries = [index.ensure(meta.key, meta.parent, meta.num_bytes, tenant) for meta in new]
+        for entry in entries:
             entry.readable |= tier.bit
-            residency.insert(meta, now)
             books.host.tell(True, residency.name, entry)
+        # Blocks that were known from elsewhere may be nobody's: books are kept by tenant.
+        for _, group in itertools.groupby(entries, key=lambda entry: entry.tenant):
+            residency.insert([entry.meta for entry in group], now)
 
     def __len__(self) -> int:
         return len(self._running)

@@ -67,8 +67,8 @@ class Promoter:
                     tier.absent.add(entry.key, now)  # or the next request would find it and fail the same way
                 books.host.close_slot(entry)
         books.stats.add(f"{tier.residency.name}.loaded_blocks", len(good))
-        for entry in reversed(good):
-            books.host.filled(entry, now)
+        tail_first = good[::-1]
+        books.host.filled(tail_first, [entry.meta for entry in tail_first], now)
         if tier.spec.is_exclusive:
             self._leave(tier, [entry for entry in good if entry.readable & tier.bit], now)
 

@@ -169,7 +169,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
     server.kill()
 
 
-secrets = st.text("abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789+/=_-", min_size=12, max_size=44)
+secrets = st.text("abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789+/=_-", min_size=12, max_size=44).map(
+    lambda text: f"s3cr3t{text}"
+)
 
 
 @settings(max_examples=25, deadline=None)

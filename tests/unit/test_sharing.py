@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from kvtier import Controller
 from kvtier.connectors.requests import DefaultSettings
 from kvtier.control.absent import ABSENT_S, AbsentKeys
+from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.probing import MAX_PROBES
 from kvtier.hashing import Namespace, request_root
 from kvtier.testing.fake_requests import FakeRequest
 from kvtier.testing.fake_system import FakeSystem, FakeSystemOptions
+from kvtier.testing.planner_machine import chain
 from kvtier.testing.remote import PREFIX, MemoryClient, MemoryStore
 from kvtier.testing.sharing_machine import SharingPlannerMachine, TwoEnginesMachine
 from kvtier.tiers.remote import RemoteSettings, RemoteTier
-from kvtier.types import BlockKey
+from kvtier.types import BlockKey, BlockMeta
 
 
 class FewKnownMachine(SharingPlannerMachine):
@@ -223,6 +225,20 @@ def test_other_namespaces_find_nothing(fleet: Fleet) -> None:
     second.cache._runner._shared_namespace = dataclasses.replace(NAMESPACE, model="other").digest
     assert 0 == fleet.run(second).num_loaded_tokens
     assert request_root(NAMESPACE.digest, [b"salt"]) != request_root(NAMESPACE.digest, [])
+
+
+def test_blocks_of_a_tenant_among_blocks_of_nobody() -> None:
+    """What a restarted disk holds is nobody's; a probe for a tenant finds the same blocks and others: the books are right."""
+    machine = SharingPlannerMachine()
+    keys = chain(0, 4)
+    for position in (1, 2):
+        machine.planner.recover(1, [BlockMeta(keys[position], keys[position - 1], PAGE_BYTES)], 0.0)
+    machine.store |= set(keys)
+    assert machine.planner.probe(keys, 0, PAGE_BYTES, 0.0, "acme")
+    machine.settle()
+    assert 4 == machine.planner.match(keys).hit_blocks
+    assert {"": 2 * PAGE_BYTES, "acme": 2 * PAGE_BYTES} == machine.planner.bytes_by_tenant()["redis"]
+    assert [] == machine.planner.check()
 
 
 def wait_until(condition: Callable[[], object]) -> None:
