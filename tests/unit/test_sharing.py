@@ -24,6 +24,7 @@ from kvtier.testing.planner_machine import chain
 from kvtier.testing.remote import PREFIX, MemoryClient, MemoryStore
 from kvtier.testing.sharing_machine import SharingPlannerMachine, TwoEnginesMachine
 from kvtier.tiers.remote import RemoteSettings, RemoteTier
+from kvtier.tiers.remote.records import key_of
 from kvtier.types import BlockKey, BlockMeta
 
 
@@ -225,6 +226,41 @@ def test_other_namespaces_find_nothing(fleet: Fleet) -> None:
     second.cache._runner._shared_namespace = dataclasses.replace(NAMESPACE, model="other").digest
     assert 0 == fleet.run(second).num_loaded_tokens
     assert request_root(NAMESPACE.digest, [b"salt"]) != request_root(NAMESPACE.digest, [])
+
+
+def test_several_shared_tiers_give_what_they_have(tmp_path: Path) -> None:
+    """A prompt whose beginning only one store holds and whose end only the other one does is loaded from both."""
+    stores = [MemoryStore(), MemoryStore()]
+
+    def system(number: int) -> FakeSystem:
+        (tmp_path / str(number)).mkdir()
+        settings = RemoteSettings(prefix=PREFIX, threads=2, retries=0)
+        tiers = [
+            RemoteTier(MemoryClient(store), name=name, settings=settings) for name, store in zip(("redis", "object"), stores, strict=True)
+        ]
+        options = FakeSystemOptions(host_blocks=40, num_engine_blocks=60)
+        return FakeSystem(tmp_path / str(number), NAMESPACE, options, tiers=tiers)
+
+    first, second = system(0), system(1)
+    try:
+        first.engine.submit("first", list(PROMPT), 2)
+        first.settle()
+        half = first.half
+        half.add_request("keys", PROMPT, num_prompt_tokens=len(PROMPT))
+        keys = half._requests["keys"].keys(NUM_BLOCKS, BLOCK_TOKENS)
+        half.request_finished("keys")
+        for store, gone in zip(stores, (keys[6:], keys[:4]), strict=True):
+            for name in list(store.values):
+                if (found := key_of(PREFIX, name)) and found[1] in gone:
+                    del store.values[name]
+        request = second.engine.submit("second", list(PROMPT), 2)
+        second.settle()
+        assert request.expected_output() == request.output
+        assert NUM_BLOCKS * BLOCK_TOKENS == request.num_loaded_tokens
+        assert (6, 4) == (second.cache.stats["redis.loaded_blocks"], second.cache.stats["object.loaded_blocks"])
+    finally:
+        first.close()
+        second.close()
 
 
 def test_blocks_of_a_tenant_among_blocks_of_nobody() -> None:
