@@ -40,6 +40,8 @@ class DemotionPlan:
     slots: tuple[int, ...]
     unwanted: frozenset[BlockKey] = frozenset()
     """to be removed again when they have arrived"""
+    is_unwanted_everywhere: bool = False
+    """also from a tier that others share"""
 
 
 @dataclass(frozen=True, slots=True)
