@@ -41,7 +41,7 @@ class Storing:
         if may_evict:
             room, num_declined = books.host.make_room(len(blocks), num_bytes, now, tenant, blocks)
         else:
-            room, num_declined = min(len(blocks), books.space.available(num_bytes)), 0
+            room, num_declined = len(blocks), 0  # slots are opened as long as there are free ones
         entries = books.host.open_slots(blocks[:room], tenant)
         num_refused = len(blocks) - len(entries) - num_declined
         books.stats.add("store.refused_blocks", num_refused)
