@@ -122,7 +122,8 @@ def test_a_store_that_goes_wrong(valkey: ValkeyServer, alone: list[Result], tmp_
         assert_same(expected, after["answers"])
         assert loaded_tokens(after["answers"])["disk_tokens"] > 0, f"no hits after {fault}"
     counted = {fault: _sum([asked["counters"] for asked in result[fault]["during"]]) for fault in FAULTS}
-    (tmp_path / "counted.json").write_text(json.dumps(counted))
+    seconds = {fault: [asked["seconds"] for asked in result[fault]["during"]] for fault in FAULTS} | {"computed": [computed_s]}
+    (tmp_path / "counted.json").write_text(json.dumps({"counted": counted, "seconds": seconds}))
     for fault, event in (
         ("slow", "timeouts"),
         ("garbage", "protocol_errors"),
