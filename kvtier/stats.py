@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_PLACES: Mapping[str, str] = {"disk": "the disk", "redis": "the Redis server", "object": "the bucket"}
+_PLACES: Mapping[str, str] = {"disk": "the disk", "redis": "the Redis server", "mooncake": "the Mooncake Store", "object": "the bucket"}
 
 _LOWER: Mapping[str, str] = {
     "stored_blocks": "blocks written to {}",

@@ -21,17 +21,17 @@ from kvtier.config.fields import (
     write_path,
 )
 from kvtier.config.problems import TIER_ORDER, Problem, explain, render
-from kvtier.config.remote import ObjectTierConfig, RedisTierConfig
+from kvtier.config.remote import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig
 from kvtier.config.sections import ConnectorConfig, ControlConfig, RecordConfig
 from kvtier.config.source import Dumper, Source, read_source
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 from kvtier.errors import ConfigError
 from kvtier.units import format_duration, format_size
 
-_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one each of type disk, redis, object"
-_TIER_ORDER = ("gpu", "host", "disk", "redis", "object")
+_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one each of type disk, redis, mooncake, object"
+_TIER_ORDER = ("gpu", "host", "disk", "redis", "mooncake", "object")
 
-LowerTierConfig = DiskTierConfig | RedisTierConfig | ObjectTierConfig
+LowerTierConfig = DiskTierConfig | RedisTierConfig | MooncakeTierConfig | ObjectTierConfig
 TierConfig = Annotated[GpuTierConfig | HostTierConfig | LowerTierConfig, Field(discriminator="type")]
 
 

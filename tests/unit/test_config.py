@@ -337,6 +337,7 @@ def test_exports_are_sorted() -> None:
         "GpuTierConfig",
         "HostTierConfig",
         "LowerTierConfig",
+        "MooncakeTierConfig",
         "ObjectTierConfig",
         "RecordConfig",
         "RedisTierConfig",
