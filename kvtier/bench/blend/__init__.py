@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["BASELINE", "add_arguments", "report", "run"]
 
 BASELINE = "cacheblend, alone"
+OVERLAPS = {"retained": "retained", "f1": "F1", "rouge_l": "Rouge-L"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", metavar="DIR", help="a checkpoint of a supported family (default: KVTIER_TEST_MODEL)")
     parser.add_argument("--rows", type=Path, metavar="FILE", default=Path("blend-rows.jsonl"), help="where rows are kept and continued")
-    parser.add_argument("--items", type=int, default=4, help="sets of documents, seven questions each (default: 4)")
+    parser.add_argument("--items", type=int, default=4, help="sets of documents, fourteen questions each (default: 4)")
     parser.add_argument("--first", type=int, default=0, help="number of the first set (default: 0)")
     parser.add_argument("--ratio", type=float, default=0.15, help="share of the chunks' tokens computed anew (default: 0.15)")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants whose label contains one of these")
@@ -108,5 +109,6 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         for variant, figures in table.items():
             ratio = paired(rows, task, variant, BASELINE)
             cells = [f"KL {figures['kl']}", f"of {BASELINE}'s {ratio}" if ratio else "", f"top-1 {figures['agreement']}"]
-            cells += [f"NLL {figures['nll_change']}", f"retained {figures['retained']}" if "retained" in figures else ""]
+            cells += [f"NLL {figures['nll_change']}"]
+            cells += [f"{name} {figures[field]}" for field, name in OVERLAPS.items() if field in figures]
             print(f"  {variant:<24} " + "  ".join(cell for cell in [*cells, f"cost {figures['cost'].value:.2f}"] if cell))
