@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first set (default: 0)")
     parser.add_argument("--ratio", type=float, default=0.15, help="share of the chunks' tokens computed anew (default: 0.15)")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants whose label contains one of these")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="only questions of these kinds (default: all)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model and its KV (default: float32)")
@@ -69,7 +70,8 @@ def _measure(args: argparse.Namespace, path: str) -> None:
         for number in range(args.first, args.first + args.items):
             documents = make_set(number)
             missing: dict[int, list[Variant]] = {}
-            for question in range(len(documents.questions)):
+            asked = [question for question, item in enumerate(documents.questions) if item.task in args.tasks]
+            for question in asked:
                 variants = [variant for variant in wanted if (number, args.ratio, question, variant.label) not in done]
                 if variants:
                     missing[question] = variants
