@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +33,12 @@ ENVIRONMENT = {
 ARGUMENTS = {"dtype": "bfloat16", "block_size": 32, "max_model_len": 4096, "max_num_seqs": 8, "enable_prefix_caching": False}
 LIMITS = {(3600, "host"): 0.02, (3600, "disk"): 0.04, (900, "host"): 0.08, (900, "disk"): None}
 OVERHEAD_LIMIT = 1.03
+_TRANSFER = {
+    "kv_connector": "KVTierConnector",
+    "kv_connector_module_path": "kvtier.connectors.vllm",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+}
 ENGINE_STARTS = 2
 
 
@@ -60,13 +66,14 @@ def first_tokens(model: str, rounds: int, directory: Path) -> Iterator[Record]:
     sizes = (3600, 900)
     computed: dict[int, list[float]] = {}
     host: dict[int, list[float]] = {}
-    with _engine(model, directory) as ask:
+    settings = _tiers(directory)
+    with serving(model, directory, settings) as ask:
         for size in sizes:
             prompts = [_prompt(size, size // 10 + number) for number in range(rounds)]  # no size is a prefix of another one
             answers = [(ask([prompt]), ask([prompt])) for prompt in prompts]
             computed[size] = [cold["ttft_s"] for cold, _ in answers]
             host[size] = [warm["ttft_s"] for _, warm in answers]
-    with _engine(model, directory) as ask:
+    with serving(model, directory, settings) as ask:
         disk = {size: [ask([_prompt(size, size // 10 + number)])["ttft_s"] for number in range(rounds)] for size in sizes}
     for size in sizes:
         yield record("time to first token, computed", {"tokens": size}, computed[size], "ms")
@@ -93,7 +100,8 @@ def overhead(model: str, rounds: int, directory: Path) -> Record:
 def _overheads(model: str, rounds: int, directory: Path, start: int) -> list[float]:
     order = (False, True) if start % 2 else (True, False)
     ratios = []
-    with _engine(model, directory, has_kvtier=order[0]) as first, _engine(model, directory, has_kvtier=order[1]) as second:
+    kvtier = {False: None, True: _tiers(directory)}
+    with serving(model, directory, kvtier[order[0]]) as first, serving(model, directory, kvtier[order[1]]) as second:
         engines = dict(zip(order, (first, second), strict=True))
         for number in range(rounds + 1):
             prompts = [_prompt(500, 1000 + 8 * (number + start * (rounds + 1)) + index) for index in range(8)]
@@ -109,11 +117,14 @@ def _prompt(num_tokens: int, number: int) -> list[int]:
 
 
 @contextmanager
-def _engine(model: str, directory: Path, *, has_kvtier: bool = True) -> Iterator[Any]:
-    """An engine in a process of its own; yields a function from prompts to what was measured."""
+def serving(model: str, directory: Path, kvtier: Mapping[str, Any] | None) -> Iterator[Any]:
+    """An engine in a process of its own; yields a function from prompts, and kvtier's options of each, to what was measured.
+
+    ``kvtier``: its settings; ``None``: vLLM alone.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, model, directory, has_kvtier), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, model, directory, kvtier), daemon=True)
     process.start()
     theirs.close()
 
@@ -126,9 +137,9 @@ def _engine(model: str, directory: Path, *, has_kvtier: bool = True) -> Iterator
 
     receive()
 
-    def ask(prompts: list[list[int]]) -> dict[str, float]:
-        ours.send(prompts)
-        answer: dict[str, float] = receive()
+    def ask(prompts: list[list[int]], options: list[Any] | None = None, max_tokens: int = 16) -> dict[str, Any]:
+        ours.send((prompts, options or [None] * len(prompts), max_tokens))
+        answer: dict[str, Any] = receive()
         return answer
 
     try:
@@ -138,32 +149,41 @@ def _engine(model: str, directory: Path, *, has_kvtier: bool = True) -> Iterator
         process.join(60.0)
 
 
-def _serve(pipe: Connection, model: str, directory: Path, has_kvtier: bool) -> None:
+def _serve(pipe: Connection, model: str, directory: Path, kvtier: Mapping[str, Any] | None) -> None:
     with (directory / "engines.log").open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     from vllm import LLM, SamplingParams  # noqa: PLC0415 - only this process needs it
     from vllm.config import KVTransferConfig  # noqa: PLC0415
 
-    more = {"kv_transfer_config": KVTransferConfig(**_transfer_settings(directory))} if has_kvtier else {}
+    more = {"kv_transfer_config": KVTransferConfig(**_TRANSFER, kv_connector_extra_config=dict(kvtier))} if kvtier is not None else {}
     llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, **more)
-    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    llm.generate([{"prompt_token_ids": _prompt(64, 0)}], sampling, use_tqdm=False)
+
+    def sampling(options: Any, max_tokens: int) -> SamplingParams:
+        extra = None if options is None else {"kv_transfer_params": {"kvtier": options}}
+        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+
+    llm.generate([{"prompt_token_ids": _prompt(64, 0)}], sampling(None, 16), use_tqdm=False)
     pipe.send("ready")
-    while (prompts := pipe.recv()) is not None:
+    while (asked := pipe.recv()) is not None:
+        prompts, options, max_tokens = asked
         start = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-        pipe.send({"seconds": time.perf_counter() - start, "ttft_s": outputs[0].metrics.first_token_latency})
+        wanted = [sampling(each, max_tokens) for each in options]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
+        pipe.send({"seconds": time.perf_counter() - start, **_times(outputs)})
     llm.llm_engine.engine_core.shutdown()
 
 
-def _transfer_settings(directory: Path) -> dict[str, Any]:
+def _times(outputs: Any) -> dict[str, Any]:
+    """Of each prompt, since the engine got the first one: when its first and its last token came; and what came from chunks."""
+    started = min(output.metrics.queued_ts for output in outputs)
     return {
-        "kv_connector": "KVTierConnector",
-        "kv_connector_module_path": "kvtier.connectors.vllm",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            "tiers": [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]
-        },
+        "ttft_s": outputs[0].metrics.first_token_latency,
+        "first_s": [output.metrics.first_token_ts - started for output in outputs],
+        "last_s": [output.metrics.last_token_ts - started for output in outputs],
+        "blended": [(output.kv_transfer_params or {}).get("kvtier", {}).get("blend", {}).get("tokens", 0) for output in outputs],
     }
+
+
+def _tiers(directory: Path) -> dict[str, Any]:
+    return {"tiers": [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]}

@@ -145,8 +145,8 @@ class _Prompt:
 
     def value_deviation(self, layer: int) -> torch.Tensor:
         if self._begun is None:
-            known = (self._fresh & self._wanted) | self._writable
-            known[self.layout.num_tokens - len(self.layout.question) :] &= self._wanted[-1]
+            known = self._fresh & self._wanted
+            known[self.candidates] = True
             self._begun = start(self._model, self._tokens, known.nonzero()[:, 0])
         layer = min(layer, self._model.num_layers - 1)
         self.advance(self._begun, end_layer=layer)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from kvtier.blend.chunks import anchor_of
-from kvtier.blend.finding import ChunkSpace, Span, separated_spans
+from kvtier.blend.finding import ChunkSpace, Span, check_spans, separated_spans
 from kvtier.connectors.requests import BlendState
 from kvtier.errors import BlendRefusedError, RefusalReason
 
@@ -45,7 +45,7 @@ def read_request(
     unknown = sorted(str(key) for key in asked if key not in KEYS)
     if unknown:
         raise _bad(f"{', '.join(unknown)}: {', '.join(KEYS)} are allowed")
-    spans = _spans(asked, prompt)
+    spans = check_spans(_spans(asked, prompt), len(prompt))
     method = asked.get("method", settings.method)
     if method not in METHODS:
         raise BlendRefusedError(RefusalReason.METHOD, f"method is {method!r}; {', '.join(METHODS)} are allowed")
