@@ -69,7 +69,7 @@ def blend(  # noqa: PLR0913 - by keyword
     if selection.shift_weight:
         hook = MeanShift(prompt.kv, layout, rows.positions, chosen, selection.shift_weight)
     if len(rows.positions):
-        prompt.advance(rows, hook=hook)
+        prompt.advance(rows, hook=hook, kv_only=end is not None)
     logits = model.logits(rows.hidden[-1:])[0] if end is None else None
     return Blended(prompt.kv, logits, int(chosen.sum()), prompt.num_token_layers)
 
@@ -131,10 +131,10 @@ class _Prompt:
         self.kv = assemble(model, layout, entries, prefix, first.keys)
         self._begun: Rows | None = None
 
-    def advance(self, rows: Rows, end_layer: int | None = None, hook: MeanShift | None = None) -> None:
+    def advance(self, rows: Rows, end_layer: int | None = None, hook: MeanShift | None = None, *, kv_only: bool = False) -> None:
         end = self._model.num_layers if end_layer is None else end_layer
         self.num_token_layers += len(rows.positions) * (end - rows.next_layer)
-        advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=hook)
+        advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=hook, kv_only=kv_only)
 
     def rows_of(self, chosen: torch.Tensor) -> Rows:
         """The rows of what was chosen and all that nobody has, from the layer on that was reached for all."""
@@ -168,7 +168,7 @@ class _Prompt:
             total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / model.num_layers)
 
         self.num_token_layers += len(rows.positions) * model.num_layers
-        advance(model, rows, self.kv, self._writable, hook=look)
+        advance(model, rows, self.kv, self._writable, hook=look, kv_only=True)
         return total[self.candidates]
 
     def contexts(self) -> list[Context]:

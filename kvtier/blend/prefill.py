@@ -41,9 +41,19 @@ def start(model: BlendModel, token_ids: torch.Tensor, positions: torch.Tensor) -
 
 
 def advance(
-    model: BlendModel, rows: Rows, kv: TokenKV, writable: torch.Tensor, *, end_layer: int | None = None, hook: LayerHook | None = None
+    model: BlendModel,
+    rows: Rows,
+    kv: TokenKV,
+    writable: torch.Tensor,
+    *,
+    end_layer: int | None = None,
+    hook: LayerHook | None = None,
+    kv_only: bool = False,
 ) -> None:
-    """Computes ``rows`` up to ``end_layer`` (default: all), writing their KV where ``writable`` is true (a mask over positions)."""
+    """Computes ``rows`` up to ``end_layer`` (default: all), writing their KV where ``writable`` is true (a mask over positions).
+
+    ``kv_only``: nobody needs what comes out of the last of these layers.
+    """
     end = model.num_layers if end_layer is None else end_layer
     written = writable[rows.positions]
     targets = rows.positions[written]
@@ -55,9 +65,11 @@ def advance(
             hook(layer, projected)
         kv.keys[layer][:, targets] = projected.keys[:, written]
         kv.values[layer][:, targets] = projected.values[:, written]
+        rows.next_layer += 1
+        if kv_only and rows.next_layer == end:
+            return
         attended = attend(projected.queries, kv.keys[layer], kv.values[layer], groups, model.scale)
         rows.hidden = model.finish(layer, rows.hidden, attended)
-        rows.next_layer += 1
 
 
 def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -97,6 +109,6 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, grou
 def attention_weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """Mean over the heads of what each row looks at: ``[rows, num_tokens]``, fp32, each row sums to 1."""
     num_heads, num_rows, head_dim = queries.shape
-    grouped = queries.float().reshape(keys.shape[0], -1, head_dim)
-    scores = (grouped @ keys.float().transpose(1, 2) * scale).view(num_heads, num_rows, -1)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(0)
+    grouped = queries.reshape(keys.shape[0], -1, head_dim)
+    scores = (grouped @ keys.transpose(1, 2)).float().mul_(scale).view(num_heads, num_rows, -1)
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).mean(0)

@@ -150,18 +150,18 @@ class WorkerReport:
     """job_id -> positions in ``MoveJob.block_ids`` that did not copy, on any worker"""
     attached: int = 0
     """workers that have mapped the arena since the last report"""
-    blenders: int = 0
-    """those among them that can put prompts together from chunks"""
-    num_blended_tokens: int = 0
-    """tokens of chunks that blends took over"""
-    num_chosen_tokens: int = 0
-    """those of them that were computed anew"""
     num_stale: int = 0
     """slots that had a new tenant"""
     num_errors: int = 0
     """unexpected errors that became failed copies"""
     load_times: list[tuple[int, float]] = field(default_factory=list)
     """loads that did not overlap with computing: bytes of all ranks, seconds"""
+    blenders: int = 0
+    """of the attached workers, those that can put prompts together from chunks"""
+    num_blended_tokens: int = 0
+    """tokens of chunks that blends took over"""
+    num_chosen_tokens: int = 0
+    """those of them that were computed anew"""
 
     def merge(self, other: WorkerReport) -> WorkerReport:
         """Adds another worker's report to this one, in place, and returns it."""
