@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvtier.bench.engine import ENVIRONMENT, serving
+from kvtier.bench.engine import ENVIRONMENT, open_engine
 from kvtier.bench.report import Record, publish, record
 
 NUM_SYSTEM_TOKENS = 64
@@ -30,7 +30,7 @@ METHODS = ("epic", "cacheblend", "prophetkv", "combined")
 OTHERS_METHOD = "combined"
 NUM_OTHERS = 4
 OTHERS_TOKENS = 48
-SETTINGS = {"tiers": [{"type": "host", "capacity": "1GiB"}], "blend": {"enabled": True}}
+TIERS = [{"type": "host", "capacity": "1GiB"}]
 COMPUTED = {"load": False, "store": False}
 Prompt = tuple[list[int], list[list[int]]]
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.update(ENVIRONMENT)
     directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-"))
     try:
-        with serving(args.model, directory, SETTINGS) as ask:
+        with open_engine(args.model, directory, TIERS, blend={"enabled": True}) as ask:
             _store(ask)
             records = [*first_tokens(ask, args.rounds), *others(ask, args.rounds)]
     finally:

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,12 +33,6 @@ ENVIRONMENT = {
 ARGUMENTS = {"dtype": "bfloat16", "block_size": 32, "max_model_len": 4096, "max_num_seqs": 8, "enable_prefix_caching": False}
 LIMITS = {(3600, "host"): 0.02, (3600, "disk"): 0.04, (900, "host"): 0.08, (900, "disk"): None}
 OVERHEAD_LIMIT = 1.03
-_TRANSFER = {
-    "kv_connector": "KVTierConnector",
-    "kv_connector_module_path": "kvtier.connectors.vllm",
-    "kv_role": "kv_both",
-    "kv_load_failure_policy": "recompute",
-}
 ENGINE_STARTS = 2
 
 
@@ -66,15 +60,14 @@ def first_tokens(model: str, rounds: int, directory: Path) -> Iterator[Record]:
     sizes = (3600, 900)
     computed: dict[int, list[float]] = {}
     host: dict[int, list[float]] = {}
-    settings = _tiers(directory)
-    with serving(model, directory, settings) as ask:
+    with open_engine(model, directory, own_tiers(directory)) as ask:
         for size in sizes:
-            prompts = [_prompt(size, size // 10 + number) for number in range(rounds)]  # no size is a prefix of another one
+            prompts = [prompt_of(size, size // 10 + number) for number in range(rounds)]  # no size is a prefix of another one
             answers = [(ask([prompt]), ask([prompt])) for prompt in prompts]
             computed[size] = [cold["ttft_s"] for cold, _ in answers]
             host[size] = [warm["ttft_s"] for _, warm in answers]
-    with serving(model, directory, settings) as ask:
-        disk = {size: [ask([_prompt(size, size // 10 + number)])["ttft_s"] for number in range(rounds)] for size in sizes}
+    with open_engine(model, directory, own_tiers(directory)) as ask:
+        disk = {size: [ask([prompt_of(size, size // 10 + number)])["ttft_s"] for number in range(rounds)] for size in sizes}
     for size in sizes:
         yield record("time to first token, computed", {"tokens": size}, computed[size], "ms")
         for source, times in (("host", host[size]), ("disk", disk[size])):
@@ -100,31 +93,33 @@ def overhead(model: str, rounds: int, directory: Path) -> Record:
 def _overheads(model: str, rounds: int, directory: Path, start: int) -> list[float]:
     order = (False, True) if start % 2 else (True, False)
     ratios = []
-    kvtier = {False: None, True: _tiers(directory)}
-    with serving(model, directory, kvtier[order[0]]) as first, serving(model, directory, kvtier[order[1]]) as second:
+    with (
+        open_engine(model, directory, None if not order[0] else own_tiers(directory)) as first,
+        open_engine(model, directory, None if not order[1] else own_tiers(directory)) as second,
+    ):
         engines = dict(zip(order, (first, second), strict=True))
         for number in range(rounds + 1):
-            prompts = [_prompt(500, 1000 + 8 * (number + start * (rounds + 1)) + index) for index in range(8)]
+            prompts = [prompt_of(500, 1000 + 8 * (number + start * (rounds + 1)) + index) for index in range(8)]
             turns = (False, True) if number % 2 else (True, False)
             seconds = {has_kvtier: engines[has_kvtier](prompts)["seconds"] for has_kvtier in turns}
             ratios.append(seconds[True] / seconds[False])
     return ratios[1:]  # the first round warms up
 
 
-def _prompt(num_tokens: int, number: int) -> list[int]:
+def prompt_of(num_tokens: int, number: int) -> list[int]:
     """Token ids that no other number shares, not even at the start."""
     return [1000 + number, *((7919 * number + 31 * position) % 40_000 + 1000 for position in range(num_tokens - 1))]
 
 
 @contextmanager
-def serving(model: str, directory: Path, kvtier: Mapping[str, Any] | None) -> Iterator[Any]:
+def open_engine(model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, **more: Any) -> Iterator[Any]:
     """An engine in a process of its own; yields a function from prompts, and kvtier's options of each, to what was measured.
 
-    ``kvtier``: its settings; ``None``: vLLM alone.
+    ``tiers``: kvtier's; None: without it. ``more``: other settings of kvtier.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, model, directory, kvtier), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, model, directory, tiers, more), daemon=True)
     process.start()
     theirs.close()
 
@@ -137,7 +132,7 @@ def serving(model: str, directory: Path, kvtier: Mapping[str, Any] | None) -> It
 
     receive()
 
-    def ask(prompts: list[list[int]], options: list[Any] | None = None, max_tokens: int = 16) -> dict[str, Any]:
+    def ask(prompts: list[list[int]], options: Sequence[Any] = (), max_tokens: int = 16) -> dict[str, Any]:
         ours.send((prompts, options or [None] * len(prompts), max_tokens))
         answer: dict[str, Any] = receive()
         return answer
@@ -149,41 +144,53 @@ def serving(model: str, directory: Path, kvtier: Mapping[str, Any] | None) -> It
         process.join(60.0)
 
 
-def _serve(pipe: Connection, model: str, directory: Path, kvtier: Mapping[str, Any] | None) -> None:
+def _serve(pipe: Connection, model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, settings: Mapping[str, Any]) -> None:
     with (directory / "engines.log").open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     from vllm import LLM, SamplingParams  # noqa: PLC0415 - only this process needs it
     from vllm.config import KVTransferConfig  # noqa: PLC0415
 
-    more = {"kv_transfer_config": KVTransferConfig(**_TRANSFER, kv_connector_extra_config=dict(kvtier))} if kvtier is not None else {}
+    more = {} if tiers is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(tiers, settings))}
     llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, **more)
 
     def sampling(options: Any, max_tokens: int) -> SamplingParams:
         extra = None if options is None else {"kv_transfer_params": {"kvtier": options}}
         return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
 
-    llm.generate([{"prompt_token_ids": _prompt(64, 0)}], sampling(None, 16), use_tqdm=False)
+    llm.generate([{"prompt_token_ids": prompt_of(64, 0)}], sampling(None, 16), use_tqdm=False)
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         prompts, options, max_tokens = asked
         start = time.perf_counter()
         wanted = [sampling(each, max_tokens) for each in options]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
-        pipe.send({"seconds": time.perf_counter() - start, **_times(outputs)})
+        pipe.send({"seconds": time.perf_counter() - start, **_measured(outputs)})
     llm.llm_engine.engine_core.shutdown()
 
 
-def _times(outputs: Any) -> dict[str, Any]:
-    """Of each prompt, since the engine got the first one: when its first and its last token came; and what came from chunks."""
+def _measured(outputs: Any) -> dict[str, Any]:
+    """What came from where; and of each prompt, since the engine got the first one, when its last token came."""
+    said = [(output.kv_transfer_params or {}).get("kvtier", {}) for output in outputs]
     started = min(output.metrics.queued_ts for output in outputs)
     return {
         "ttft_s": outputs[0].metrics.first_token_latency,
-        "first_s": [output.metrics.first_token_ts - started for output in outputs],
         "last_s": [output.metrics.last_token_ts - started for output in outputs],
-        "blended": [(output.kv_transfer_params or {}).get("kvtier", {}).get("blend", {}).get("tokens", 0) for output in outputs],
+        "loaded_tokens": sum(each.get("disk_tokens", 0) for each in said),
+        "blended": [each.get("blend", {}).get("tokens", 0) for each in said],
     }
 
 
-def _tiers(directory: Path) -> dict[str, Any]:
-    return {"tiers": [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]}
+def own_tiers(directory: Path) -> list[dict[str, Any]]:
+    """Host memory and a disk."""
+    return [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]
+
+
+def _transfer_settings(tiers: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "kv_connector": "KVTierConnector",
+        "kv_connector_module_path": "kvtier.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"tiers": list(tiers), **settings},
+    }
