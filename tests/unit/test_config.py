@@ -330,6 +330,7 @@ def test_exports_are_sorted() -> None:
     """The package names exactly what others use."""
     assert sorted(kvtier.config.__all__) == kvtier.config.__all__
     exports = {
+        "BlendConfig",
         "Config",
         "ConnectorConfig",
         "ControlConfig",
