@@ -22,6 +22,7 @@ from pydantic import BaseModel  # noqa: E402
 from version_pages import versions_page  # noqa: E402
 
 from kvtier.config import (  # noqa: E402
+    BlendConfig,
     Config,
     ConnectorConfig,
     ControlConfig,
@@ -59,6 +60,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`tiers`: `type: mooncake`", MooncakeTierConfig),
     ("`tiers`: `type: object`", ObjectTierConfig),
     ("`connector`", ConnectorConfig),
+    ("`blend`", BlendConfig),
     ("`control`", ControlConfig),
     ("`record`", RecordConfig),
 )

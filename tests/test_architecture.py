@@ -93,7 +93,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
         "kvtier.bench.lmcache",
         "kvtier.testing",
     ),
-    "transformers": ("kvtier.bench.blend",),
+    "transformers": ("kvtier.bench.blend", "kvtier.connectors.vllm.blend_parts"),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
     "cryptography": ("kvtier.codecs.aes_gcm",),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from kvtier.config.fields import WriteMode
 from kvtier.config.model import Config, LowerTierConfig
 from kvtier.config.remote import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig, RemoteTierConfig
-from kvtier.config.sections import ConnectorConfig, ControlConfig, RecordConfig
+from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, RecordConfig
 from kvtier.config.template import commented_defaults
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 
 __all__ = [
+    "BlendConfig",
     "Config",
     "ConnectorConfig",
     "ControlConfig",

@@ -22,7 +22,7 @@ from kvtier.config.fields import (
 )
 from kvtier.config.problems import TIER_ORDER, Problem, explain, render
 from kvtier.config.remote import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig
-from kvtier.config.sections import ConnectorConfig, ControlConfig, RecordConfig
+from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, RecordConfig
 from kvtier.config.source import Dumper, Source, read_source
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 from kvtier.errors import ConfigError
@@ -50,6 +50,7 @@ class Config(Section):
     )
     tiers: Annotated[tuple[TierConfig, ...], LIST_AS_TUPLE] = setting(REQUIRED, kind="list", allowed=_TIERS, about="Fastest first.")
     connector: ConnectorConfig = setting(ConnectorConfig(), kind="mapping", allowed="a mapping", about="How requests use the tiers.")
+    blend: BlendConfig = setting(BlendConfig(), kind="mapping", allowed="a mapping", about="Whether chunks are reused at any position.")
     control: ControlConfig = setting(ControlConfig(), kind="mapping", allowed="a mapping", about="What users and hints may claim.")
     record: RecordConfig = setting(RecordConfig(), kind="mapping", allowed="a mapping", about="Whether and where to record the workload.")
     log_level: Literal["debug", "info", "warning", "error"] = setting(
