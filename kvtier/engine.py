@@ -112,6 +112,7 @@ class CacheEngine:
         events: bool = False,
         clock: Callable[[], float] = time.monotonic,
         tiers: Sequence[Tier] | None = None,
+        estimates: Estimates | None = None,
     ) -> CacheEngine:
         """Opens the tiers a configuration names and recovers what they hold.
 
@@ -124,6 +125,7 @@ class CacheEngine:
             events: whether ``take_events`` is going to be called.
             clock: seconds that do not go backwards.
             tiers: the tiers below host memory instead of those that ``config`` names (for tests); owned by the engine.
+            estimates: where what is measured goes; made here where it is None.
 
         Raises:
             ConfigError: host memory cannot hold a single block.
@@ -152,7 +154,7 @@ class CacheEngine:
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
         _set_quotas(planner, config, now)
-        estimates = Estimates()
+        estimates = Estimates() if estimates is None else estimates
         runner = TransferRunner(planner, lower, arena, namespace.digest, stats, estimates)
         capacity_blocks = slab.max_slots(block_bytes)
         max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
@@ -230,6 +232,11 @@ class CacheEngine:
     def busy(self) -> bool:
         """Whether a tier has work whose result was not seen yet, or will get some without further calls but ``poll``."""
         return self._runner.busy or self._planner.has_work or (self._attachment is not None and self._attachment.has_work)
+
+    @property
+    def arena_id(self) -> str:
+        """Which arena slots belong to, where it may be replaced while engines run; empty: it stays."""
+        return ""
 
     @property
     def draining_blocks(self) -> int:

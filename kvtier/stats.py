@@ -87,6 +87,11 @@ COUNTERS: Mapping[str, str] = {
     "hint.unknown_sessions": "hints for sessions that no request has named",
     "hint.bad": "options of requests that made no sense and were left out",
     "record.lost_lines": "lines of the recording that could not be written",
+    "daemon.sessions": "times the node daemon was reached",
+    "daemon.lost": "times the node daemon was lost: gone, or it refused",
+    "daemon.timeouts": "times the node daemon was given up because it did not answer by the deadline",
+    "daemon.missed_calls": "calls that were answered with a miss because there was no node daemon",
+    "daemon.void_copies": "copies whose slots belonged to a node daemon that was lost before they ended",
     "connector.errors": "unexpected errors inside kvtier that became misses",
     "index.reset": "times the whole cache was forgotten on request",
 }

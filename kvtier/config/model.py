@@ -22,7 +22,7 @@ from kvtier.config.fields import (
 )
 from kvtier.config.problems import TIER_ORDER, Problem, explain, render
 from kvtier.config.remote import ObjectTierConfig, RedisTierConfig
-from kvtier.config.sections import ConnectorConfig, ControlConfig, RecordConfig
+from kvtier.config.sections import ConnectorConfig, ControlConfig, DaemonConfig, RecordConfig
 from kvtier.config.source import Dumper, Source, read_source
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 from kvtier.errors import ConfigError
@@ -52,6 +52,7 @@ class Config(Section):
     connector: ConnectorConfig = setting(ConnectorConfig(), kind="mapping", allowed="a mapping", about="How requests use the tiers.")
     control: ControlConfig = setting(ControlConfig(), kind="mapping", allowed="a mapping", about="What users and hints may claim.")
     record: RecordConfig = setting(RecordConfig(), kind="mapping", allowed="a mapping", about="Whether and where to record the workload.")
+    daemon: DaemonConfig = setting(DaemonConfig(), kind="mapping", allowed="a mapping", about="Whether engines share one daemon's tiers.")
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info",
         kind="name",

@@ -87,6 +87,8 @@ class StepMessage:
     """requests that lost their blocks since the last step: no copy may still read those when they are overwritten"""
     held: tuple[str, ...] = ()
     """finished requests whose blocks the engine holds until every worker has reported them as sent"""
+    arena_id: str = ""
+    """of the arena that all slots belong to: a worker that has mapped another one copies nothing"""
 
 
 @dataclass(slots=True)

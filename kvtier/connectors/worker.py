@@ -17,12 +17,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.layer_pipeline import LayerPipeline
 from kvtier.connectors.layer_stores import LayerStores
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
+from kvtier.connectors.tenancy import Tenancy
 from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent, LayerLoader, LayerStorer
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
@@ -67,6 +66,7 @@ class _Copy:
     positions: list[int]
     event: CopyEvent | None
     failed: set[int] = field(default_factory=set)
+    arena_id: str = ""
     started: float | None = None
     """of a load that is copied as a whole: when"""
 
@@ -78,7 +78,7 @@ class WorkerHalf:
     ``failed_block_ids`` and ``report``, stores through ``report``.
 
     Args:
-        arena: the shared arena, mapped by this process; not closed by ``close()``
+        arena: the shared arena, mapped by this process; not closed by ``close()``. None: there is none before ``attach``
         copier: bound to this rank's KV memory and to the arena
         part: where this rank's bytes lie in a slot
         loader: loads layer by layer, where the engine can wait for each layer; closed by ``close()``
@@ -88,18 +88,15 @@ class WorkerHalf:
 
     def __init__(
         self,
-        arena: Arena,
-        copier: BlockCopier,
+        arena: Arena | None,
+        copier: BlockCopier | None,
         part: SlotPart,
         *,
         loader: LayerLoader | None = None,
         storer: LayerStorer | None = None,
         strict: bool = False,
     ) -> None:
-        self._generations = arena.generations
-        self._copier = copier
-        self._layers = LayerPipeline(loader)
-        self._layer_stores = LayerStores(storer)
+        self.attach(arena, copier, loader=loader, storer=storer)
         self._stores_by_layer: list[_Copy] = []
         self._part = part
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
@@ -114,6 +111,36 @@ class WorkerHalf:
         self._received: set[str] = set()
         self._failed_block_ids: set[int] = set()
         self._report = WorkerReport(attached=1)
+
+    # ---- an arena that may be replaced --------------------------------------------------------------------------
+
+    def attach(
+        self,
+        arena: Arena | None,
+        copier: BlockCopier | None,
+        *,
+        loader: LayerLoader | None = None,
+        storer: LayerStorer | None = None,
+        arena_id: str = "",
+    ) -> None:
+        """Copies to and from this arena from now on, which orders call ``arena_id``; None: every copy fails. Between two steps."""
+        self._tenancy = Tenancy(None if arena is None else arena.generations, arena_id)
+        self._copier = copier
+        self._layers = LayerPipeline(loader)
+        self._layer_stores = LayerStores(storer)
+
+    def detach(self) -> None:
+        """Lets go of the arena; copies that run have failed. Between two steps."""
+        for copy in [*self._async_loads, *self._stores]:
+            self._wait(copy)
+            copy.event = None
+            copy.failed.update(copy.positions)
+        self._received.update(copy.job.request_id for copy in self._async_loads)
+        loads, self._async_loads = self._async_loads, []
+        for load in loads:
+            self._end_load(load)
+        self.close()
+        self.attach(None, None)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -201,7 +228,7 @@ class WorkerHalf:
             if any(copy.job is job for copy in by_layer):
                 continue
             copy = self._start(job, is_load=False)
-            if self._copier.is_async:
+            if self._copier is not None and self._copier.is_async:
                 self._stores.append(copy)
             else:
                 self._end(copy)
@@ -258,7 +285,7 @@ class WorkerHalf:
         copy = self._prepare(job)
         if is_load:
             copy.started = time.monotonic()
-        if copy.positions:
+        if copy.positions and self._copier is not None:
             with self._copying.at("scatter" if is_load else "gather"):
                 copies = self._block_copies(copy)
                 copy.event = self._copier.scatter(copies) if is_load else self._copier.gather(copies)
@@ -293,9 +320,9 @@ class WorkerHalf:
 
     def _prepare(self, job: MoveJob) -> _Copy:
         """Finds out which of a job's slots still have the tenant they were planned for; the others have failed."""
-        copy = _Copy(job, [], None, set(range(len(job.block_ids))))
+        copy = _Copy(job, [], None, set(range(len(job.block_ids))), self._orders.arena_id)
         with self._boundary.at("start copy"):
-            stale = self._stale_positions(job)
+            stale = self._tenancy.stale_positions(job, self._orders.arena_id, self._part.blocks_per_slot)
             self._count_stale(job, stale)
             copy.positions = sorted(copy.failed - stale)
             copy.failed = stale
@@ -330,7 +357,7 @@ class WorkerHalf:
         if copy.event is not None:
             stale = set(copy.positions)
             with self._boundary.at("verify"):
-                stale = self._stale_positions(copy.job) - copy.failed
+                stale = self._tenancy.stale_positions(copy.job, copy.arena_id, self._part.blocks_per_slot) - copy.failed
                 self._count_stale(copy.job, stale)
             copy.failed |= stale
         if copy.started is not None and not copy.failed:
@@ -365,18 +392,6 @@ class WorkerHalf:
             return BlockCopy(job.block_ids[position], arena_offset)
         pool_offset = (job.device_slots[slot] * self._part.blocks_per_slot + index) * self._part.engine_block_bytes
         return BlockCopy(job.block_ids[position], arena_offset, pool_offset, bool(job.device_ready) and job.device_ready[slot])
-
-    def _stale_positions(self, job: MoveJob) -> set[int]:
-        """Positions whose slot has another tenant than planned."""
-        if not job.slots:
-            return set()
-        slots = np.fromiter(job.slots, dtype=np.int64, count=len(job.slots))
-        planned = np.fromiter(job.generations, dtype=np.uint32, count=len(job.slots))
-        stale = set(np.flatnonzero(self._generations[slots] != planned).tolist())
-        if not stale:
-            return set()
-        per_slot = self._part.blocks_per_slot
-        return {position for position in range(len(job.block_ids)) if (job.first_index + position) // per_slot in stale}
 
     def _count_stale(self, job: MoveJob, positions: set[int]) -> None:
         self._report.num_stale += len({(job.first_index + position) // self._part.blocks_per_slot for position in positions})
