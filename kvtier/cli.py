@@ -33,6 +33,7 @@ BENCHMARKS = {
     "gpu": ("kvtier.bench.gpu", "copies between host memory and a GPU, beside large pinned copies"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
     "remote": ("kvtier.bench.remote", "the tiers in remote stores beside raw transfers to the same servers"),
+    "serve": ("kvtier.bench.serve", "what a daemon in between costs, beside a cache in the engine's process"),
     "tier": ("kvtier.bench.tier", "storing and loading through the engine facade beside the bare copy"),
 }
 """name -> the module with ``add_arguments`` and ``run``, what it measures"""

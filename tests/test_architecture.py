@@ -146,7 +146,7 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.blend": ("kvtier.connectors", "kvtier.bench", "kvtier.testing"),
     "kvtier.copy": ("kvtier.blend", "kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
     "kvtier.serve": ("kvtier.cli", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
-    "kvtier.testing": ("kvtier.bench.servers",),
+    "kvtier.testing": ("kvtier.bench.serve", "kvtier.bench.servers"),
     "kvtier.bench": (),
 }
 """part -> who outside of it may import it, where the layers alone allow more: what serves one engine, one disk or only tests stays apart"""
@@ -278,10 +278,10 @@ class TestImports:
         assert [] == wrong
 
     def test_parts_stay_apart(self) -> None:
-        """Some parts are imported only by those who are named."""
+        """Some parts are imported only by those who are named, and by the facade, which may name everything."""
         wrong = []
         for module in modules():
-            for item in module.imports:
+            for item in module.imports if module.name != FACADE else ():
                 for part, importers in RESERVED.items():
                     if is_within(item.name, (part,)) and not is_within(module.name, (part, *importers)):
                         wrong.append(f"{module.name}:{item.line} imports {item.name}, a part of {part}")

@@ -45,6 +45,7 @@ PUBLIC = {
     "QuotaError",
     "RemoteError",
     "UnknownSessionError",
+    "connect",
     "controllers",
     "InvariantError",
     "__version__",

@@ -33,7 +33,7 @@ class Machine:
         (folder / "run").mkdir(mode=0o700)
         self.folder = folder
         self.socket = folder / "run" / "socket"
-        self.settings = host_and_disk(folder / "tier", daemon={"socket": str(self.socket), "reconnect": "100ms"})
+        self.settings = host_and_disk(folder / "tier", daemon={"socket": str(self.socket), "reconnect": "100ms", "deadline": "2s"})
         self._config = folder / "kvtier.yaml"
         self._config.write_text(yaml.dump(self.settings))
         self.daemon = self.start()

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
+import kvtier
 from kvtier.config import Config
-from kvtier.controller import Controller
 from kvtier.errors import ControlError, DaemonError, QuotaError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena_file import PAGE_BYTES
@@ -503,8 +503,8 @@ def test_the_control_api_over_a_daemon(folder: Path) -> None:
     engine = served.engine("engine")
     keys = keys_of(1, 8)
     engine.store(keys)
-    cache = ServedCache(Attaching(settings(served.path, deadline="5s"), hello("control")))
-    controller = Controller(cache, namespace=Namespace(model="test"), block_tokens=16)
+    controller = kvtier.connect(served.path)
+    assert Namespace(model="test") == controller.namespace
     wait_for(lambda: controller.stats().result().num_blocks == {"host": 8, "disk": 8})
     found = controller.lookup(keys=keys).result()
     assert (8, 128, {"host", "disk"}) == (found.hit_blocks, found.hit_tokens, set(found.tiers))
@@ -522,7 +522,7 @@ def test_the_control_api_over_a_daemon(folder: Path) -> None:
         controller.move(keys=keys, from_tier="host", to_tier="disk").result()
     assert controller.evict(keys=keys, tier="all").result().num_blocks
     assert 0 == engine.cache.match(keys).hit_blocks
-    cache.close()
+    controller.close()
     served.close()
 
 
@@ -530,10 +530,10 @@ def test_a_controllers_pins_end_with_it(served: Served) -> None:
     """Nothing that a controller kept is left when it goes."""
     engine = served.engine("engine")
     engine.store(keys_of(1, 4))
-    cache = ServedCache(Attaching(settings(served.path, deadline="5s"), hello("control")))
-    Controller(cache, namespace=Namespace(model="test"), block_tokens=16).pin(keys=keys_of(1, 4)).result()
+    controller = kvtier.connect(served.path)
+    controller.pin(keys=keys_of(1, 4)).result()
     assert {"pins": 1} == served.open()
-    cache.close()
+    controller.close()
     wait_for(lambda: not served.open())
 
 
