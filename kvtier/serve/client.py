@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from kvtier.control.commands import BlockEvent
 from kvtier.control.hints import Hint
 from kvtier.engine import Attachment
@@ -17,6 +19,7 @@ from kvtier.serve import messages
 from kvtier.serve.channel import Attaching, Channel
 from kvtier.serve.estimates import SharedEstimates
 from kvtier.serve.plain_hints import plain_hint
+from kvtier.serve.remote_sharing import RemoteSharing
 from kvtier.serve.remote_verbs import RemoteVerbs
 from kvtier.stats import Stats
 from kvtier.types import KEY_BYTES, BlockKey, BlockMeta, Damage, LoadPlan, PrefixMatch, SlotRef, StorePlan
@@ -62,7 +65,8 @@ class ServedCache:
         channel.on_session = self._resume
         channel.on_loss = self._pins.clear
         self.block_bytes = channel.welcome.block_bytes
-        self.verbs = RemoteVerbs(channel.welcome, self._ask)
+        self.verbs = RemoteVerbs(channel.welcome, self._ask, self._ask_in_step)
+        self.sharing = RemoteSharing(self._channel, self.estimates, self._join)
         channel.begin()
 
     # ---- asking and copying -------------------------------------------------------------------------------------
@@ -249,8 +253,13 @@ class ServedCache:
             self._channel.tell(messages.Resume(open_jobs), at_once=True)
 
     def _ask(self, verb: messages.Verb) -> Any:
-        masked = self._masked(verb.keys)
-        return self._channel.ask(verb.name, lambda call: messages.Verb(call, verb.name, masked, verb.tiers, verb.text, verb.number))
+        verb.keys = self._masked(verb.keys)
+        return self._channel.ask(verb.name, lambda call: msgspec.structs.replace(verb, call=call))
+
+    def _ask_in_step(self, verb: messages.Verb) -> Any:
+        verb.keys = self._masked(verb.keys)
+        reply = self._channel.call(lambda call: msgspec.structs.replace(verb, call=call), messages.Value)
+        return None if reply is None else reply.value
 
     def _is_void(self, copy: _Copy) -> bool:
         """Whether the session in which a copy was begun has ended."""

@@ -163,16 +163,29 @@ class Verb(Frame, tag=17):
     """A verb of the control API. Answered by :class:`Value`."""
 
     call: Natural
-    name: Literal["snapshot", "online", "check", "holdings", "reserve", "evict", "clear", "set_policy", "set_quota", "reserved_blocks"]
+    name: Literal[
+        "snapshot", "online", "check", "holdings", "sources", "reserve", "evict", "clear", "set_policy", "set_quota", "reserved_blocks"
+    ]
     keys: Keys = b""
     tiers: Annotated[tuple[int, ...], msgspec.Meta(max_length=64)] = ()
     text: Name | None = None
     number: float | int | None = None
+    everywhere: bool = False
+
+
+class Probe(Frame, tag=18):
+    """Asks shared tiers for ``keys``; see ``CacheEngine.sharing``. Answered by :class:`Value`, whether an answer is under way."""
+
+    call: Natural
+    parent: Keys
+    keys: Keys
+    tenant: Name
+    tiers: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)] | None
 
 
 FromEngine = (
     Hello | Resume | Mapped | Match | Promote | Pin | Unpin | Touch | BeginLoad | EndLoad | BeginStore | EndStore
-    | Began | Ended | TakeHint | Poll | Verb
+    | Began | Ended | TakeHint | Poll | Verb | Probe
 )  # fmt: skip
 
 # ---- from the daemon --------------------------------------------------------------------------------------------------
@@ -189,6 +202,7 @@ class Welcome(Frame, tag=1):
     block_bytes: int
     block_tokens: int
     tiers: dict[str, int]
+    shared_tiers: tuple[str, ...]
     capacity_blocks: int
     max_reserved_blocks: int
     num_blocks: dict[str, int]
@@ -247,7 +261,7 @@ class Status(Frame, tag=7):
     num_transfers: int
     """transfers that were seen to end since the daemon started"""
     transfers: tuple[tuple[str, int, float], ...]
-    """since the last answer: tier, bytes, seconds"""
+    """since the last answer: tier, bytes (-1: it answered a question), seconds"""
     events: tuple[tuple[bool, str, bytes, bytes | None, int], ...]
     """since the last answer: stored, tier, key, parent, bytes"""
 
@@ -256,7 +270,7 @@ FromDaemon = Welcome | Refused | Failed | Matched | Slots | Value | Status
 
 
 _COUNTED_BY_ENGINES = ("lookup.", "recompute.", "daemon.", "record.")
-_ALSO = frozenset({"hint.bad", "connector.errors", "load.stale_slots", "promote.timeouts"})
+_ALSO = frozenset({"hint.bad", "connector.errors", "load.stale_slots", "promote.timeouts", "probe.skipped", "probe.timeouts"})
 
 
 def is_counted_by_engines(name: str) -> bool:

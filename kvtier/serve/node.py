@@ -66,6 +66,7 @@ class Node:
             self._hello.block_bytes,
             self._hello.block_tokens,
             dict(cache.verbs.tiers),
+            tuple(cache.sharing.tiers),
             cache.verbs.capacity_blocks,
             cache.verbs.max_reserved_blocks,
             cache.num_blocks(),

@@ -24,9 +24,11 @@ class RemoteVerbs:
     Raises, from all methods that ask: ControlError, or DaemonError where there is no daemon.
     """
 
-    def __init__(self, welcome: Welcome, ask: Callable[[Verb], Any]) -> None:
+    def __init__(self, welcome: Welcome, ask: Callable[[Verb], Any], ask_in_step: Callable[[Verb], Any]) -> None:
+        """``ask_in_step`` gives None where there is no answer."""
         self.welcome = welcome
         self._ask = ask
+        self._ask_in_step = ask_in_step
 
     @property
     def tiers(self) -> Mapping[str, int]:
@@ -48,8 +50,12 @@ class RemoteVerbs:
         pin_id, num_blocks = self._ask(Verb(0, "reserve", b"".join(keys), number=ttl_s))
         return (None if pin_id is None else -pin_id), num_blocks
 
-    def evict(self, keys: Sequence[BlockKey], tiers: Collection[int]) -> int:
-        return int(self._ask(Verb(0, "evict", b"".join(keys), tuple(tiers))))
+    def sources(self, keys: Sequence[BlockKey]) -> list[tuple[str, int]]:
+        """Nothing where there is no daemon: a step asks."""
+        return [(str(tier), int(count)) for tier, count in self._ask_in_step(Verb(0, "sources", b"".join(keys))) or ()]
+
+    def evict(self, keys: Sequence[BlockKey], tiers: Collection[int], *, everywhere: bool = False) -> int:
+        return int(self._ask(Verb(0, "evict", b"".join(keys), tuple(tiers), everywhere=everywhere)))
 
     def move(self, keys: Sequence[BlockKey], source: int, target: int) -> Move:
         raise ControlError("move: a daemon's tiers are shared; allowed here: prefetch, evict, clear")
@@ -57,8 +63,8 @@ class RemoteVerbs:
     def cancel_move(self, move: Move) -> None:
         """There is none."""
 
-    def clear(self, tiers: Collection[int], tenant: str | None) -> int:
-        return int(self._ask(Verb(0, "clear", tiers=tuple(tiers), text=tenant)))
+    def clear(self, tiers: Collection[int], tenant: str | None, *, everywhere: bool = False) -> int:
+        return int(self._ask(Verb(0, "clear", tiers=tuple(tiers), text=tenant, everywhere=everywhere)))
 
     def set_policy(self, tier: int, name: str) -> None:
         self._ask(Verb(0, "set_policy", tiers=(tier,), text=name))

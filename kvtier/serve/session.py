@@ -76,8 +76,9 @@ class Session:
             "holdings": lambda verb: self._cache.verbs.holdings(self._keys(verb.keys)),
             "reserve": self._reserve,
             "reserved_blocks": lambda _: self._cache.verbs.reserved_blocks,
-            "evict": lambda verb: self._cache.verbs.evict(self._keys(verb.keys), self._tiers(verb.tiers)),
-            "clear": lambda verb: self._cache.verbs.clear(self._tiers(verb.tiers), verb.text),
+            "sources": lambda verb: self._cache.verbs.sources(self._keys(verb.keys)),
+            "evict": lambda verb: self._cache.verbs.evict(self._keys(verb.keys), self._tiers(verb.tiers), everywhere=verb.everywhere),
+            "clear": lambda verb: self._cache.verbs.clear(self._tiers(verb.tiers), verb.text, everywhere=verb.everywhere),
             "set_policy": self._set_policy,
             "set_quota": self._set_quota,
         }
@@ -97,6 +98,7 @@ class Session:
             messages.TakeHint: self._hint,
             messages.Poll: self._begin_poll,
             messages.Verb: self._verb,
+            messages.Probe: self._probe,
         }
 
     def handle(self, frame: Frame) -> None:
@@ -228,6 +230,14 @@ class Session:
 
     def _verb(self, frame: messages.Verb) -> None:
         self._answer(frame.call, self._verbs[frame.name](frame))
+
+    def _probe(self, frame: messages.Probe) -> None:
+        keys = self._keys(frame.parent + frame.keys)
+        first = 1 if frame.parent else 0
+        strangers = set(frame.tiers or ()) - set(self._cache.sharing.tiers)
+        if len(keys) <= first or strangers:
+            raise ProtocolError("a question for no block, or to a tier that nobody shares")
+        self._answer(frame.call, self._cache.sharing.probe(keys, first, frame.tenant, tiers=frame.tiers))
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ class Served:
         wait_for(lambda: not self.thread.daemon._connections)
         cache = self.thread.daemon.node.cache
         if cache is not None:
-            assert {0} == set(cache.leftovers().values())
+            wait_for(lambda: {0} == set(cache.leftovers().values()))
             assert [] == cache.check()
         self.thread.stop()
 
@@ -433,6 +433,8 @@ HOSTILE: dict[str, bytes] = {
     "a strange quota": encoded(HELLO, messages.Verb(1, "set_quota", tiers=(0,), text="a", number=1.5)),
     "copies of a worker": encoded(hello("worker", "hostile"), messages.BeginLoad(1, 1, KEY)),
     "copies of a controller": encoded(hello("control"), messages.BeginLoad(1, 1, KEY)),
+    "a question to nobody": encoded(HELLO, messages.Probe(1, b"", KEY, "", ("redis",))),
+    "a question for nothing": encoded(HELLO, messages.Probe(1, KEY, b"", "", None)),
     "a scheduler without a name": encoded(hello("scheduler", "")),
 }
 
