@@ -72,7 +72,9 @@ class Cache(Protocol):
         """How tiers that other engines use too are asked."""
 
     @property
-    def arena_id(self) -> str: ...
+    def arena_id(self) -> str:
+        """Which arena slots belong to; a worker that has mapped another one copies nothing."""
+
     @property
     def busy(self) -> bool: ...
     @property
