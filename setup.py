@@ -83,6 +83,7 @@ setup(
         "serve": ["msgspec>=0.18"],
         "redis": ["redis>=5"],
         "object": ["obstore>=0.6"],
+        "mooncake": ["mooncake-transfer-engine-non-cuda>=0.3.13"],
         # blocks in remote stores encrypted
         "encryption": ["cryptography>=46"],
         # real servers for the tests and benchmarks of the remote tiers

@@ -22,6 +22,7 @@ from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hashing import Namespace
+from kvtier.io import round_up_to_page
 from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
 from kvtier.policies import create_policy
@@ -139,11 +140,11 @@ class CacheEngine:
             TierError: a tier cannot be opened.
         """
         capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
-        if capacity_bytes < _page_align(block_bytes):
+        if capacity_bytes < round_up_to_page(block_bytes):
             raise ConfigError(
                 f"tiers[{config.tiers.index(config.host)}].capacity: {config.host.capacity_bytes} bytes hold no block; "
                 f"one block of this model has {block_bytes} bytes. "
-                f"Allowed: at least {_page_align(block_bytes)} bytes; some thousand blocks are sensible"
+                f"Allowed: at least {round_up_to_page(block_bytes)} bytes; some thousand blocks are sensible"
             )
         # Nothing is handed out before the arena has prepared it: see _grow.
         slab = SlabAllocator.of_host(capacity_bytes, block_bytes, limit_bytes=0)
@@ -337,10 +338,6 @@ def _own_arena(config: Config) -> Arena:
     return arena
 
 
-def _page_align(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
-
-
 def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Residency:
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=ttl_mode == "sliding")
     return Residency(name, lambda: create_policy(policy), expiry)
@@ -350,8 +347,10 @@ def _open_tiers(config: Config, arena: Arena, block_bytes: int) -> list[Tier]:
     opened: list[Tier] = []
     try:
         for section in config.lower:
-            tier = _open_disk(section, config, arena, block_bytes) if isinstance(section, DiskTierConfig) else open_remote(section)
-            opened += [tier]
+            if isinstance(section, DiskTierConfig):
+                opened.append(_open_disk(section, config, arena, block_bytes))
+            else:
+                opened.append(open_remote(section, (arena.address, arena.capacity_bytes)))
     except BaseException:
         for tier in opened:
             tier.close()
@@ -374,7 +373,7 @@ def _open_disk(disk: DiskTierConfig, config: Config, arena: Arena, block_bytes: 
     )
     if not tier.max_blocks(block_bytes):
         tier.close()
-        least = _page_align(block_bytes) + 2 * PAGE_BYTES
+        least = round_up_to_page(block_bytes) + 2 * PAGE_BYTES
         raise ConfigError(
             f"tiers[{config.tiers.index(disk)}].segment: {disk.segment_bytes} bytes hold no block; one block of this model has "
             f"{block_bytes} bytes. Allowed: at least {least} bytes, and a directory whose segments are as large, or an empty one"

@@ -22,6 +22,7 @@ from pydantic import BaseModel  # noqa: E402
 from version_pages import versions_page  # noqa: E402
 
 from kvtier.config import (  # noqa: E402
+    BlendConfig,
     Config,
     ConnectorConfig,
     ControlConfig,
@@ -29,6 +30,7 @@ from kvtier.config import (  # noqa: E402
     DiskTierConfig,
     GpuTierConfig,
     HostTierConfig,
+    MooncakeTierConfig,
     ObjectTierConfig,
     RecordConfig,
     RedisTierConfig,
@@ -56,8 +58,10 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`tiers`: `type: host`", HostTierConfig),
     ("`tiers`: `type: disk`", DiskTierConfig),
     ("`tiers`: `type: redis`", RedisTierConfig),
+    ("`tiers`: `type: mooncake`", MooncakeTierConfig),
     ("`tiers`: `type: object`", ObjectTierConfig),
     ("`connector`", ConnectorConfig),
+    ("`blend`", BlendConfig),
     ("`control`", ControlConfig),
     ("`daemon`", DaemonConfig),
     ("`record`", RecordConfig),

@@ -15,12 +15,14 @@ each layer has written its KV.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from kvtier.connectors.blend_steps import Blender, BlendSteps
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.layer_pipeline import LayerPipeline
 from kvtier.connectors.layer_stores import LayerStores
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
+from kvtier.connectors.running import RunningCopy
 from kvtier.connectors.tenancy import Tenancy
 from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent, LayerLoader, LayerStorer
 from kvtier.memory.arena import Arena
@@ -58,19 +60,6 @@ class Transferred:
     received: set[str]
 
 
-@dataclass(slots=True)
-class _Copy:
-    """A job that was started. ``positions`` of its blocks are being copied; the others have failed already."""
-
-    job: MoveJob
-    positions: list[int]
-    event: CopyEvent | None
-    failed: set[int] = field(default_factory=set)
-    arena_id: str = ""
-    started: float | None = None
-    """of a load that is copied as a whole: when"""
-
-
 class WorkerHalf:
     """One rank's data mover. One thread.
 
@@ -83,6 +72,7 @@ class WorkerHalf:
         part: where this rank's bytes lie in a slot
         loader: loads layer by layer, where the engine can wait for each layer; closed by ``close()``
         storer: stores layer by layer, where the engine tells of each layer
+        blender: puts prompts together from chunks, where this worker can
         strict: re-raise unexpected errors, except those of the copier (tests only)
     """
 
@@ -94,23 +84,25 @@ class WorkerHalf:
         *,
         loader: LayerLoader | None = None,
         storer: LayerStorer | None = None,
+        blender: Blender | None = None,
         strict: bool = False,
     ) -> None:
+        self._blends = BlendSteps(blender, self._count_error)
         self.attach(arena, copier, loader=loader, storer=storer)
-        self._stores_by_layer: list[_Copy] = []
+        self._stores_by_layer: list[RunningCopy] = []
         self._part = part
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._copying = Boundary(on_error=self._count_error)
         """around calls to the copier, which may fail in any way"""
         self._orders = _NO_ORDERS
         self._loads_started = self._stores_started = True
-        self._sync_loads: list[_Copy] = []
-        self._async_loads: list[_Copy] = []
-        self._stores: list[_Copy] = []
+        self._sync_loads: list[RunningCopy] = []
+        self._async_loads: list[RunningCopy] = []
+        self._stores: list[RunningCopy] = []
         self._held: set[str] = set()
         self._received: set[str] = set()
         self._failed_block_ids: set[int] = set()
-        self._report = WorkerReport(attached=1)
+        self._report = WorkerReport(attached=1, blenders=int(blender is not None))
 
     # ---- an arena that may be replaced --------------------------------------------------------------------------
 
@@ -168,6 +160,7 @@ class WorkerHalf:
         if self._loads_started:
             return
         self._loads_started = True
+        by_layer = by_layer and not self._orders.blends
         # What passes through the device pool is not divided by layers.
         layered = [job for job in self._orders.loads if by_layer and self._layers.is_usable and not job.device_slots]
         self._sync_loads += [self._start(job, is_load=True) for job in self._orders.loads if job not in layered]
@@ -177,6 +170,9 @@ class WorkerHalf:
             self._start_by_layer([self._prepare(job) for job in layered])
         for job in self._orders.async_loads:
             self._async_loads.append(self._start(job, is_load=True))
+        if self._orders.blends:
+            self.wait_for_loads()
+            self._failed_block_ids |= self._blends.blend(self._orders.blends, self._failed_block_ids, self._report)
 
     def wait_for_loads(self) -> None:
         """Returns when the sync loads of the step are in the engine's blocks or have failed. Idempotent."""
@@ -242,6 +238,7 @@ class WorkerHalf:
         self.wait_for_loads()
         self._layers.reset()
         self.start_stores()
+        self._blends.store(self._orders.entries, self._report)
         self._orders = _NO_ORDERS
         loads, self._async_loads = self._async_loads, []
         for copy in loads:
@@ -280,7 +277,7 @@ class WorkerHalf:
 
     # ---- one job ------------------------------------------------------------------------------------------------
 
-    def _start(self, job: MoveJob, *, is_load: bool) -> _Copy:
+    def _start(self, job: MoveJob, *, is_load: bool) -> RunningCopy:
         """Starts the copies of a job whose slots still have the tenant they were planned for."""
         copy = self._prepare(job)
         if is_load:
@@ -293,7 +290,7 @@ class WorkerHalf:
             copy.failed.update(copy.positions)
         return copy
 
-    def _start_by_layer(self, loads: list[_Copy]) -> None:
+    def _start_by_layer(self, loads: list[RunningCopy]) -> None:
         """Starts the loads as one, layer after layer."""
         event: CopyEvent | None = None
         with self._copying.at("scatter by layer"):
@@ -306,7 +303,7 @@ class WorkerHalf:
             if copy.event is None:
                 copy.failed.update(copy.positions)
 
-    def _finish_by_layer(self, stores: list[_Copy]) -> None:
+    def _finish_by_layer(self, stores: list[RunningCopy]) -> None:
         """Ends the step's stores by layer, which run as one. Where any layer could not be copied all have failed."""
         event: CopyEvent | None = None
         with self._copying.at("gather by layer"):
@@ -318,9 +315,9 @@ class WorkerHalf:
                 copy.failed.update(copy.positions)
         self._stores += stores
 
-    def _prepare(self, job: MoveJob) -> _Copy:
+    def _prepare(self, job: MoveJob) -> RunningCopy:
         """Finds out which of a job's slots still have the tenant they were planned for; the others have failed."""
-        copy = _Copy(job, [], None, set(range(len(job.block_ids))), self._orders.arena_id)
+        copy = RunningCopy(job, [], None, set(range(len(job.block_ids))), self._orders.arena_id)
         with self._boundary.at("start copy"):
             stale = self._tenancy.stale_positions(job, self._orders.arena_id, self._part.blocks_per_slot)
             self._count_stale(job, stale)
@@ -328,10 +325,10 @@ class WorkerHalf:
             copy.failed = stale
         return copy
 
-    def _block_copies(self, copy: _Copy) -> list[BlockCopy]:
+    def _block_copies(self, copy: RunningCopy) -> list[BlockCopy]:
         return [self._block_copy(copy.job, position) for position in copy.positions]
 
-    def _is_over(self, copy: _Copy) -> bool:
+    def _is_over(self, copy: RunningCopy) -> bool:
         """Whether nothing of a copy runs any more. One that cannot be asked has failed."""
         if copy.event is None:
             return True
@@ -343,7 +340,7 @@ class WorkerHalf:
             copy.failed.update(copy.positions)
         return is_over is not False
 
-    def _is_released(self, copy: _Copy) -> bool:
+    def _is_released(self, copy: RunningCopy) -> bool:
         """Whether a store that still runs no longer reads the engine's blocks. One that cannot be asked does."""
         is_released = False
         if copy.event is not None:
@@ -351,7 +348,7 @@ class WorkerHalf:
                 is_released = copy.event.released()
         return is_released
 
-    def _end_load(self, copy: _Copy) -> None:
+    def _end_load(self, copy: RunningCopy) -> None:
         """Ends a load; a slot that got a new tenant during the copy may have given anything."""
         self._wait(copy)
         if copy.event is not None:
@@ -367,7 +364,7 @@ class WorkerHalf:
         self._failed_block_ids.update(copy.job.block_ids[position] for position in copy.failed)
         self._end(copy)
 
-    def _wait(self, copy: _Copy) -> None:
+    def _wait(self, copy: RunningCopy) -> None:
         if copy.event is None:
             return
         is_done = False
@@ -378,7 +375,7 @@ class WorkerHalf:
             copy.event = None
             copy.failed.update(copy.positions)
 
-    def _end(self, copy: _Copy) -> None:
+    def _end(self, copy: RunningCopy) -> None:
         """Waits for a copy and puts its outcome into the report."""
         self._wait(copy)
         self._report.done[copy.job.job_id] = 1

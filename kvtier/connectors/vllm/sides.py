@@ -14,9 +14,11 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from kvtier.cache import Cache
 from kvtier.config import Config
+from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.connectors.vllm.blend_parts import blender_of
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
 from kvtier.connectors.vllm.movers import Movers, movers_of
 from kvtier.connectors.worker import SlotPart, WorkerHalf
@@ -45,8 +47,17 @@ def open_arena(path: str, config: Config) -> Arena:
 class SchedulerSide:
     """Owns the cache and the scheduler half. One thread. Where a daemon is named the cache is the daemon's."""
 
-    def __init__(
-        self, config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, *, name: str, stores_are_async: bool, events: bool
+    def __init__(  # noqa: PLR0913 - by keyword
+        self,
+        config: Config,
+        namespace: Namespace,
+        sizes: BlockSizes,
+        arena_path: str,
+        *,
+        name: str,
+        stores_are_async: bool,
+        events: bool,
+        blend: BlendParts | None = None,
     ) -> None:
         self.sizes = sizes
         self._arena: Arena | None = None
@@ -69,10 +80,10 @@ class SchedulerSide:
         self.controller = Controller(engine, namespace=namespace, block_tokens=sizes.block_tokens, name=name)
         recorder = recorder_of(config, geometry, sizes.block_bytes)
         if recorder is None:
-            self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async)
+            self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async, blend=blend)
         else:
             self.half = RecordingHalf(
-                engine, geometry, config.connector, recorder=recorder, keep_events=events, stores_are_async=stores_are_async
+                engine, geometry, config.connector, recorder=recorder, keep_events=events, stores_are_async=stores_are_async, blend=blend
             )
         _LOG.info("kvtier: blocks of %d tokens and %d bytes; %s", sizes.block_tokens, sizes.block_bytes, engine.num_blocks())
 
@@ -106,9 +117,11 @@ class SchedulerSide:
 
 
 def _attach(config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, wants_events: bool) -> ServedCache:
-    """A daemon's cache. Raises DaemonError where there is none, ConfigError for a pool in device memory, which it could not decide over."""
+    """A daemon's cache. Raises DaemonError where there is none, ConfigError for what only an engine's own cache can do."""
     if config.gpu is not None:
         raise ConfigError("daemon.socket is set and tiers[0].type is gpu; allowed with a daemon: host and what is below it")
+    if config.blend.enabled:
+        raise ConfigError("daemon.socket is set and blend.enabled is true; allowed with a daemon: false")
     hello = Hello(
         "scheduler",
         os.path.basename(arena_path),
@@ -156,7 +169,8 @@ class WorkerSide:
 
         if self._arena is not None:
             movers = movers_for(self._arena)
-            self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer)
+            blender = blender_of(self._arena, self._num_blocks, self._sizes) if self._config.blend.enabled else None
+            self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer, blender=blender)
         else:
             self._half = WorkerHalf(None, None, part)
             hello = Hello("worker", self._name, str(rank), {})
