@@ -165,7 +165,7 @@ class Controller:
         if tier != "host":
             raise ControlError(f"tier is {tier!r}; allowed: 'host' (blocks come to device memory when they are loaded)")
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        return self._submit("prefetch", self._prefetch(chain, deadline))
+        return self._submit("prefetch", self._prefetch(chain, deadline, tenant or salt))
 
     # ---- hints --------------------------------------------------------------------------------------------------
 
@@ -207,27 +207,37 @@ class Controller:
         return self._submit("move", self._move(chain, source, target))
 
     def evict(
-        self, tokens: Sequence[int] | None = None, *, keys: Sequence[BlockKey] | None = None, salt: str = "", tenant: str = "", tier: str
+        self,
+        tokens: Sequence[int] | None = None,
+        *,
+        keys: Sequence[BlockKey] | None = None,
+        salt: str = "",
+        tenant: str = "",
+        tier: str,
+        everywhere: bool = False,
     ) -> Job[Evicted]:
         """Drops a prefix and all that continues it from a tier, or from ``"all"``.
 
-        What is pinned stays with everything before it, and so does a beginning that other prompts share.
+        What is pinned stays with everything before it, and so does a beginning that other prompts share. In a store that other engines
+        use too the blocks stay, unless ``everywhere`` says that what this engine knows of is to be deleted there.
         """
         chain = self._chain(tokens, keys, salt, tenant)
         tiers = self._tiers(tier)
-        return self._submit("evict", self._at_once(lambda: Evicted(self._engine.verbs.evict(chain, tiers))))
+        return self._submit("evict", self._at_once(lambda: Evicted(self._engine.verbs.evict(chain, tiers, everywhere=everywhere))))
 
-    def clear(self, *, namespace: Namespace | None = None, tenant: str | None = None, tier: str | None = None) -> Job[Cleared]:
+    def clear(
+        self, *, namespace: Namespace | None = None, tenant: str | None = None, tier: str | None = None, everywhere: bool = False
+    ) -> Job[Cleared]:
         """Forgets everything in a scope, pinned or not: the engine's whole namespace, a tenant, a tier, or a tenant in a tier.
 
-        What is on its way there comes to nothing. Reads every entry of the index.
+        What is on its way there comes to nothing. Reads every entry of the index. ``everywhere``: as for ``evict``.
         """
         if namespace is None and tenant is None and tier is None:
             raise ControlError("clear without a scope; allowed: at least one of namespace, tenant and tier")
         if namespace is not None and namespace.digest != self._namespace.digest:
             raise ControlError(f"namespace is not this engine's; allowed: {self._namespace}")
         tiers = self._tiers(tier or ALL)
-        return self._submit("clear", self._at_once(lambda: Cleared(self._engine.verbs.clear(tiers, tenant))))
+        return self._submit("clear", self._at_once(lambda: Cleared(self._engine.verbs.clear(tiers, tenant, everywhere=everywhere))))
 
     def set_policy(self, tier: str, policy: str) -> Job[None]:
         """Gives a tier another eviction policy, which begins with the order of the old one. Touches every block of the tier."""
@@ -319,12 +329,15 @@ class Controller:
         }
         return Found(len(keys), found.hit_blocks, found.hit_blocks * self._block_tokens, tiers)
 
-    def _prefetch(self, keys: Sequence[BlockKey], deadline: float | None) -> Work[Prefetched]:
+    def _prefetch(self, keys: Sequence[BlockKey], deadline: float | None, tenant: str) -> Work[Prefetched]:
         engine = self._engine
         last_ready = -1
         while True:
             found = engine.match(keys)
             is_late = deadline is not None and time.monotonic() >= deadline
+            if found.hit_blocks < len(keys) and not is_late and engine.sharing.probe(keys, found.hit_blocks, tenant):
+                yield Progress(found.ready_blocks, len(keys))
+                continue
             if found.ready_blocks >= found.hit_blocks or is_late:
                 break
             if not found.pending:

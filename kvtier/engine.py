@@ -16,7 +16,7 @@ from kvtier.control.estimates import Estimates
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.hints import Hint, Hints
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
-from kvtier.control.lower import LowerTierSpec, WriteMode
+from kvtier.control.lower import MAX_KNOWN_BLOCKS, LowerTierSpec, WriteMode
 from kvtier.control.operations import HOST_TIER
 from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
@@ -26,8 +26,9 @@ from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.remote_tiers import open_remote
+from kvtier.sharing import Sharing
 from kvtier.stats import Stats
-from kvtier.tiers.base import Tier
+from kvtier.tiers.base import SharedTier, Tier
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer import TransferRunner
 from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StorePlan
@@ -95,6 +96,8 @@ class CacheEngine:
             clock=clock,
         )
         """what the control API asks for"""
+        self.sharing = Sharing(self._planner, self._runner, parts.estimates, block_bytes=block_bytes, clock=clock)
+        """how tiers that other engines use too are asked"""
         self._hints = parts.hints
         self._attachment: Attachment | None = None
         self._closed = False
@@ -275,7 +278,8 @@ class CacheEngine:
         self._attachment = attachment
 
     def reset(self) -> None:
-        """Forgets everything in every tier."""
+        """Forgets everything in every tier, and shares nothing with other engines from now on: the weights may be others."""
+        self.sharing.leave_others()
         self._planner.reset(self._clock())
         self._runner.run()
 
@@ -377,11 +381,14 @@ def _open_disk(disk: DiskTierConfig, config: Config, arena: Arena, block_bytes: 
 
 def _spec(tier: Tier, config: Config) -> LowerTierSpec:
     section = next((each for each in config.lower if each.type == tier.name), None)
-    if section is None:
-        return LowerTierSpec(_residency(tier.name, "lru", None, "sliding"), tier.max_blocks, WriteMode.THROUGH, 256 << 20)
-    if not isinstance(section, DiskTierConfig):
-        residency = _residency(tier.name, "lru", section.server_ttl_s, "fixed")
-        return LowerTierSpec(residency, tier.max_blocks, WriteMode(section.write.value), section.max_in_flight_bytes)
+    if section is None or isinstance(tier, SharedTier):
+        ttl_s, write, in_flight_bytes = None, WriteMode.THROUGH, 256 << 20
+        if section is not None and not isinstance(section, DiskTierConfig):
+            ttl_s, write, in_flight_bytes = section.server_ttl_s, WriteMode(section.write.value), section.max_in_flight_bytes
+        is_shared = isinstance(tier, SharedTier)
+        max_blocks = (lambda _: MAX_KNOWN_BLOCKS) if is_shared else tier.max_blocks
+        return LowerTierSpec(_residency(tier.name, "lru", ttl_s, "fixed"), max_blocks, write, in_flight_bytes, is_shared=is_shared)
+    assert isinstance(section, DiskTierConfig), "what is not shared is a disk"
     residency = _residency(tier.name, section.policy, section.ttl_s, section.ttl_mode)
     admission = None
     if section.admit == "second_use" or section.daily_writes_bytes is not None:

@@ -7,13 +7,14 @@ from typing import Any
 from kvtier.config import ObjectTierConfig, RedisTierConfig
 from kvtier.errors import ConfigError
 from kvtier.tiers.remote import RemoteClient, RemoteSettings, RemoteTier
+from kvtier.tiers.remote.records import Sealer
 
 
 def open_remote(section: RedisTierConfig | ObjectTierConfig) -> RemoteTier:
     """The tier that a section of the configuration describes.
 
     Raises:
-        ConfigError: a secret cannot be read, or the extra is not installed.
+        ConfigError: a secret cannot be read or is none, or an extra is not installed.
         RemoteError: the store does not answer or refuses, and the tier is required.
         TierFormatError: the store is of another format version.
     """
@@ -27,8 +28,9 @@ def open_remote(section: RedisTierConfig | ObjectTierConfig) -> RemoteTier:
         must_answer=section.required,
         **options,
     )
+    sealer = _sealer(section)
     client = _redis(section) if isinstance(section, RedisTierConfig) else _object(section)
-    return RemoteTier(client, name=section.type, settings=settings)
+    return RemoteTier(client, name=section.type, settings=settings, sealer=sealer)
 
 
 def _redis(section: RedisTierConfig) -> RemoteClient:
@@ -42,6 +44,7 @@ def _redis(section: RedisTierConfig) -> RemoteClient:
         password=section.password(),
         ca_file=None if section.ca_file is None else str(section.ca_file),
         cluster=section.cluster,
+        sentinel=section.sentinel,
         connect_timeout_s=section.connect_timeout_s,
         stall_timeout_s=section.stall_timeout_s,
     )
@@ -65,5 +68,20 @@ def _object(section: ObjectTierConfig) -> RemoteClient:
     return ObjectClient(access)
 
 
+def _sealer(section: RedisTierConfig | ObjectTierConfig) -> Sealer | None:
+    text = section.encryption_key()
+    if text is None:
+        return None
+    try:
+        from kvtier.codecs.aes_gcm import Cipher, parse_key  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise _not_installed("encryption", error) from error
+    try:
+        return Cipher(parse_key(text))
+    except ValueError as error:
+        source = section.encryption_key_env or section.encryption_key_file
+        raise ConfigError(f"tier {section.type}: the encryption key of {source} is {error}") from None
+
+
 def _not_installed(extra: str, error: ImportError) -> ConfigError:
-    return ConfigError(f"the tier of type {extra} needs the extra kvtier[{extra}], which is not installed ({error})")
+    return ConfigError(f"this configuration needs the extra kvtier[{extra}], which is not installed ({error})")

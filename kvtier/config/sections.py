@@ -38,7 +38,7 @@ class ConnectorConfig(Section):
         key="promote_wait",
         kind="duration",
         allowed="0 or more: `2s`, `500ms`, or seconds",
-        about="How long a request may wait for blocks from the disk before they are computed instead.",
+        about="How long a request may wait for blocks from slower tiers, asking shared ones included, before it computes them.",
     )
     max_pinned_fraction: float = setting(
         0.5, kind="number", allowed="0 to 1", about="Share of host memory that pinned blocks may take.", ge=0, le=1

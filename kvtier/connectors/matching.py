@@ -19,7 +19,8 @@ class Matcher:
     """Answers for waiting requests and keeps their hits from eviction. One thread.
 
     All pins together keep at most ``settings.max_pinned_fraction`` of host memory; what is beyond is looked up afresh whenever
-    the engine asks.  A request waits at most ``promote_wait_s`` in all for promotions each time it wants to start.
+    the engine asks.  A request waits at most ``promote_wait_s`` in all for promotions, and for stores that are shared with other engines
+    to say what they hold, each time it wants to start.
     """
 
     def __init__(self, engine: CacheEngine, geometry: Geometry, settings: ConnectorSettings, *, clock: Callable[[], float]) -> None:
@@ -29,14 +30,14 @@ class Matcher:
         self._engine_block_tokens = geometry.engine_block_tokens
         self._max_pinned_blocks = int(settings.max_pinned_fraction * geometry.host_blocks)
         self._clock = clock
-        self._lower_name = next((name for name, number in engine.verbs.tiers.items() if number > 0), "")
+        self._is_sharing = bool(engine.sharing.tiers)
         self._pinned: dict[str, Lookup] = {}
         self._num_pinned_blocks = 0
         self._waiting: dict[str, Lookup] = {}
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for promotions."""
+        """Requests that wait for promotions, or to hear what shared tiers hold."""
         return len(self._waiting)
 
     @property
@@ -56,6 +57,8 @@ class Matcher:
         lookup = request.lookup
         if lookup is None or lookup.first_block != first or lookup.limit_block != limit:
             lookup = self._look(request, first, limit)
+        elif lookup.is_probing:
+            self._find(request, lookup)
         elif lookup.is_waiting:
             self._look_at_promotions(request, lookup)
         else:
@@ -77,26 +80,66 @@ class Matcher:
         """The first question, or one for other blocks than before."""
         is_new = request.lookup is None
         self.release(request)
-        request.lookup = lookup = Lookup(first, limit, limit)
+        request.lookup = lookup = Lookup(first, limit, limit, is_new=is_new)
+        self._find(request, lookup)
+        return lookup
+
+    def _find(self, request: Request, lookup: Lookup) -> None:
+        """What is a hit, once shared tiers have said what they hold of it or the request cannot wait for them."""
+        first, limit = lookup.first_block, lookup.limit_block
         found = self._engine.match(request.keys_from(first, limit, self._block_tokens))
-        if is_new:
+        if self._is_sharing and found.hit_blocks < limit - first and self._probe(request, lookup, found):
+            return
+        if lookup.is_probing:
+            lookup.is_probing = False
+            self._stop_waiting(request, lookup)
+        if lookup.is_new:
             self._engine.stats.add("lookup.blocks", limit - first)
             self._engine.stats.add("lookup.hit_blocks", found.hit_blocks)
-        found = self._worth(found, lookup)
+        found = self._worth(request, found, lookup)
         lookup.num_ready = lookup.num_promised = found.ready_blocks
-        if is_new:
+        if lookup.is_new:
             request.num_found_ready = first + found.ready_blocks
         if found.hit_blocks > found.ready_blocks:
             self._promote(request, lookup, found.hit_blocks)
         self._pin(request, lookup)
-        return lookup
 
-    def _worth(self, found: PrefixMatch, lookup: Lookup) -> PrefixMatch:
+    def _probe(self, request: Request, lookup: Lookup, found: PrefixMatch) -> bool:
+        """Has shared tiers be asked for what lies behind a hit. Whether the request waits for an answer."""
+        engine, first = self._engine, lookup.first_block
+        known, num_missing = first + found.hit_blocks, lookup.limit_block - first - found.hit_blocks
+        if lookup.ask_tiers is None:
+            lookup.ask_tiers = engine.sharing.tiers
+            if self._settings.load_or_recompute == "auto":
+                lookup.ask_tiers = engine.sharing.worth_probing(known * self._block_tokens, num_missing * self._block_tokens, num_missing)
+                engine.stats.add("probe.skipped", int(len(lookup.ask_tiers) < len(engine.sharing.tiers)))
+        if not lookup.ask_tiers:
+            return False
+        now = self._clock()
+        keys = request.keys(lookup.limit_block, self._block_tokens)
+        if not engine.sharing.probe(keys, known, request.tenant, tiers=lookup.ask_tiers):
+            return False
+        if request.deadline is None:
+            request.deadline = now + self._settings.promote_wait_s
+        if now >= request.deadline:
+            engine.stats.add("probe.timeouts", int(lookup.is_probing))
+            return False
+        if not lookup.is_probing or found.ready_blocks > lookup.num_ready:
+            lookup.num_ready = lookup.num_promised = found.ready_blocks
+            self._pin(request, lookup)
+        lookup.is_probing = lookup.is_waiting = True
+        self._waiting[request.request_id] = lookup
+        return True
+
+    def _worth(self, request: Request, found: PrefixMatch, lookup: Lookup) -> PrefixMatch:
         """The part of a hit that is loaded faster than it is computed."""
         if self._settings.load_or_recompute == "always" or not found.hit_blocks:
             return found
-        sizes = [(("host",), found.ready_blocks), ((self._lower_name, "host"), found.hit_blocks - found.ready_blocks)]
-        sizes = [(path, num_blocks) for path, num_blocks in sizes if num_blocks]
+        sizes: list[tuple[tuple[str, ...], int]] = [(("host",), found.ready_blocks)] if found.ready_blocks else []
+        if found.hit_blocks > found.ready_blocks:
+            end = lookup.first_block + found.hit_blocks
+            keys = request.keys(end, self._block_tokens)[lookup.first_block + found.ready_blocks :]
+            sizes += [((name,) if name == "host" else (name, "host"), count) for name, count in self._engine.verbs.sources(keys)]
         engine = self._engine
         pieces = [Piece(path, num_blocks * self._block_tokens, num_blocks * engine.block_bytes) for path, num_blocks in sizes]
         choice = engine.estimates.choose(lookup.first_block * self._block_tokens, pieces)

@@ -133,7 +133,13 @@ class Lookup:
     """slots that were about to be free when there was room for no more"""
     num_ready: int = 0
     is_waiting: bool = False
-    """for promotions"""
+    """for promotions, or for the answer of a shared tier"""
+    is_probing: bool = False
+    """for the answer of a shared tier: it is not known yet what is a hit"""
+    is_new: bool = False
+    """the request was not looked up before"""
+    ask_tiers: Sequence[str] | None = None
+    """the shared tiers that are worth asking; None: not considered yet"""
     num_pinned: int = 0
     """leading blocks that cannot leave host memory"""
     pin_id: int = 0

@@ -38,7 +38,24 @@ class Remove:
     keys: tuple[BlockKey, ...]
 
 
-Command = Demote | Promote | Remove
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Stop counting on blocks in a tier that others share; they stay there."""
+
+    tier: int
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Ask a shared tier for the leading run of ``keys``; report by ``Planner.probed``."""
+
+    job_id: int
+    tier: int
+    keys: tuple[BlockKey, ...]
+
+
+Command = Demote | Promote | Remove | Forget | Probe
 
 
 @dataclass(frozen=True, slots=True)

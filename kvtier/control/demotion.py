@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from kvtier.control.commands import Command, Demote, Remove
+from kvtier.control.commands import Command, Demote
 from kvtier.control.host_space import HostSpace
 from kvtier.control.index import HOST, Entry, Index
 from kvtier.control.lower import MAX_JOB_BYTES, LowerTier
@@ -47,11 +47,11 @@ class Demoter:
             if not tier.committed(entry, now):
                 self._stats.add(f"{tier.residency.name}.used_once_blocks")
 
-    def forget_waiting(self, key: BlockKey) -> None:
-        """A block is no longer in host memory: it cannot be written down any more."""
+    def forget_waiting(self, entries: Sequence[Entry]) -> None:
+        """Blocks are no longer in host memory: they cannot be written down any more."""
         for tier in self._lower:
-            if tier.forget_waiting(key):
-                self._stats.add(f"{tier.residency.name}.skipped_blocks")
+            num_skipped = sum(tier.forget_waiting(entry.key) for entry in entries)
+            self._stats.add(f"{tier.residency.name}.skipped_blocks", num_skipped)
 
     def pump(self, index: Index, now: float, max_dirty: float, forget: Forget) -> None:
         """Starts the writes that are due, as far as the bound on bytes in flight allows.
@@ -96,22 +96,30 @@ class Demoter:
                 stored.append(entry)
             elif outcome is not Outcome.OK:
                 self._stats.add(f"{tier.residency.name}.{OUTCOME_COUNTERS[outcome]}_blocks")
-        for entry in reversed(stored):
+        for entry in stored:
             entry.readable |= tier.bit
-            tier.residency.insert(entry.meta, now)
+        if stored:
+            tier.residency.insert([entry.meta for entry in reversed(stored)], now)
+        if tier.spec.is_shared:
+            tier.absent.discard(entry.key for entry in stored)
         for entry in plan.entries:
             index.drop_if_gone(entry)
         if plan.unwanted:
-            self._commands.append(Remove(tier.index, tuple(entry.key for entry in plan.entries if entry.key in plan.unwanted)))
+            unwanted = [entry.key for entry in plan.entries if entry.key in plan.unwanted]
+            self._commands.append(tier.dropped(unwanted, everywhere=plan.is_unwanted_everywhere))
         self._stats.add(f"{tier.residency.name}.stored_blocks", len(stored))
         return tier, stored
 
-    def cancel(self, is_unwanted: Callable[[Entry, int], bool]) -> None:
-        """These blocks are forgotten in a tier (its number): what is under way there is to be removed again when it arrives."""
+    def cancel(self, is_unwanted: Callable[[Entry, int], bool], *, everywhere: bool) -> None:
+        """These blocks are forgotten in a tier (its number): what is under way there is to be removed again when it arrives.
+
+        ``everywhere``: also from a tier that others share.
+        """
         for job_id, plan in self._running.items():
             keys = {entry.key for entry in plan.entries if is_unwanted(entry, plan.tier)}
             if keys:
-                self._running[job_id] = dataclasses.replace(plan, unwanted=plan.unwanted | keys)
+                is_everywhere = plan.is_unwanted_everywhere or everywhere
+                self._running[job_id] = dataclasses.replace(plan, unwanted=plan.unwanted | keys, is_unwanted_everywhere=is_everywhere)
 
     def _start_alike(self, tier: LowerTier, entries: Sequence[Entry], now: float, forget: Forget) -> None:
         groups: dict[tuple[int, str], list[Entry]] = {}
@@ -170,7 +178,7 @@ class Demoter:
         for key in victims:
             forget(tier, key)
         self._stats.add(f"{tier.residency.name}.evicted_blocks", len(victims))
-        self._commands.append(Remove(tier.index, tuple(victims)))
+        self._commands.append(tier.dropped(victims))
 
 
 def _runs(entries: Sequence[Entry]) -> list[list[Entry]]:

@@ -68,7 +68,7 @@ class DevicePool:
                 self._free.append(slot)
                 continue
             self._slots[meta.key] = slot
-            self.residency.insert(meta, now)
+            self.residency.insert((meta,), now)
         self._stats.add(f"{self.residency.name}.stored_blocks", len(self._slots) - before)
 
     def end_read(self, job_id: int, slots: Iterable[int]) -> None:

@@ -93,12 +93,17 @@ class Estimates:
         # Where a size was never seen, both err on the side of loading.
         self._transfers: dict[str, Rate] = {}
         self._prefill = Rate(unknown=max)
+        self._probes: dict[str, Rate] = {}
         self._num_refused: dict[str, int] = {}
         self.last_choice: Choice | None = None
 
     def transferred(self, tier: str, num_bytes: int, seconds: float) -> None:
         """A transfer from a tier towards the engine came to its end: ``seconds`` from the order to the last byte."""
         self._transfers.setdefault(tier, Rate(unknown=min)).observe(num_bytes, num_bytes, seconds)
+
+    def probed(self, tier: str, seconds: float) -> None:
+        """A shared tier answered what it has of a prompt, so long after it was asked."""
+        self._probes.setdefault(tier, Rate(unknown=min)).observe(1, 1, seconds)
 
     def computed(self, num_tokens: int, num_context_tokens: int, seconds: float) -> None:
         """A step computed so many prompt tokens; before a middle one of them stood ``num_context_tokens``."""
@@ -130,6 +135,18 @@ class Estimates:
         per_byte = [None if (rate := self._transfers.get(tier)) is None else rate.per_unit(num_bytes) for tier in path]
         return None if per_byte[0] is None else num_bytes * sum(each for each in per_byte if each is not None)
 
+    def is_worth_probing(self, tier: str, first_token: int, num_tokens: int, num_bytes: int) -> bool:
+        """Whether to ask a shared tier for blocks: not where asking and loading take longer than computing, as far as that is known.
+
+        Counts probes against the estimate as ``choose`` does, so ask once a request.
+        """
+        compute_s, load_s = self.compute_s(first_token, num_tokens), self.load_s((tier, "host"), num_bytes)
+        probe = self._probes.get(tier)
+        probe_s = None if probe is None else probe.per_unit(1)
+        if compute_s is None or load_s is None or probe_s is None or load_s + probe_s <= MARGIN * compute_s:
+            return True
+        return self._is_probe(tier)
+
     def choose(self, first_token: int, pieces: Sequence[Piece]) -> Choice:
         """How many leading pieces to load; ``first_token`` tokens are in the engine already. Counts probes, so ask once a request.
 
@@ -160,11 +177,13 @@ class Estimates:
     def figures(self) -> Mapping[str, float]:
         """What is known, by name.
 
-        ``disk.bytes_per_s@1048576``: of transfers from that size on; ``prefill.tokens_per_s@512``: behind so many tokens.
+        ``disk.bytes_per_s@1048576``: of transfers from that size on; ``redis.probe_s``: until a shared tier answers;
+        ``prefill.tokens_per_s@512``: behind so many tokens.
         """
         found: dict[str, float] = {}
         for tier, rate in sorted(self._transfers.items()):
             found |= {f"{tier}.bytes_per_s@{size}": 1 / (rate.per_unit(size) or 1.0) for size in rate.known_sizes()}
+        found |= {f"{tier}.probe_s": rate.per_unit(1) or 0.0 for tier, rate in sorted(self._probes.items()) if rate.known_sizes()}
         found |= {f"prefill.tokens_per_s@{size}": 1 / (self._prefill.per_unit(size) or 1.0) for size in self._prefill.known_sizes()}
         return found
 

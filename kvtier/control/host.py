@@ -64,9 +64,10 @@ class HostMemory:
     def open_slots(self, blocks: Sequence[BlockMeta], tenant: str) -> list[Entry]:
         """Slots for blocks that are about to be filled; the leading part where there are too few."""
         entries: list[Entry] = []
+        ensure, take = self._index.ensure, self._space.take
         for key, parent, num_bytes in blocks:
-            entry = self._index.ensure(key, parent, num_bytes, tenant)
-            if not self._space.take(entry):
+            entry = ensure(key, parent, num_bytes, tenant)
+            if not take(entry):
                 self._index.drop_if_gone(entry)
                 break
             entry.busy |= HOST
@@ -76,21 +77,24 @@ class HostMemory:
     def close_slot(self, entry: Entry) -> None:
         """A copy into a slot came to nothing."""
         entry.busy &= ~HOST
-        self._space.vacate(entry)
+        self._space.vacate((entry,))
         self._index.drop_if_gone(entry)
 
-    def filled(self, entry: Entry, now: float) -> None:
-        """A copy into a slot is complete: the block is readable."""
-        entry.busy &= ~HOST
-        entry.readable |= HOST
-        self.residency.insert(entry.meta, now)
+    def filled(self, entries: Sequence[Entry], blocks: Sequence[BlockMeta], now: float) -> None:
+        """Copies into slots are complete: the blocks, ``entries[i].meta == blocks[i]``, are readable. They come in the given order."""
+        for entry in entries:
+            entry.busy &= ~HOST
+            entry.readable |= HOST
+        if blocks:
+            self.residency.insert(blocks, now)
         if self.events is not None:
-            self.tell(True, self.residency.name, entry)
+            for entry in entries:
+                self.tell(True, self.residency.name, entry)
 
     def give_up(self, entry: Entry) -> None:
         """A block that is not evicted but worthless, expired or unwanted leaves."""
         self.residency.remove(entry.key, entry.num_bytes)
-        self._left(entry)
+        self._left((entry,))
 
     def forget_lower(self, tier: LowerTier, key: BlockKey) -> None:
         """A block is no longer in a lower tier."""
@@ -115,19 +119,23 @@ class HostMemory:
     def _evict(self, keys: Sequence[BlockKey], now: float) -> None:
         entries = [entry for key in keys if (entry := self._index.get(key)) is not None]
         self._demoter.on_evict(entries, now, self.forget_lower)
-        for entry in entries:
-            self._left(entry)
+        self._left(entries)
         self._stats.add("host.evicted_blocks", len(entries))
 
-    def _left(self, entry: Entry) -> None:
-        entry.readable &= ~HOST
-        self._space.vacate(entry)
-        self._demoter.forget_waiting(entry.key)
+    def _left(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            entry.readable &= ~HOST
+        self._space.vacate(entries)
+        self._demoter.forget_waiting(entries)
         if self.device is not None:
-            self.device.drop(entry.key)
+            for entry in entries:
+                self.device.drop(entry.key)
         if self.events is not None:
-            self.tell(False, self.residency.name, entry)
-        self._index.drop_if_gone(entry)
+            for entry in entries:
+                self.tell(False, self.residency.name, entry)
+        drop_if_gone = self._index.drop_if_gone
+        for entry in entries:
+            drop_if_gone(entry)
 
     def _crowd_out(self, num_bytes: int, now: float) -> None:
         """Blocks of another size hold every extent: the emptiest extent's tenants leave."""

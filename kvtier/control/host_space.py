@@ -6,7 +6,7 @@ it has ended; leases end when a copy's completion was reported, never by a timer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from kvtier.control.index import Entry
@@ -73,16 +73,18 @@ class HostSpace:
         entry.slot = slot
         return True
 
-    def vacate(self, entry: Entry) -> None:
-        """Takes an entry's slot away; the slot is free once no lease is left."""
-        slot = entry.slot
-        self._tenants[slot] = None
-        entry.slot = -1
-        if self._leases.retire(slot):
-            self._allocator.free(slot * PAGE_BYTES)
-        else:
-            self._draining[slot] = entry.num_bytes
-            self._draining_count[entry.num_bytes] = self._draining_count.get(entry.num_bytes, 0) + 1
+    def vacate(self, entries: Iterable[Entry]) -> None:
+        """Takes entries' slots away; a slot is free once no lease is left."""
+        tenants, retire, free = self._tenants, self._leases.retire, self._allocator.free
+        for entry in entries:
+            slot = entry.slot
+            tenants[slot] = None
+            entry.slot = -1
+            if retire(slot):
+                free(slot * PAGE_BYTES)
+            else:
+                self._draining[slot] = entry.num_bytes
+                self._draining_count[entry.num_bytes] = self._draining_count.get(entry.num_bytes, 0) + 1
 
     def lease(self, slots: Iterable[int], owner: int) -> None:
         """Keeps slots from getting a new tenant while ``owner`` (a job) copies."""
@@ -97,9 +99,9 @@ class HostSpace:
                 self._draining_count[num_bytes] -= 1
                 self._allocator.free(slot * PAGE_BYTES)
 
-    def ref(self, slot: int) -> SlotRef:
-        """The slot together with its present generation."""
-        return SlotRef(slot, self._generations[slot])
+    def refs(self, slots: Sequence[int]) -> tuple[SlotRef, ...]:
+        """Slots together with their present generations."""
+        return SlotRef.many(slots, map(self._generations.__getitem__, slots))
 
     def crowd(self, num_bytes: int) -> list[Entry]:
         """The tenants that must leave for blocks of another size to get an extent; empty where that cannot help."""

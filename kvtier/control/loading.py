@@ -29,7 +29,7 @@ class Loading:
         if books.host.device is not None:
             device_slots, device_ready = books.host.device.begin_load(job_id, [entry.meta for entry in entries], now)
         self._running[job_id] = LoadInFlight(entries, slots, device_slots, device_ready)
-        return LoadPlan(job_id, tuple(books.space.ref(slot) for slot in slots), device_slots, device_ready)
+        return LoadPlan(job_id, books.space.refs(slots), device_slots, device_ready)
 
     def end(self, job_id: int, failed: Collection[int], partial: Collection[int], now: float) -> None:
         """See :meth:`Planner.end_load`."""

@@ -8,7 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from kvtier.control.absent import AbsentKeys
 from kvtier.control.admission import Admission
+from kvtier.control.commands import Forget, Remove
 from kvtier.control.index import HOST, Entry, Index
 from kvtier.control.residency import Residency
 from kvtier.types import BlockKey
@@ -31,6 +33,10 @@ MAX_JOB_BYTES = 32 << 20
 """upper bound of one demotion, so that loads never wait long behind a store"""
 
 
+MAX_KNOWN_BLOCKS = 1 << 20
+"""of a tier that others share; it may hold any number"""
+
+
 @dataclass(frozen=True, slots=True)
 class LowerTierSpec:
     """What the planner must be told of a lower tier."""
@@ -44,12 +50,14 @@ class LowerTierSpec:
     """which blocks are written at all; None: all"""
     is_exclusive: bool = False
     """a block that is promoted leaves the tier, and is written again when it leaves host memory"""
+    is_shared: bool = False
+    """others write to it too: it is asked what it holds, and a block that is forgotten here stays there"""
 
 
 class LowerTier:
     """Book-keeping of one lower tier. ``bit`` is its place in the index's masks."""
 
-    __slots__ = ("_in_flight_blocks", "_urgent", "_waiting", "bit", "in_flight_bytes", "index", "online", "residency", "spec")
+    __slots__ = ("_in_flight_blocks", "_urgent", "_waiting", "absent", "bit", "in_flight_bytes", "index", "online", "residency", "spec")
 
     def __init__(self, index: int, spec: LowerTierSpec) -> None:
         self.index = index
@@ -57,6 +65,8 @@ class LowerTier:
         self.spec = spec
         self.residency = spec.residency
         self.online = True
+        self.absent = AbsentKeys()
+        """what a shared tier was found not to hold"""
         self.in_flight_bytes = 0
         self._in_flight_blocks: dict[int, int] = {}
         self._waiting: OrderedDict[BlockKey, float] = OrderedDict()
@@ -83,6 +93,10 @@ class LowerTier:
         for key in self.spec.admission.used(keys, lambda key: (entry := index.get(key)) is not None and bool(entry.readable & HOST)):
             if not (index[key].readable | index[key].busy) & self.bit and key not in self._urgent:
                 self._waiting[key] = now + _DELAY_S[self.spec.write]
+
+    def dropped(self, keys: Sequence[BlockKey], *, everywhere: bool = False) -> Remove | Forget:
+        """The command for blocks that the planner has forgotten here. ``everywhere``: they leave also a tier that others share."""
+        return Forget(self.index, tuple(keys)) if self.spec.is_shared and not everywhere else Remove(self.index, tuple(keys))
 
     def write_soon(self, key: BlockKey) -> None:
         """A block in host memory that is not here is to be written before all others, whatever the write mode."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from kvtier.control.books import Books
-from kvtier.control.commands import Remove
 from kvtier.control.index import HOST, Entry, children_of
+from kvtier.control.probing import Prober
 from kvtier.control.promotion import Promoter
 from kvtier.control.residency import Residency
 from kvtier.control.storing import Storing
@@ -33,8 +33,9 @@ class Holding:
 class Operations:
     """Carries out the planner's verbs, whose methods document them. Tiers by number: see ``HOST_TIER``."""
 
-    def __init__(self, books: Books, storing: Storing, promoter: Promoter) -> None:
+    def __init__(self, books: Books, storing: Storing, promoter: Promoter, prober: Prober) -> None:
         self._books = books
+        self._prober = prober
         self._storing = storing
         self._promoter = promoter
 
@@ -53,13 +54,13 @@ class Operations:
             tier: Holding(next((p for p, is_here in enumerate(here) if not is_here), len(here)), sum(here)) for tier, here in found.items()
         }
 
-    def evict(self, keys: Sequence[BlockKey], tiers: Collection[int]) -> int:
+    def evict(self, keys: Sequence[BlockKey], tiers: Collection[int], *, everywhere: bool) -> int:
         """See :meth:`Planner.evict`."""
-        gone = {key for tier_index in sorted(tiers, reverse=True) for key in self.drop(keys, tier_index)}
+        gone = {key for tier_index in sorted(tiers, reverse=True) for key in self.drop(keys, tier_index, everywhere=everywhere)}
         self._books.stats.add("control.evicted_blocks", len(gone))
         return len(gone)
 
-    def drop(self, keys: Sequence[BlockKey], tier_index: int, only_if: int = 0) -> list[BlockKey]:
+    def drop(self, keys: Sequence[BlockKey], tier_index: int, only_if: int = 0, *, everywhere: bool = False) -> list[BlockKey]:
         """Drops a prefix and what continues it in a tier, from the ends, up to the blocks that must stay. Returns those that left.
 
         Must stay: what is pinned there, what another prefix continues, and everything before these. ``only_if`` (a mask): blocks must be
@@ -79,24 +80,25 @@ class Operations:
                     leaving.append(entry)
             else:
                 gone.discard(entry)
-        self._leave(leaving, tier_index)
+        self._leave(leaving, tier_index, everywhere=everywhere)
         return [entry.key for entry in leaving]
 
-    def clear(self, tiers: Collection[int], tenant: str | None) -> int:
+    def clear(self, tiers: Collection[int], tenant: str | None, *, everywhere: bool) -> int:
         """See :meth:`Planner.clear`."""
         books = self._books
         is_meant: Callable[[Entry], bool] = (lambda _entry: True) if tenant is None else (lambda entry: entry.tenant == tenant)
         if HOST_TIER in tiers:
             self._storing.cancel(is_meant)
             self._promoter.cancel(is_meant)
-        books.demoter.cancel(lambda entry, tier: tier in tiers and is_meant(entry))
+        books.demoter.cancel(lambda entry, tier: tier in tiers and is_meant(entry), everywhere=everywhere)
         meant = [entry for entry in books.index if is_meant(entry)]
         gone: set[BlockKey] = set()
         for tier_index in sorted(tiers, reverse=True):
             leaving = [entry for entry in meant if self._is_in(entry, tier_index)]
             gone.update(entry.key for entry in leaving)
-            self._leave(leaving, tier_index)
+            self._leave(leaving, tier_index, everywhere=everywhere)
             if tier_index > HOST_TIER:
+                self._prober.cancel(tier_index)
                 for entry in meant:
                     books.lower[tier_index - 1].forget_waiting(entry.key)
         return len(gone)
@@ -127,7 +129,7 @@ class Operations:
             return pool is not None and entry.key in pool
         return bool(entry.readable & 1 << tier_index)
 
-    def _leave(self, entries: Sequence[Entry], tier_index: int) -> None:
+    def _leave(self, entries: Sequence[Entry], tier_index: int, *, everywhere: bool) -> None:
         books = self._books
         for entry in entries:
             if tier_index == HOST_TIER:
@@ -137,4 +139,4 @@ class Operations:
             elif books.host.device is not None:
                 books.host.device.drop(entry.key)
         if tier_index > HOST_TIER and entries:
-            books.commands.append(Remove(tier_index, tuple(entry.key for entry in entries)))
+            books.commands.append(books.lower[tier_index - 1].dropped([entry.key for entry in entries], everywhere=everywhere))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from kvtier.control.audit import audit
 from kvtier.control.books import Books
-from kvtier.control.commands import BlockEvent, Command, Remove
+from kvtier.control.commands import BlockEvent, Command
 from kvtier.control.device_pool import DevicePool
 from kvtier.control.host_space import HostSpace
 from kvtier.control.index import HOST
@@ -19,6 +19,7 @@ from kvtier.control.lower import LowerTierSpec
 from kvtier.control.moves import Move, Mover
 from kvtier.control.operations import DEVICE_TIER, HOST_TIER, Holding, Operations
 from kvtier.control.pins import Pin, PinTable
+from kvtier.control.probing import Prober
 from kvtier.control.promotion import Promoter
 from kvtier.control.residency import Residency
 from kvtier.control.storing import Storing
@@ -39,7 +40,8 @@ class Planner:
         self._storing = Storing(self._books)
         self._loading = Loading(self._books)
         self._promoter = Promoter(self._books)
-        self._operations = Operations(self._books, self._storing, self._promoter)
+        self._prober = Prober(self._books)
+        self._operations = Operations(self._books, self._storing, self._promoter, self._prober)
         self._mover = Mover(self._books, self._operations, self._promoter)
 
     def use_device_pool(self, pool: DevicePool) -> None:
@@ -68,8 +70,8 @@ class Planner:
 
     @property
     def num_running(self) -> int:
-        """Promotions and demotions that have not been reported yet."""
-        return len(self._promoter) + self._books.demoter.num_running
+        """Promotions, demotions and probes that have not been reported yet."""
+        return len(self._promoter) + self._books.demoter.num_running + len(self._prober)
 
     @property
     def has_work(self) -> bool:
@@ -170,6 +172,10 @@ class Planner:
         """A promotion is done. What did not come out OK is forgotten in that tier."""
         self._promoter.finished(job_id, outcomes, now)
 
+    def sources(self, keys: Sequence[BlockKey]) -> list[tuple[str, int]]:
+        """Where the leading run of ``keys`` would be taken from: names of tiers and how many blocks behind each other each would give."""
+        return self._promoter.sources(keys)
+
     # ---- the tiers below ----------------------------------------------------------------------------------------
 
     def recover(self, tier_index: int, blocks: Iterable[BlockMeta], now: float) -> None:
@@ -179,7 +185,7 @@ class Planner:
             entry = self._books.index.ensure(meta.key, meta.parent, meta.num_bytes)
             if not entry.readable & tier.bit:
                 entry.readable |= tier.bit
-                tier.residency.insert(meta, now)
+                tier.residency.insert((meta,), now)
 
     def demoted(self, job_id: int, outcomes: Sequence[Outcome], dropped: Collection[BlockKey], now: float) -> None:
         """A demotion is done; ``dropped`` are blocks the tier gave up on its own."""
@@ -189,6 +195,25 @@ class Planner:
         for key in dropped:
             self._books.stats.add(f"{tier.residency.name}.dropped_blocks")
             self._books.host.forget_lower(tier, key)
+
+    @property
+    def shared_tiers(self) -> list[str]:
+        """Names of the tiers that others write to as well."""
+        return self._prober.tiers
+
+    def probe(
+        self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float, tenant: str = "", *, tiers: Sequence[str] | None = None
+    ) -> bool:
+        """Asks the shared tiers for ``keys[first:]``; ``keys[:first]`` are the blocks before them. Whether an answer is under way.
+
+        What is being asked already, or was found absent not long ago, is not asked again, so call it as often as you like. ``num_bytes``:
+        of each block. ``tenant``: whose the blocks are. ``tiers``: names of those to ask; None: all.
+        """
+        return self._prober.ask(keys, first, num_bytes, tenant, now, tiers)
+
+    def probed(self, job_id: int, num_bytes: Sequence[int], now: float) -> None:
+        """A probe is done: the lengths of the leading blocks that the tier holds. They are hits from now on."""
+        self._prober.finished(job_id, num_bytes, now)
 
     def set_online(self, tier_index: int, online: bool) -> None:
         """A tier went offline (its blocks are misses until it is back) or came back."""
@@ -203,12 +228,13 @@ class Planner:
         """What each tier holds of the leading run of ``keys`` that some tier holds. Changes nothing."""
         return self._operations.holdings(keys)
 
-    def evict(self, keys: Sequence[BlockKey], tiers: Collection[int]) -> int:
+    def evict(self, keys: Sequence[BlockKey], tiers: Collection[int], *, everywhere: bool = False) -> int:
         """Drops a prefix and all that continues it from tiers, from the ends. Returns how many blocks left at least one of them.
 
         A pinned block stays with everything before it, and so does what other prefixes continue. Nothing is written down on the way.
+        ``everywhere``: blocks leave also tiers that others share; else they are only forgotten here.
         """
-        return self._operations.evict(keys, tiers)
+        return self._operations.evict(keys, tiers, everywhere=everywhere)
 
     def move(self, keys: Sequence[BlockKey], source: int, target: int, now: float) -> Move:
         """Copies what ``source`` holds of a prefix and of what continues it to ``target`` and drops it from ``source``, as ``evict`` would.
@@ -222,12 +248,13 @@ class Planner:
         """Ends a move where it is: what was copied stays in both tiers. One that is done is fine."""
         self._mover.cancel(move)
 
-    def clear(self, tiers: Collection[int], tenant: str | None) -> int:
+    def clear(self, tiers: Collection[int], tenant: str | None, *, everywhere: bool = False) -> int:
         """Forgets everything in some tiers, or only what is a tenant's; pinned or not. Returns how many blocks that were.
 
         What is being copied there comes to nothing. Pins stay and hold again when their blocks come back. Reads every entry.
+        ``everywhere``: what is known of tiers that others share leaves them too.
         """
-        return self._operations.clear(tiers, tenant)
+        return self._operations.clear(tiers, tenant, everywhere=everywhere)
 
     def set_policy(self, tier_index: int, make_policy: Callable[[], EvictionPolicy], now: float) -> None:
         """Gives a tier another policy, which starts with the order of the old one. Touches every block of the tier.
@@ -252,9 +279,9 @@ class Planner:
         return {residency.name: residency.bytes_by_tenant() for number, residency in self._residencies().items() if number >= HOST_TIER}
 
     def reset(self, now: float) -> None:
-        """Forgets everything in every tier. Copies under way end as failures."""
+        """Forgets everything in every tier. Copies under way end as failures. What others share stays there."""
         self._books.stats.add("index.reset")
-        self._operations.clear(range(len(self._books.lower) + 1), None)
+        self._operations.clear(range(len(self._books.lower) + 1), None, everywhere=False)
 
     # ---- health -------------------------------------------------------------------------------------------------
 
@@ -325,4 +352,4 @@ class Planner:
                 self._books.host.forget_lower(tier, key)
             if gone:
                 self._books.stats.add(f"{tier.residency.name}.expired_blocks", len(gone))
-                self._books.commands.append(Remove(tier.index, tuple(gone)))
+                self._books.commands.append(tier.dropped(gone))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvtier.control.index import Entry
 from kvtier.control.pins import Pin
-from kvtier.types import BlockKey
+from kvtier.types import BlockKey, BlockMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,8 @@ class StoreInFlight:
     """Copies from the engine into slots. ``anchor`` keeps the block before them."""
 
     entries: tuple[Entry, ...]
+    blocks: tuple[BlockMeta, ...]
+    """what the entries say of themselves"""
     anchor: Pin
     is_cancelled: bool = False
     """its blocks were forgotten meanwhile: what arrives is not used"""
@@ -38,6 +40,8 @@ class DemotionPlan:
     slots: tuple[int, ...]
     unwanted: frozenset[BlockKey] = frozenset()
     """to be removed again when they have arrived"""
+    is_unwanted_everywhere: bool = False
+    """also from a tier that others share"""
 
 
 @dataclass(frozen=True, slots=True)

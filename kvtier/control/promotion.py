@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from kvtier.control.books import Books
-from kvtier.control.commands import Promote, Remove
+from kvtier.control.commands import Promote
 from kvtier.control.demotion import OUTCOME_COUNTERS
 from kvtier.control.index import HOST, Entry
 from kvtier.control.lower import LowerTier
@@ -62,11 +62,13 @@ class Promoter:
                     tier.residency.remove(entry.key, entry.num_bytes)
                     entry.readable &= ~tier.bit
                     books.host.tell(False, tier.residency.name, entry)
-                    books.commands.append(Remove(tier.index, (entry.key,)))
+                    books.commands.append(tier.dropped([entry.key]))
+                if tier.spec.is_shared:
+                    tier.absent.add(entry.key, now)  # or the next request would find it and fail the same way
                 books.host.close_slot(entry)
         books.stats.add(f"{tier.residency.name}.loaded_blocks", len(good))
-        for entry in reversed(good):
-            books.host.filled(entry, now)
+        tail_first = good[::-1]
+        books.host.filled(tail_first, [entry.meta for entry in tail_first], now)
         if tier.spec.is_exclusive:
             self._leave(tier, [entry for entry in good if entry.readable & tier.bit], now)
 
@@ -77,13 +79,23 @@ class Promoter:
             books.host.forget_lower(tier, entry.key)
             tier.came_back(entry, now)
         if entries:
-            books.commands.append(Remove(tier.index, tuple(entry.key for entry in entries)))
+            books.commands.append(tier.dropped([entry.key for entry in entries]))
 
     def cancel(self, is_unwanted: Callable[[Entry], bool]) -> None:
         """What is under way of these blocks will come to nothing."""
         for job_id, plan in self._running.items():
             if any(is_unwanted(entry) for entry in plan.entries):
                 self._running[job_id] = dataclasses.replace(plan, is_cancelled=True)
+
+    def sources(self, keys: Sequence[BlockKey]) -> list[tuple[str, int]]:
+        """See :meth:`Planner.sources`."""
+        books = self._books
+        found: list[tuple[str, int]] = []
+        for entry in books.index.run(keys, 0, books.visible):
+            name = (books.host if entry.readable & HOST else self._source(entry)).residency.name
+            count = found.pop()[1] if found and found[-1][0] == name else 0
+            found.append((name, count + 1))
+        return found
 
     def _source(self, entry: Entry) -> LowerTier:
         return next(tier for tier in self._books.lower if entry.readable & tier.bit & self._books.visible)

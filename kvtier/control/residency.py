@@ -40,22 +40,27 @@ class Residency:
         self._expiry = expiry
         self._pins: dict[BlockKey, int] = {}
 
-    def insert(self, block: BlockMeta, now: float) -> None:
-        """Takes a block in as just used."""
+    def insert(self, blocks: Sequence[BlockMeta], now: float) -> None:
+        """Takes blocks of one size and one tenant in as just used, in the given order. There must be one at least."""
+        block_bytes = blocks[0].num_bytes
+        num_bytes = block_bytes * len(blocks)
         owner = POOL
         if self.tenant_of is not None:
-            tenant = self.tenant_of(block.key)
+            tenant = self.tenant_of(blocks[0].key)
             owner = self._quotas.owner(tenant)
-            self._quotas.count(tenant, block.num_bytes)
-        policy = self._policies.get((block.num_bytes, owner))
-        if policy is None:
-            policy = self._ensure_policy(block.num_bytes, owner)
-        policy.insert(block, now)
-        self.num_bytes += block.num_bytes
+            self._quotas.count(tenant, num_bytes)
+        policy = self._ensure_policy(block_bytes, owner)
+        insert = policy.insert
+        for block in blocks:
+            insert(block, now)
+        self.num_bytes += num_bytes
         if self._expiry is not None:
-            self._expiry.insert(block.key, now)
-        if self._pins and block.key in self._pins:
-            policy.pin(block.key)
+            for block in blocks:
+                self._expiry.insert(block.key, now)
+        if self._pins:
+            for block in blocks:
+                if block.key in self._pins:
+                    policy.pin(block.key)
 
     def touch(self, keys: Sequence[BlockKey], num_bytes: int, now: float) -> None:
         """Marks blocks of one size and one tenant as used, in the given order."""

@@ -37,27 +37,28 @@ class Storing:
         if not wanted:
             return StorePlan(job_id)
         anchored = books.anchor(anchor)
-        blocks = [BlockMeta(keys[p], keys[p - 1] if p else None, num_bytes) for p in wanted]
+        blocks = BlockMeta.many([keys[p] for p in wanted], [keys[p - 1] if p else None for p in wanted], num_bytes)
         if may_evict:
             room, num_declined = books.host.make_room(len(blocks), num_bytes, now, tenant, blocks)
         else:
-            room, num_declined = min(len(blocks), books.space.available(num_bytes)), 0
+            room, num_declined = len(blocks), 0  # slots are opened as long as there are free ones
         entries = books.host.open_slots(blocks[:room], tenant)
         num_refused = len(blocks) - len(entries) - num_declined
         books.stats.add("store.refused_blocks", num_refused)
         if not entries:
             books.release(anchored, now)
             return StorePlan(job_id, num_refused=num_refused, num_declined=num_declined)
-        self._running[job_id] = StoreInFlight(tuple(entries), anchored)
+        del blocks[len(entries) :]
+        self._running[job_id] = StoreInFlight(tuple(entries), tuple(blocks), anchored)
         positions = tuple(position - first for position in wanted[: len(entries)])
         pool = books.host.device
         return StorePlan(
             job_id,
             positions,
-            tuple(books.space.ref(entry.slot) for entry in entries),
+            books.space.refs([entry.slot for entry in entries]),
             num_refused,
             num_declined,
-            device_slots=() if pool is None else pool.begin_fill(job_id, [entry.meta for entry in entries], now),
+            device_slots=() if pool is None else pool.begin_fill(job_id, blocks, now),
         )
 
     def commit(self, job_id: int, failed: Collection[int], now: float) -> None:
@@ -69,8 +70,7 @@ class Storing:
             books.host.close_slot(entry)
         books.stats.add("store.aborted_blocks", len(plan.entries) - good)
         books.stats.add("host.stored_blocks", good)
-        for entry in reversed(plan.entries[:good]):
-            books.host.filled(entry, now)
+        books.host.filled(plan.entries[:good][::-1], plan.blocks[:good][::-1], now)
         if books.host.device is not None:
             books.host.device.end_fill(job_id, [entry.key for entry in plan.entries[good:]], now)
         if books.lower:

@@ -228,6 +228,7 @@ class Replay:
         for command in self._planner.take_commands():
             if isinstance(command, Remove):
                 continue
+            assert isinstance(command, (Promote, Demote)), "no tier of a simulation is shared"
             num_bytes = len(command.blocks) * self._block_bytes
             if isinstance(command, Promote):
                 self.at(self._read.end_of(num_bytes, self._now), self._promoted(command))

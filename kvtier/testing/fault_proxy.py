@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import ssl
 import threading
 import time
 from pathlib import Path
@@ -18,8 +19,10 @@ Address = Path | tuple[str, int]
 class FaultProxy:
     """Listens on a loopback port and passes bytes to the server and back. Faults may be changed at any time, for what passes then."""
 
-    def __init__(self, server: Address) -> None:
+    def __init__(self, server: Address, tls: ssl.SSLContext | None = None) -> None:
+        """``tls``: speaks TLS with the client, and not with the server."""
         self._server = server
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.delay_s = 0.0
@@ -68,18 +71,22 @@ class FaultProxy:
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, client: socket.socket) -> None:
+    def _serve(self, accepted: socket.socket) -> None:
         family = socket.AF_UNIX if isinstance(self._server, Path) else socket.AF_INET
-        with client, socket.socket(family) as server, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), socket.socket(family) as server, self._greeted(accepted) as client:
             server.connect(str(self._server) if isinstance(self._server, Path) else self._server)
             while not (self._closing or self.is_refusing):
-                ready = select.select([client, server], [], [], _TICK_S)[0]
+                has_more = isinstance(client, ssl.SSLSocket) and client.pending()
+                ready = [client] if has_more else select.select([client, server], [], [], _TICK_S)[0]
                 if self.is_half_open:
                     time.sleep(_TICK_S)
                     continue
                 for source in ready:
                     if not self._pass(source, client, server):
                         return
+
+    def _greeted(self, client: socket.socket) -> socket.socket:
+        return client if self._tls is None else self._tls.wrap_socket(client, server_side=True)
 
     def _pass(self, source: socket.socket, client: socket.socket, server: socket.socket) -> bool:
         """Passes one piece on; whether the connection goes on."""

@@ -74,7 +74,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.generations = [0] * HOST_BLOCKS
         admission = Admission(second_use=self.second_use, daily_bytes=self.daily_blocks and self.daily_blocks * PAGE_BYTES)
         spec = LowerTierSpec(self.residency("disk"), lambda _: TIER_BLOCKS, self.write, 4 * PAGE_BYTES, admission, self.is_exclusive)
-        self.planner = Planner(HostSpace(extents, self.generations), self.residency("host"), [spec], Stats())
+        self.planner = Planner(HostSpace(extents, self.generations), self.residency("host"), [spec, *self.more_tiers()], Stats())
         self.device: dict[int, BlockKey | None] = {}
         """slot of the pool -> whose bytes are there; None: nobody's"""
         if self.device_slots:
@@ -83,6 +83,10 @@ class PlannerMachine(RuleBasedStateMachine):
     def residency(self, name: str) -> Residency:
         make: Callable[[], ExpiryQueue | None] = lambda: None if self.ttl_s is None else ExpiryQueue(self.ttl_s, sliding=True)  # noqa: E731
         return Residency(name, lambda: create_policy(self.policy), make())
+
+    def more_tiers(self) -> list[LowerTierSpec]:
+        """Tiers below the disk."""
+        return []
 
     def carry_on(self) -> None:
         self.queue.extend(self.planner.take_commands())
@@ -291,29 +295,25 @@ class PlannerMachine(RuleBasedStateMachine):
             self.carry_on()
             if not self.queue:
                 break
-            command = self.queue.pop(0)
-            if isinstance(command, Remove):
-                self.tier -= set(command.keys)
-            elif isinstance(command, Demote):
-                self.store_down(command, [Outcome.OK] * len(command.blocks))
-            else:
-                self.load_up(command, [Outcome.OK] * len(command.blocks))
+            self.do(self.queue.pop(0), lambda count: [Outcome.OK] * count)
 
     @rule(data=st.data())
     def carry_out(self, data: st.DataObject) -> None:
         """The tier does the oldest command; its result may be anything."""
         if not self.queue:
             return
-        command = self.queue.pop(0)
+        self.do(self.queue.pop(0), lambda count: [data.draw(_OUTCOMES) for _ in range(count)])
+        self.carry_on()
+
+    def do(self, command: Command, outcomes: Callable[[int], list[Outcome]]) -> None:
+        """The tier does a command; ``outcomes`` says what becomes of so many blocks."""
         if isinstance(command, Remove):
             self.tier -= set(command.keys)
-            return
-        outcomes = [data.draw(_OUTCOMES) for _ in command.blocks]
-        if isinstance(command, Demote):
-            self.store_down(command, outcomes)
+        elif isinstance(command, Demote):
+            self.store_down(command, outcomes(len(command.blocks)))
         else:
-            self.load_up(command, outcomes)
-        self.carry_on()
+            assert isinstance(command, Promote), "nothing is shared here"
+            self.load_up(command, outcomes(len(command.blocks)))
 
     def store_down(self, command: Demote, outcomes: list[Outcome]) -> None:
         for position, (meta, slot) in enumerate(zip(command.blocks, command.slots, strict=True)):

@@ -16,7 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
+import redis
+
 _START_TIMEOUT_S = 30.0
+_CLUSTER_SLOTS = 16384
 
 
 class Server:
@@ -106,6 +109,69 @@ class ValkeyServer(Server):
     @property
     def tcp_url(self) -> str:
         """For connecting by the loopback port."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+class ValkeyCluster:
+    """Servers that keep a part of all names each, without replicas."""
+
+    def __init__(self, directory: Path, num_nodes: int = 3) -> None:
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-require-full-coverage", "no")
+        folders = [directory / str(number) for number in range(num_nodes)]
+        for folder in folders:
+            folder.mkdir()
+        self._bus_ports = [free_port() for _ in folders]
+        self.nodes = [
+            ValkeyServer(folder, *options, "--cluster-port", str(port)) for folder, port in zip(folders, self._bus_ports, strict=True)
+        ]
+
+    def start(self) -> Self:
+        """Starts all nodes and lets them meet; waits until each name has a server."""
+        for node in self.nodes:
+            node.start()
+        clients = [redis.Redis(port=node.port) for node in self.nodes]
+        step = -(-_CLUSTER_SLOTS // len(clients))
+        for number, client in enumerate(clients):
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", number * step, min((number + 1) * step, _CLUSTER_SLOTS) - 1)
+            client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port, self._bus_ports[0])
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not all(self._knows_all(client) for client in clients):
+            if time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError("the nodes of the cluster do not find each other")
+            time.sleep(0.05)
+        for client in clients:
+            client.close()
+        return self
+
+    def kill(self) -> None:
+        """Ends all nodes at once. Idempotent."""
+        for node in self.nodes:
+            node.kill()
+
+    def _knows_all(self, client: redis.Redis) -> bool:
+        info = client.execute_command("CLUSTER INFO")
+        return (info["cluster_state"], int(info["cluster_slots_ok"])) == ("ok", _CLUSTER_SLOTS)
+
+
+class ValkeySentinel(Server):
+    """A sentinel that watches one primary, by the name ``primary``, and promotes a replica half a second after it is gone."""
+
+    def __init__(self, directory: Path, primary_port: int) -> None:
+        self.port = free_port()
+        config = directory / "sentinel.conf"
+        lines = [
+            f"sentinel monitor primary 127.0.0.1 {primary_port} 1",
+            "sentinel down-after-milliseconds primary 500",
+            "sentinel failover-timeout primary 3000",
+        ]
+        config.write_text("\n".join(lines) + "\n")
+        command = [valkey_binary(), str(config), "--sentinel", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory)]
+        super().__init__(command, directory, lambda: can_connect(("127.0.0.1", self.port)))
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
         return f"redis://127.0.0.1:{self.port}/0"
 
 

@@ -69,6 +69,9 @@ class SharedTier(Tier, Protocol):
     def probe(self, job: ProbeJob) -> None:
         """Starts to ask the store for the leading run of keys. Does not wait. Raises ClosedError after ``close()``."""
 
+    def forget(self, keys: Collection[BlockKey]) -> None:
+        """Stops counting on blocks; absent ones are fine. The store keeps them: ``remove`` is for what must not be there any more."""
+
     def take_probes(self) -> list[ProbeResult]:
         """The answers that came in since the last call; every probe appears exactly once. ``poll`` wakes up for them too."""
 

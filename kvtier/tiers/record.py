@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from kvtier.codecs import CodecId, is_known_codec
+from kvtier.codecs import KEY_ID_BYTES, NO_KEY, CodecId, is_known_codec, overhead_of
 from kvtier.errors import TierFormatError
 from kvtier.types import KEY_BYTES, BlockKey
 
@@ -20,8 +20,10 @@ MAGIC = b"KVTIERBK"
 NO_PARENT = bytes(KEY_BYTES)
 FLAG_HAS_PARENT = 1
 
-_HEADER = struct.Struct("<8sHBBI16s16s16sQQQQ16s")
-"""magic, version, codec, flags, reserved, namespace, key, parent, payload bytes, stored bytes, sequence, place, payload checksum"""
+_HEADER = struct.Struct(f"<8sHBBI16s16s16sQQQQ16s{KEY_ID_BYTES}s")
+"""magic, version, codec, flags, reserved, namespace, key, parent, payload bytes, stored bytes, sequence, place, checksum, key id"""
+_IDENTITY_BYTES = 96
+"""of a header, before the checksum of what is stored"""
 _CHECKSUM_BYTES = 8
 MIN_HEADER_BYTES = _HEADER.size + _CHECKSUM_BYTES
 
@@ -37,6 +39,8 @@ class RecordFields(NamedTuple):
     place: int
     """page number of the header, counted over all segments; 0 in a remote store, and so is ``sequence``"""
     codec_id: int = CodecId.RAW
+    key_id: bytes = NO_KEY
+    """of what the payload is encrypted with"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +53,7 @@ class Header:
 
 def pack_header(page: memoryview, fields: RecordFields, payload_checksum: bytes) -> None:
     """Fills a header of any size from ``MIN_HEADER_BYTES`` on: the fields, zeros, and last the checksum over both."""
-    stored_bytes = fields.num_bytes
-    packed = _HEADER.pack(
-        MAGIC, FORMAT_VERSION, fields.codec_id, 0 if fields.parent is None else FLAG_HAS_PARENT, 0,
-        fields.namespace, fields.key, NO_PARENT if fields.parent is None else fields.parent,
-        fields.num_bytes, stored_bytes, fields.sequence, fields.place, payload_checksum,
-    )  # fmt: skip
+    packed = _pack(fields, payload_checksum)
     checked = len(page) - _CHECKSUM_BYTES
     page[: _HEADER.size] = packed
     page[_HEADER.size : checked] = bytes(checked - _HEADER.size)
@@ -68,19 +67,34 @@ def parse_header(page: memoryview) -> Header | str:
     checked = len(page) - _CHECKSUM_BYTES
     if xxhash.xxh3_64_digest(page[:checked]) != page[checked:]:
         return "the header's checksum is wrong"
-    _, version, codec_id, flags, _, namespace, key, parent, num_bytes, stored_bytes, sequence, place, checksum = _HEADER.unpack_from(page)
+    (
+        _, version, codec_id, flags, _, namespace, key, parent, num_bytes, stored_bytes, sequence, place, checksum, key_id
+    ) = _HEADER.unpack_from(page)  # fmt: skip
     if version != FORMAT_VERSION:
         return f"the record is of format version {version}"
-    if not is_known_codec(codec_id) or stored_bytes != num_bytes:
+    if not is_known_codec(codec_id) or stored_bytes != num_bytes + overhead_of(codec_id):
         return f"codec {codec_id} with {stored_bytes} stored bytes for {num_bytes} is unknown"
     has_parent = bool(flags & FLAG_HAS_PARENT)
-    fields = RecordFields(BlockKey(key), BlockKey(parent) if has_parent else None, namespace, num_bytes, sequence, place, codec_id)
+    fields = RecordFields(BlockKey(key), BlockKey(parent) if has_parent else None, namespace, num_bytes, sequence, place, codec_id, key_id)
     return Header(fields, checksum)
+
+
+def identity_bytes(fields: RecordFields) -> bytes:
+    """All that a header says of its block, for binding an encrypted payload to it."""
+    return _pack(fields, b"")[:_IDENTITY_BYTES]
+
+
+def _pack(fields: RecordFields, checksum: bytes) -> bytes:
+    return _HEADER.pack(
+        MAGIC, FORMAT_VERSION, fields.codec_id, 0 if fields.parent is None else FLAG_HAS_PARENT, 0,
+        fields.namespace, fields.key, NO_PARENT if fields.parent is None else fields.parent,
+        fields.num_bytes, fields.num_bytes + overhead_of(fields.codec_id), fields.sequence, fields.place, checksum, fields.key_id,
+    )  # fmt: skip
 
 
 def header_mismatch(found: Header, expected: RecordFields) -> str | None:
     """Why a valid header is not the one the index promised, or None where it is."""
-    for name in ("key", "namespace", "num_bytes", "place", "sequence", "codec_id"):
+    for name in ("key", "namespace", "num_bytes", "place", "sequence", "codec_id", "key_id"):
         if getattr(found.fields, name) != getattr(expected, name):
             return f"the record's {name} is not the one the index names"
     return None

@@ -7,8 +7,11 @@ import gc
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.engine.faulty_store import StoreWithFaults
 
 MAX_TOKENS = 12
 SENTENCES = (
@@ -76,6 +79,13 @@ def metrics(llm: Any) -> dict[str, float]:
     return {metric.name: metric.value for metric in llm.get_metrics() if metric.name in names}
 
 
+def counters() -> dict[str, int]:
+    """kvtier's, those that are not zero."""
+    from kvtier import Controller  # noqa: PLC0415
+
+    return {name: count for name, count in Controller.of().stats().result(60.0).counters.items() if count}
+
+
 def repeat(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Every prompt alone, then again, then all at once; with the engine's own prefix cache forgotten in between."""
     rounds = []
@@ -83,7 +93,7 @@ def repeat(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
         llm.reset_prefix_cache()
         texts = prompts()[: settings.get("num_prompts", 8)]
         rounds.append(generate(llm, texts) if together else [generate(llm, [text])[0] for text in texts])
-    return {"rounds": rounds, "metrics": metrics(llm)}
+    return {"rounds": rounds, "metrics": metrics(llm), "counters": counters() if "kvtier" in settings else {}}
 
 
 def separated(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +201,43 @@ def pressure(llm: Any, number: int) -> None:
         generate(llm, [f"{number} of those. " + text])
 
 
+def faulty_store(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Two prompts, from the store again and again, with every fault of it in turn, and after each fault."""
+    from kvtier import Controller  # noqa: PLC0415
+
+    controller = Controller.of()
+    texts = prompts()[2:4]
+
+    def ask() -> dict[str, Any]:
+        """With nothing but the store to take blocks from."""
+        controller.clear(tier="all").result(60.0)
+        before, start = counters(), time.perf_counter()
+        answers = [generate(llm, [text])[0] for text in texts]
+        seconds = time.perf_counter() - start
+        counted = {name: count - before.get(name, 0) for name, count in counters().items() if count != before.get(name, 0)}
+        return {"answers": answers, "seconds": seconds, "counters": counted}
+
+    with StoreWithFaults(Path(settings["store"])) as store:
+        out: dict[str, Any] = {"computed": ask()}
+        out["loaded"] = until_loaded(ask)
+        for fault in settings["faults"]:
+            store.begin(fault)
+            during = [ask() for _ in range(3)]
+            store.end(fault)
+            out[fault] = {"during": during, "after": until_loaded(ask)}
+    return out
+
+
+def until_loaded(ask: Callable[[], dict[str, Any]], timeout_s: float = 90.0) -> dict[str, Any]:
+    """Asks until the document of both prompts comes from the store, or the last answer once the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        time.sleep(0.5)
+        found = ask()
+        if any((answer["loaded"] or {}).get("disk_tokens") for answer in found["answers"]) or time.monotonic() > deadline:
+            return found
+
+
 def timing(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds of rounds of fresh prompts, for the cost of storing what is never used again."""
     seconds = []
@@ -215,7 +262,14 @@ def refusals(settings: dict[str, Any]) -> dict[str, Any]:
     return {"messages": messages}
 
 
-SCENARIOS = {"repeat": repeat, "separated": separated, "failing": failing, "controlled": controlled, "timing": timing}
+SCENARIOS = {
+    "faulty_store": faulty_store,
+    "repeat": repeat,
+    "separated": separated,
+    "failing": failing,
+    "controlled": controlled,
+    "timing": timing,
+}
 
 
 def main(out: Path, log: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvtier.connectors.jobs import LoadJob
 from kvtier.connectors.messages import MoveJob
-from kvtier.copy.base import BlockCopy
+from kvtier.copy.base import BlockCopy, CopyEvent
 from kvtier.copy.pool import PoolCopier
 from kvtier.copy.torch_copier import TorchCopier
 from kvtier.hashing import Namespace
@@ -122,8 +123,36 @@ def test_bytes_arrive_by_every_way(blocks: list[int], slots: list[int], pool: li
 
 
 def test_offsets_outside_are_refused() -> None:
-    """An offset behind the end of the pool or of the arena is an error, not a copy of something else."""
+    """An offset outside the pool or the arena is an error, not a copy of something else."""
     rig = Rig()
-    for copy in (BlockCopy(0, 0, NUM_BLOCKS * BLOCK_BYTES), BlockCopy(0, NUM_BLOCKS * BLOCK_BYTES, 0)):
+    for copy in (
+        BlockCopy(0, 0, NUM_BLOCKS * BLOCK_BYTES),
+        BlockCopy(0, NUM_BLOCKS * BLOCK_BYTES, 0),
+        BlockCopy(0, -2 * BLOCK_BYTES, 0),
+    ):
         with pytest.raises(IndexError):
             rig.copier.gather([copy])
+
+
+class SlowBus:
+    """In place of the stream from the pool to the arena: what is submitted has not arrived yet."""
+
+    def after(self, event: CopyEvent | None) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def event(self) -> SlowBus:
+        return self
+
+    def done(self) -> bool:
+        return False
+
+    def released(self) -> bool:
+        return False
+
+
+def test_a_store_gives_the_blocks_of_the_engine_back_before_it_has_crossed_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered into the pool no longer reads the engine's blocks, however long the way to the arena takes."""
+    rig = Rig()
+    monkeypatch.setattr(rig.copier, "_out", SlowBus())
+    event = rig.copier.gather([BlockCopy(0, 0, 0)])
+    assert (True, False) == (event.released(), event.done())

@@ -139,7 +139,7 @@ def test_a_quota_is_kept_whatever_the_others_do(steps: list[tuple[str, int, int,
         for key in new[::-1] if len(victims) == short else []:
             tenants[key] = tenant
             here[key] = tenant
-            tier.insert(BlockMeta(key, None, 1), float(number))
+            tier.insert((BlockMeta(key, None, 1),), float(number))
         assert {each: used(each) for each in {*here.values()}} == tier.bytes_by_tenant()
         assert len(here) == len(tier) == tier.num_bytes
 

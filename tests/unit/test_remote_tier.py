@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,10 +36,10 @@ class Clock:
         return self.now
 
 
-def open_tier(client: MemoryClient, clock: Callable[[], float] | None = None, **options: object) -> RemoteTier:
+def open_tier(client: MemoryClient, clock: Callable[[], float] = time.monotonic, **options: object) -> RemoteTier:
     """A tier without retries."""
     settings = RemoteSettings(**{"prefix": PREFIX, "retries": 0, "threads": 2, **options})  # type: ignore[arg-type]
-    return RemoteTier(client, name="remote", settings=settings, **({} if clock is None else {"clock": clock}))
+    return RemoteTier(client, name="remote", settings=settings, clock=clock)
 
 
 @pytest.fixture

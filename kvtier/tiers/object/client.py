@@ -127,14 +127,6 @@ class ObjectClient:
     def delete(self, names: Sequence[str], deadline: Deadline) -> None:
         list(self._each([self._delete(name) for name in names], deadline))
 
-    def list_names(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Name and length of every object whose name begins with whole folders ``prefix``. Raises RemoteError."""
-        try:
-            for batch in obstore.list(self._store, prefix):
-                yield from ((entry["path"], entry["size"]) for entry in batch)
-        except (BaseError, OSError) as error:
-            raise self._failure(error) from error
-
     def take_events(self) -> dict[str, int]:
         return {}
 

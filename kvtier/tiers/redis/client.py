@@ -118,7 +118,8 @@ class RedisClient:
     def _put_reply(self, wire: Wire, line: bytes) -> Reply:
         if line in (b"+OK", b"$-1"):
             return DONE
-        if line.startswith(b"-") and line[1:].startswith(_REFUSALS):
+        has_new_primary = self._endpoint.has_sentinel and line.startswith(b"-READONLY")
+        if line.startswith(b"-") and line[1:].startswith(_REFUSALS) and not has_new_primary:
             return Reply(Answer.REFUSED, f"{self.address}: {_text(line)}")
         raise self._error(wire, line)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
+import redis.sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.retry import Retry
@@ -28,6 +29,8 @@ class RedisAccess:
     ca_file: str | None = None
     """certificates that vouch for the server; None: the system's"""
     cluster: bool = False
+    sentinel: str | None = None
+    """name of the primary; ``url`` then names sentinels: ``redis://host:port,host:port/db``"""
     connect_timeout_s: float = 1.0
     stall_timeout_s: float = 1.0
     """longest time without a byte"""
@@ -52,7 +55,7 @@ class Endpoint:
         self._wires: set[Wire] = set()
         self._is_aborted = False
         self._cluster: redis.RedisCluster | None = None
-        self._pool = None if access.cluster else redis.ConnectionPool.from_url(access.url, **self._options)
+        self._pool = None if access.cluster else _pool(access, self._options)
 
     def pool_for(self, name: str) -> Any:
         """The connection pool of the server that keeps a name."""
@@ -91,6 +94,11 @@ class Endpoint:
                 connection.disconnect()
             pool.release(connection)
 
+    @property
+    def has_sentinel(self) -> bool:
+        """Whether sentinels say who the primary is, each time a connection is made."""
+        return self._access.sentinel is not None
+
     def moved(self) -> None:
         """A name is kept elsewhere now: the next call asks the cluster anew who keeps what."""
         self._cluster = None
@@ -115,6 +123,18 @@ class Endpoint:
             return RemoteError("auth_errors", f"{where}: the server does not let this user in: {error}", may_pass=False)
         event = "timeouts" if isinstance(error, (redis.TimeoutError, TimeoutError)) else "connect_errors"
         return RemoteError(event, f"{where}: {error}")
+
+
+def _pool(access: RedisAccess, options: dict[str, Any]) -> redis.ConnectionPool:
+    if access.sentinel is None:
+        return redis.ConnectionPool.from_url(access.url, **options)
+    scheme, _, rest = access.url.partition("://")
+    hosts, _, database = rest.partition("/")
+    places = [(host, int(port)) for host, _, port in (place.rpartition(":") for place in hosts.split(","))]
+    own = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout", "retry")}
+    sentinel = redis.sentinel.Sentinel(places, sentinel_kwargs=own)
+    more = {"ssl": True} if scheme == "rediss" else {}
+    return redis.sentinel.SentinelConnectionPool(access.sentinel, sentinel, db=int(database or 0), **options, **more)
 
 
 def _options(access: RedisAccess) -> dict[str, Any]:

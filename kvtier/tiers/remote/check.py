@@ -8,16 +8,16 @@ from kvtier.errors import RemoteError
 from kvtier.tiers.remote.client import Answer, Get, RemoteClient
 from kvtier.tiers.remote.deadline import Deadline
 from kvtier.tiers.remote.ledger import Known
-from kvtier.tiers.remote.records import HEADER_BYTES, name_of, verify
+from kvtier.tiers.remote.records import HEADER_BYTES, Records, name_of
 from kvtier.types import Damage, Outcome
 
 
-def check_values(client: RemoteClient, prefix: str, known: Iterable[Known], timeout_s: float) -> list[Damage]:
+def check_values(client: RemoteClient, records: Records, prefix: str, known: Iterable[Known], timeout_s: float) -> list[Damage]:
     """What is wrong with the values of blocks. One that is gone is none: the store may evict."""
     found: list[Damage] = []
     for meta, namespace in known:
-        value = memoryview(bytearray(HEADER_BYTES + meta.num_bytes))
-        get = Get(name_of(prefix, namespace, meta.key), value[:HEADER_BYTES], value[HEADER_BYTES:])
+        payload = memoryview(bytearray(meta.num_bytes))
+        get = Get(name_of(prefix, namespace, meta.key), memoryview(bytearray(HEADER_BYTES)), records.room_for(payload))
         try:
             (reply,) = client.get_into([get], Deadline(timeout_s))
         except RemoteError as error:
@@ -25,7 +25,7 @@ def check_values(client: RemoteClient, prefix: str, known: Iterable[Known], time
         if reply.answer is Answer.OTHER_SIZE:
             found.append(Damage(get.name, "the value has another length than the block", meta.key))
         elif reply.answer is Answer.DONE:
-            verdict = verify(get.header, get.payload, meta, namespace)
-            if verdict.outcome is not Outcome.OK:
+            verdict = records.verify(get.header, get.payload, payload, meta, namespace)
+            if verdict.outcome is Outcome.CORRUPT:
                 found.append(Damage(get.name, verdict.error or "", meta.key))
     return found

@@ -124,6 +124,11 @@ class Ledger(JobBook):
             if not (lane.changes and isinstance(lane.changes[-1], Erase)):
                 self._enqueue(lane, Erase(lane.namespace if known is None else known.namespace, key))
 
+    def forget(self, keys: Iterable[BlockKey]) -> None:
+        """Forgets keys here and leaves them in the store."""
+        for key in keys:
+            self.known.pop(key, None)
+
     def learn(self, meta: BlockMeta, namespace: bytes) -> None:
         """Notes that the store holds a block, unless that is to change, or there is no room to note it."""
         lane = self._lanes.get(meta.key)

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from kvtier.tiers.record import FORMAT_VERSION, RecordFields, header_mismatch, pack_header, parse_header, payload_checksum
+from kvtier.codecs import NO_KEY, CodecId, overhead_of
+from kvtier.tiers.record import (
+    FORMAT_VERSION,
+    RecordFields,
+    header_mismatch,
+    identity_bytes,
+    pack_header,
+    parse_header,
+    payload_checksum,
+)
 from kvtier.types import BlockKey, BlockMeta, Outcome
 
 HEADER_BYTES = 128
 FORMAT_TITLE = "kvtier remote store"
 FORMAT_NAME = "format"
+
+
+class Sealer(Protocol):
+    """Encrypts payloads and opens them again: :class:`kvtier.codecs.aes_gcm.Cipher`."""
+
+    key_id: bytes
+
+    def seal(self, payload: memoryview, namespace: bytes, context: bytes) -> bytearray:
+        """The payload, encrypted; ``context`` must be the same when it is opened."""
+
+    def open_into(self, sealed: memoryview, payload: memoryview, namespace: bytes, context: bytes) -> bool:
+        """Writes what was sealed to ``payload``. False: it was not sealed so."""
 
 
 class Verdict(NamedTuple):
@@ -39,28 +60,47 @@ def key_of(prefix: str, name: str) -> tuple[bytes, BlockKey] | None:
     return parts if is_block else None
 
 
-def header_of(meta: BlockMeta, namespace: bytes, payload: memoryview) -> bytes:
-    """The header of a block's value. Reads the payload once."""
-    header = bytearray(HEADER_BYTES)
-    pack_header(memoryview(header), _fields(meta, namespace), payload_checksum(payload))
-    return bytes(header)
+class Records:
+    """How a tier writes its values: as they are, or encrypted. Thread-safe."""
+
+    def __init__(self, sealer: Sealer | None = None) -> None:
+        self._sealer = sealer
+        self._codec_id = CodecId.RAW if sealer is None else CodecId.AES_GCM
+        self.overhead_bytes = HEADER_BYTES + overhead_of(self._codec_id)
+        """by how much a value is longer than its block"""
+
+    def pack(self, meta: BlockMeta, namespace: bytes, payload: memoryview) -> tuple[bytes, memoryview]:
+        """Header and stored payload of a block's value. Reads the payload once."""
+        fields = self._fields(meta, namespace)
+        stored = payload if self._sealer is None else memoryview(self._sealer.seal(payload, namespace, identity_bytes(fields)))
+        header = bytearray(HEADER_BYTES)
+        pack_header(memoryview(header), fields, payload_checksum(stored))
+        return bytes(header), stored
+
+    def room_for(self, payload: memoryview) -> memoryview:
+        """Where the stored payload is to be read to: the block's own memory where it is stored as it is."""
+        return payload if self._sealer is None else memoryview(bytearray(len(payload) + overhead_of(self._codec_id)))
+
+    def verify(self, header: memoryview, stored: memoryview, payload: memoryview, meta: BlockMeta, namespace: bytes) -> Verdict:
+        """Whether a value is the block that was asked for, whole; then ``payload`` holds it."""
+        found = parse_header(header)
+        if isinstance(found, str):
+            return Verdict(Outcome.CORRUPT, found, "damaged_records")
+        expected = self._fields(meta, namespace)
+        if (found.fields.codec_id, found.fields.key_id) != (expected.codec_id, expected.key_id):
+            return Verdict(Outcome.MISS, "the block was encrypted with another key, or not at all", "other_key_records")
+        mismatch = header_mismatch(found, expected)
+        if mismatch is not None:
+            return Verdict(Outcome.CORRUPT, mismatch, "foreign_records")
+        if payload_checksum(stored) != found.payload_checksum:
+            return Verdict(Outcome.CORRUPT, "the payload's checksum is wrong", "damaged_records")
+        if self._sealer is not None and not self._sealer.open_into(stored, payload, namespace, identity_bytes(found.fields)):
+            return Verdict(Outcome.CORRUPT, "the payload was not encrypted by one of us", "forged_records")
+        return GOOD
+
+    def _fields(self, meta: BlockMeta, namespace: bytes) -> RecordFields:
+        key_id = NO_KEY if self._sealer is None else self._sealer.key_id
+        return RecordFields(meta.key, meta.parent, namespace, meta.num_bytes, 0, 0, self._codec_id, key_id)
 
 
-def verify(header: memoryview, payload: memoryview, meta: BlockMeta, namespace: bytes) -> Verdict:
-    """Whether a value is the block that was asked for, whole."""
-    found = parse_header(header)
-    if isinstance(found, str):
-        return Verdict(Outcome.CORRUPT, found, "damaged_records")
-    mismatch = header_mismatch(found, _fields(meta, namespace))
-    if mismatch is not None:
-        return Verdict(Outcome.CORRUPT, mismatch, "foreign_records")
-    if payload_checksum(payload) != found.payload_checksum:
-        return Verdict(Outcome.CORRUPT, "the payload's checksum is wrong", "damaged_records")
-    return GOOD
-
-
-def _fields(meta: BlockMeta, namespace: bytes) -> RecordFields:
-    return RecordFields(meta.key, meta.parent, namespace, meta.num_bytes, 0, 0)
-
-
-__all__ = ["FORMAT_NAME", "FORMAT_TITLE", "FORMAT_VERSION", "GOOD", "HEADER_BYTES", "Verdict", "header_of", "key_of", "name_of", "verify"]
+__all__ = ["FORMAT_NAME", "FORMAT_TITLE", "FORMAT_VERSION", "GOOD", "HEADER_BYTES", "Records", "Sealer", "Verdict", "key_of", "name_of"]

@@ -11,7 +11,7 @@ from kvtier.tiers.health import Health
 from kvtier.tiers.remote.client import Answer, Get, Put, RemoteClient, Reply
 from kvtier.tiers.remote.deadline import Deadline, retry_pauses
 from kvtier.tiers.remote.ledger import Fetch, Write
-from kvtier.tiers.remote.records import HEADER_BYTES, Verdict, header_of, name_of, verify
+from kvtier.tiers.remote.records import HEADER_BYTES, Records, Verdict, name_of
 from kvtier.types import BlockKey, Outcome
 
 FIRST_RETRY_PAUSE_S = 0.05
@@ -102,8 +102,9 @@ class Caller:
 class FetchTask:
     """Reads a few blocks."""
 
-    def __init__(self, fetches: Sequence[Fetch], prefix: str, caller: Caller, reporter: Reporter) -> None:
+    def __init__(self, fetches: Sequence[Fetch], prefix: str, records: Records, caller: Caller, reporter: Reporter) -> None:
         self._fetches = fetches
+        self._records = records
         self._caller = caller
         self._reporter = reporter
         self._headers = memoryview(bytearray(HEADER_BYTES * len(fetches)))
@@ -112,7 +113,7 @@ class FetchTask:
             Get(
                 name_of(prefix, fetch.ticket.running.job.namespace, fetch.ticket.block.meta.key),
                 self._headers[index * HEADER_BYTES : (index + 1) * HEADER_BYTES],
-                fetch.ticket.block.buffer,
+                records.room_for(fetch.ticket.block.buffer),
             )
             for index, fetch in enumerate(fetches)
         ]
@@ -122,7 +123,7 @@ class FetchTask:
         client = self._caller.client
         replies = self._caller.each(len(self._gets), lambda first, deadline: client.get_into(self._gets[first:], deadline))
         for fetch, get, reply in zip(self._fetches, self._gets, replies, strict=True):
-            verdict = _judge(fetch, get, reply)
+            verdict = _judge(fetch, get, reply, self._records)
             if verdict.event is not None:
                 self._reporter.count(verdict.event)
             self._num_done += 1
@@ -137,15 +138,16 @@ class FetchTask:
 class WriteTask:
     """Writes a few blocks."""
 
-    def __init__(self, writes: Sequence[Write], prefix: str, caller: Caller, reporter: Reporter) -> None:
+    def __init__(self, writes: Sequence[Write], prefix: str, records: Records, caller: Caller, reporter: Reporter) -> None:
         self._writes = writes
+        self._records = records
         self._prefix = prefix
         self._caller = caller
         self._reporter = reporter
         self._num_done = 0
 
     def run(self) -> None:
-        """Checksums first, so that the server is not kept waiting for them."""
+        """Checksums and encryption first, so that the server is not kept waiting for them."""
         client = self._caller.client
         puts = [self._put(write) for write in self._writes]
         replies = self._caller.each(len(puts), lambda first, deadline: client.put(puts[first:], deadline))
@@ -162,7 +164,7 @@ class WriteTask:
         ticket = write.tickets[0]
         meta, buffer = ticket.block
         namespace = ticket.running.job.namespace
-        return Put(name_of(self._prefix, namespace, meta.key), header_of(meta, namespace, buffer), buffer)
+        return Put(name_of(self._prefix, namespace, meta.key), *self._records.pack(meta, namespace, buffer))
 
 
 class CallTask:
@@ -203,7 +205,7 @@ def batches(items: Sequence[_Item], sizes: Sequence[int], batch_bytes: int, num_
         yield items[start:]
 
 
-def _judge(fetch: Fetch, get: Get, reply: Reply | RemoteError) -> Verdict:
+def _judge(fetch: Fetch, get: Get, reply: Reply | RemoteError, records: Records) -> Verdict:
     if isinstance(reply, RemoteError):
         return Verdict(Outcome.FAILED, str(reply))
     if reply.answer is Answer.ABSENT:
@@ -211,7 +213,7 @@ def _judge(fetch: Fetch, get: Get, reply: Reply | RemoteError) -> Verdict:
     if reply.answer is Answer.OTHER_SIZE:
         return Verdict(Outcome.MISS, "the block is there with another length", "foreign_records")
     ticket = fetch.ticket
-    return verify(get.header, get.payload, ticket.block.meta, ticket.running.job.namespace)
+    return records.verify(get.header, get.payload, ticket.block.buffer, ticket.block.meta, ticket.running.job.namespace)
 
 
 def _outcome_of(reply: Reply | RemoteError) -> tuple[Outcome, str | None]:

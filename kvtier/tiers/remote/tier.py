@@ -20,7 +20,7 @@ from kvtier.tiers.remote.check import check_values
 from kvtier.tiers.remote.client import Answer, Get, Put, RemoteClient
 from kvtier.tiers.remote.deadline import Deadline
 from kvtier.tiers.remote.ledger import Copy, Erase, Fetch, Ledger, Write
-from kvtier.tiers.remote.records import FORMAT_NAME, FORMAT_TITLE, HEADER_BYTES, Verdict, name_of
+from kvtier.tiers.remote.records import FORMAT_NAME, FORMAT_TITLE, Records, Sealer, Verdict, name_of
 from kvtier.tiers.remote.tasks import Caller, CallTask, FetchTask, WriteTask, batches, probe_chunks
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, ProbeJob, ProbeResult, TransferJob
 
@@ -63,13 +63,23 @@ class RemoteTier:
     """
 
     def __init__(
-        self, client: RemoteClient, *, name: str, settings: RemoteSettings | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        client: RemoteClient,
+        *,
+        name: str,
+        settings: RemoteSettings | None = None,
+        sealer: Sealer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Takes the client over. Raises RemoteError where the store does not answer, TierFormatError where it is of another version."""
+        """Takes the client over. ``sealer``: encrypts every payload.
+
+        Raises RemoteError where the store does not answer, TierFormatError where it is of another version.
+        """
         self.name = name
         self.capacity_bytes: int | None = None
         self.settings = settings or RemoteSettings()
         self._client = client
+        self._records = Records(sealer)
         self._clock = clock
         self._ledger = Ledger(
             max_in_flight_bytes=self.settings.max_in_flight_bytes, max_known_blocks=self.settings.max_known_blocks, clock=clock
@@ -123,7 +133,7 @@ class RemoteTier:
         is_online = self.online
         refusal = None if self._write_health.is_online else "the store refuses new blocks for the time being"
         if job.kind is JobKind.STORE and self._client.max_value_bytes is not None:
-            largest = max((block.meta.num_bytes for block in job.blocks), default=0) + HEADER_BYTES
+            largest = max((block.meta.num_bytes for block in job.blocks), default=0) + self._records.overhead_bytes
             if largest > self._client.max_value_bytes:
                 refusal = f"the store takes values up to {self._client.max_value_bytes} bytes, one here has {largest}"
         with self._lock:
@@ -150,6 +160,10 @@ class RemoteTier:
             self._ledger.remove(keys)
         self._launch()
 
+    def forget(self, keys: Collection[BlockKey]) -> None:
+        with self._lock:
+            self._ledger.forget(keys)
+
     def entries(self) -> Iterator[BlockMeta]:
         with self._lock:
             found = [known.meta for known in self._ledger.known.values()]
@@ -160,7 +174,7 @@ class RemoteTier:
             problems = self._ledger.check()
             known = list(self._ledger.known.values())
         found = [Damage("index in memory", problem) for problem in problems]
-        return found + check_values(self._client, self.settings.prefix, known, self.settings.total_timeout_s)
+        return found + check_values(self._client, self._records, self.settings.prefix, known, self.settings.total_timeout_s)
 
     def probe(self, job: ProbeJob) -> None:
         is_online = self.online
@@ -298,9 +312,9 @@ class RemoteTier:
         for copy in copies:
             self._pool.submit(CallTask(partial(self._copy, copy), partial(self._not_copied, copy)), urgent=True)
         for fetch_run in batches(fetches, [fetch.ticket.block.meta.num_bytes for fetch in fetches], settings.batch_bytes, settings.threads):
-            self._pool.submit(FetchTask(fetch_run, settings.prefix, self._caller, self), urgent=True)
+            self._pool.submit(FetchTask(fetch_run, settings.prefix, self._records, self._caller, self), urgent=True)
         for write_run in batches(writes, [write.num_bytes for write in writes], settings.batch_bytes, settings.threads):
-            self._pool.submit(WriteTask(write_run, settings.prefix, self._caller, self))
+            self._pool.submit(WriteTask(write_run, settings.prefix, self._records, self._caller, self))
         if erases:
             self._pool.submit(CallTask(lambda: self._erase(erases), lambda error: self._erased(erases, error)))
 
@@ -331,6 +345,7 @@ class RemoteTier:
 
     def _ask(self, job: ProbeJob, start: float) -> None:
         found: list[int] = []
+        overhead = self._records.overhead_bytes
         for keys in probe_chunks(job.keys):
             names = [name_of(self.settings.prefix, job.namespace, key) for key in keys]
             sizes: list[int | None] = []
@@ -338,8 +353,8 @@ class RemoteTier:
             if error is not None:
                 self._probed(job, start, found, str(error))
                 return
-            run = list(takewhile(lambda size: size is not None and size > HEADER_BYTES, sizes))
-            found += [size - HEADER_BYTES for size in run if size is not None]
+            run = [size for size in takewhile(lambda size: size is not None and size > overhead, sizes) if size is not None]
+            found += [size - overhead for size in run]
             if len(run) < len(keys):
                 break
         self._probed(job, start, found, None)

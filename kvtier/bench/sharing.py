@@ -1,0 +1,87 @@
+"""``kvtier bench sharing``: what one engine has prefilled, answered by another one, by the store between them. Needs vLLM and the servers.
+
+Two engines in processes of their own share nothing but the store. The first one computes each prompt; the second one has never seen it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from kvtier.bench.engine import ENVIRONMENT, open_engine, prompt_of
+from kvtier.bench.report import Record, publish, record
+from kvtier.testing.servers import S3Server, Server, ValkeyServer
+
+PATHS = ("redis-unix", "redis-tcp", "s3")
+_SETTLE_S = 3.0
+"""until the first engine's last write has arrived"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--rounds", type=int, default=5, help="prompts per figure (default: 5)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[900, 3600], help="tokens of a prompt (default: 900 3600)")
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="stores (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, writes. Returns the exit status."""
+    os.environ.update(ENVIRONMENT)
+    records: list[Record] = []
+    directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-"))
+    try:
+        for path in args.paths:
+            records += measure(path, args.model, args.tokens, args.rounds, directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    publish("kvtier bench sharing", records, args.json)
+    return 0
+
+
+def measure(path: str, model: str, sizes: list[int], rounds: int, directory: Path) -> Iterator[Record]:
+    """Time to first token in the first engine (computed), then in the second one (through the store), then there again (host memory)."""
+    folder = directory / path
+    folder.mkdir()
+    with ExitStack() as stack:
+        tiers = [{"type": "host", "capacity": "2GiB"}, _start(path, folder, stack.callback)]
+        first = stack.enter_context(open_engine(model, folder, tiers))
+        second = stack.enter_context(open_engine(model, folder, tiers))
+        for size in sizes:
+            prompts = [prompt_of(size, size // 10 + number) for number in range(rounds)]  # no size is a prefix of another one
+            computed = [first([prompt])["ttft_s"] for prompt in prompts]
+            time.sleep(_SETTLE_S)
+            first([prompt_of(64, 1)])  # a step takes note of the writes
+            answers = [second([prompt]) for prompt in prompts]
+            again = [second([prompt])["ttft_s"] for prompt in prompts]
+            least = min(answer["loaded_tokens"] for answer in answers)
+            if least < size - 64:
+                raise RuntimeError(f"only {least} of {size} tokens came through {path}")
+            loaded = [answer["ttft_s"] for answer in answers]
+            for what, times in (("computed", computed), ("through the store", loaded), ("again, from host memory", again)):
+                yield record(f"time to first token, {what}", {"path": path, "tokens": size}, times, "ms")
+            share = statistics.median(loaded) / statistics.median(computed)
+            yield Record("of computing, through the store", {"path": path, "tokens": size}, share, "ratio", 0.0)
+
+
+def _start(path: str, folder: Path, at_end: Callable[[Callable[[], None]], object]) -> dict[str, Any]:
+    """The server, and the tier that uses it."""
+    server: Server
+    if path == "s3":
+        server = bucket = S3Server(folder).start()
+        at_end(server.kill)
+        os.environ["KVTIER_BENCH_SECRET"] = "any"
+        place = {"url": f"s3://{bucket.bucket}", "endpoint": bucket.endpoint, "region": "us-east-1"}
+        return {"type": "object", **place, "access_key": "any", "secret_key_env": "KVTIER_BENCH_SECRET"}
+    server = valkey = ValkeyServer(folder).start()
+    at_end(server.kill)
+    return {"type": "redis", "url": valkey.unix_url if path == "redis-unix" else valkey.tcp_url}
