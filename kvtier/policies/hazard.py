@@ -26,6 +26,7 @@ from kvtier.policies.ghosts import Ghosts
 from kvtier.policies.hazard_model import (
     NUM_CLASSES,
     HazardModel,
+    class_of_expectation,
     class_of_extension,
     class_of_first_use,
     class_of_reuse,
@@ -115,6 +116,34 @@ class HazardPolicy:
                 forest.give(run, segment)
                 forest.join(run)
 
+    def expect(self, keys: Sequence[BlockKey], seconds: float, now: float) -> None:
+        """Such blocks are of a class of their own by how soon they are expected, of which is learned as of any other, beside what is learned of the class
+        they were in. What others have used
+        since the prompt's end was used is left alone, and so is what has a better index as it is."""
+        self._settle()
+        self._now = now
+        path = list(dict.fromkeys(keys))
+        path.reverse()
+        runs = self._forest.along(path)
+        if not runs:
+            return
+        class_id = class_of_expectation(seconds)
+        index, tip = self._model.index(class_id, 0.0), runs[-1].segment
+        for old, group in [(old, list(group)) for old, group in groupby(runs, _segment_of)]:
+            if old.time_s > tip.time_s or (old is not tip and self._model.index(old.class_id, now - old.time_s) >= index):
+                continue
+            segment = self._log.new(now)
+            segment.class_id = class_id
+            segment.origin = old.origin or old
+            segment.num_uses, segment.num_turns, segment.gap_s = old.num_uses, old.num_turns, old.gap_s
+            segment.num_blocks = segment.num_alive = sum(len(run.keys) for run in group)
+            if old.origin is not None:
+                old.num_blocks -= segment.num_blocks
+                old.num_alive -= segment.num_blocks
+            for run in group:
+                self._forest.give(run, segment)
+                self._forest.join(run)
+
     def remove(self, key: BlockKey) -> None:
         self._settle()
         self._forest.remove(key)
@@ -198,6 +227,11 @@ class HazardPolicy:
         age_s = max(0.0, self._now - old.time_s)
         self._model.reused(old.class_id, age_s, old.weight_of(num_blocks))
         old.num_alive -= num_blocks
+        if old.origin is not None:
+            origin = old.origin
+            age_s = max(0.0, self._now - origin.time_s)
+            self._model.reused(origin.class_id, age_s, origin.weight_of(num_blocks))
+            origin.num_alive -= num_blocks
         gap_s = age_s if old.gap_s < 0.0 else sqrt(max(age_s, 1e-3) * max(old.gap_s, 1e-3))
         num_uses = old.num_uses + 1
         class_id = class_of_reuse(num_uses, gap_s)

@@ -32,8 +32,10 @@ NUM_COUNTS = 6
 NUM_GAPS = 15
 NUM_LENGTHS = 10
 _ROOT, _BRANCH, _EXTENSION, _KNOWN = 0, NUM_LENGTHS, 2 * NUM_LENGTHS, 2 * NUM_LENGTHS + NUM_COUNTS * NUM_GAPS
-NUM_CLASSES = _KNOWN + NUM_COUNTS * NUM_GAPS
-"""prompts that begin anew or branch off, by length; what prolongs a prompt, and what was used again, by count and gap"""
+_EXPECTED = _KNOWN + NUM_COUNTS * NUM_GAPS
+NUM_CLASSES = _EXPECTED + NUM_GAPS
+"""prompts that begin anew or branch off, by length; what prolongs a prompt, and what was used again, by count and gap; and what somebody
+expects to be used, by how soon"""
 
 SHRINK_CELL = 32.0
 """so many uses must a cell have seen for its own figures to count half"""
@@ -72,6 +74,11 @@ def class_of_reuse(num_uses: int, gap_s: float) -> int:
     return _KNOWN + _bucket_of_count(num_uses) * NUM_GAPS + _bucket_of_gap(gap_s)
 
 
+def class_of_expectation(seconds: float) -> int:
+    """What is said to be used in so many seconds."""
+    return _EXPECTED + _bucket_of_gap(seconds)
+
+
 def _bucket_of_count(count: int) -> int:
     return min(NUM_COUNTS, count.bit_length()) - 1
 
@@ -82,6 +89,8 @@ def _bucket_of_gap(gap_s: float) -> int:
 
 def prior_chances(class_id: int) -> list[float]:
     """The probability of a use in each bin, of what came there, before anything was seen."""
+    if class_id >= _EXPECTED:
+        return _chances_of([_survival_of_expected(edge, 2.0 ** (class_id - _EXPECTED - 0.5)) for edge in EDGES_S])
     if class_id < _EXTENSION:
         uses, gap_s = 0.5, FIRST_GAP_S
     else:
@@ -89,7 +98,17 @@ def prior_chances(class_id: int) -> list[float]:
         uses = float(1 << bucket) / (2.0 if class_id < _KNOWN else 1.0)
         gap_s = 2.0 ** (gap - 0.5)
     ever = uses / (uses + 1.0)
-    survival = [1.0 - ever + ever * gap_s / (gap_s + edge) for edge in EDGES_S]
+    return _chances_of([1.0 - ever + ever * gap_s / (gap_s + edge) for edge in EDGES_S])
+
+
+def _survival_of_expected(age_s: float, expected_s: float) -> float:
+    """With even chances the word is good, and the use comes between half and twice the time; else as if nothing had been said."""
+    is_over = min(1.0, max(0.0, log2(age_s / expected_s) / 2.0 + 0.5)) if age_s > 0.0 else 0.0
+    return 0.5 * (1.0 - is_over) + 0.5 * FIRST_GAP_S / (FIRST_GAP_S + age_s)
+
+
+def _chances_of(survival: Sequence[float]) -> list[float]:
+    """The probability of a use in each bin from the share that is unused at its edges."""
     return [min(_MAX_CHANCE, 1.0 - after / before) for before, after in itertools.pairwise(survival)]
 
 
@@ -261,7 +280,9 @@ def _row_of(class_id: int) -> int:
 
 
 def _column_of(class_id: int) -> int:
-    """Classes of a column have the gap in common, or the length."""
+    """Classes of a column have the gap in common, or the length; what is expected is not compared with what is not."""
+    if class_id >= _EXPECTED:
+        return NUM_LENGTHS + NUM_GAPS
     return class_id % NUM_LENGTHS if class_id < _EXTENSION else NUM_LENGTHS + (class_id - _EXTENSION) % NUM_GAPS
 
 

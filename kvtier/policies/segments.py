@@ -21,7 +21,7 @@ L = TypeVar("L")
 class Segment(Generic[L]):
     """Blocks of one prompt and their last use."""
 
-    __slots__ = ("class_id", "gap_s", "id", "is_queued", "leaves", "num_alive", "num_blocks", "num_turns", "num_uses", "time_s")
+    __slots__ = ("class_id", "gap_s", "id", "is_queued", "leaves", "num_alive", "num_blocks", "num_turns", "num_uses", "origin", "time_s")
 
     def __init__(self, segment_id: int, time_s: float) -> None:
         self.id = segment_id
@@ -38,6 +38,8 @@ class Segment(Generic[L]):
         self.leaves: list[L] = []
         """candidates for eviction; the last one leaves first"""
         self.is_queued = False
+        self.origin: Segment[L] | None = None
+        """the segment that its blocks were in at their last use, where it is not this one: since then they have been spoken of"""
 
     def weight_of(self, num_blocks: int) -> float:
         """What blocks of it count in the statistics: between one per block (exact, but a few long prompts drown the rest) and one
@@ -48,6 +50,8 @@ class Segment(Generic[L]):
         """Whether these blocks, which are not here, are used again will not be seen any more."""
         self.num_blocks -= num_blocks
         self.num_alive -= num_blocks
+        if self.origin is not None:
+            self.origin.forget(num_blocks)
 
 
 class SegmentLog(Generic[L]):

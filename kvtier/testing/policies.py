@@ -88,6 +88,14 @@ class PolicyMachine(RuleBasedStateMachine):
         self.now += seconds
         self.touch(list(reversed(path_to(tip))))
 
+    @rule(tip=_POSITIONS, seconds=st.floats(0.0, 1000.0))
+    def expect(self, tip: int, seconds: float) -> None:
+        """Somebody says when a prompt comes back."""
+        path = list(reversed(path_to(tip)))
+        self.policy.expect([key_of(position) for position in path], seconds, self.now)
+        if self.naive is not None:
+            self.naive.expect(path, seconds, self.now)
+
     @rule(positions=st.lists(_POSITIONS, max_size=5))
     def touch(self, positions: list[int]) -> None:
         self.now += 1.0

@@ -63,6 +63,9 @@ class NaivePolicy:
             if block in self.home:
                 self.used(block)
 
+    def expect(self, blocks: Sequence[int], seconds: float, now: float) -> None:
+        """As the protocol has it: nobody listens."""
+
     def remove(self, block: int) -> None:
         """As the protocol has it."""
         if block in self.home:

@@ -6,7 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvtier.policies.hazard_model import EDGES_S, NUM_BINS, HazardModel, class_of_extension, class_of_first_use, class_of_reuse
+from kvtier.policies.hazard_model import (
+    EDGES_S,
+    NUM_BINS,
+    HazardModel,
+    class_of_expectation,
+    class_of_extension,
+    class_of_first_use,
+    class_of_reuse,
+)
 from kvtier.testing.policy_models import NaivePolicy, parent_of
 
 
@@ -23,6 +31,7 @@ class NaiveSegment:
     num_blocks: int = 0
     num_alive: int = 0
     leaves: list[int] = field(default_factory=list)
+    origin: NaiveSegment | None = None
     passed: set[int] = field(default_factory=set)
     """bins that it has left"""
 
@@ -79,6 +88,33 @@ class NaiveHazard(NaivePolicy):
             for block in group:
                 self.unlist(block)
                 self.segments[block] = before
+                self.list_leaf(block)
+
+    def expect(self, blocks: Sequence[int], seconds: float, now: float) -> None:
+        self.settle()
+        self.now = now
+        path = [block for block in list(dict.fromkeys(blocks))[::-1] if block in self.home]
+        if not path:
+            return
+        class_id, tip = class_of_expectation(seconds), self.segments[path[-1]]
+        groups: list[tuple[NaiveSegment, list[int]]] = []
+        for block in path:
+            if groups and groups[-1][0] is self.segments[block]:
+                groups[-1][1].append(block)
+            else:
+                groups.append((self.segments[block], [block]))
+        for old, group in groups:
+            if old.time_s > tip.time_s or (old is not tip and self.index(old) >= self.model.index(class_id, 0.0)):
+                continue
+            segment = self.new_segment()
+            segment.class_id, segment.origin = class_id, old.origin or old
+            segment.num_uses, segment.num_turns, segment.gap_s = old.num_uses, old.num_turns, old.gap_s
+            segment.num_blocks = segment.num_alive = len(group)
+            if old.origin is not None:
+                old.num_blocks, old.num_alive = old.num_blocks - len(group), old.num_alive - len(group)
+            for block in group:
+                self.unlist(block)
+                self.segments[block] = segment
                 self.list_leaf(block)
 
     def remove(self, block: int) -> None:
@@ -176,8 +212,10 @@ class NaiveHazard(NaivePolicy):
         old = self.piece_from(block)
         if old is not None:
             self.pieces.remove(old)
-            old.segment.num_blocks -= len(old.blocks)
-            old.segment.num_alive -= len(old.blocks)
+            for segment in (old.segment, old.segment.origin):
+                if segment is not None:
+                    segment.num_blocks -= len(old.blocks)
+                    segment.num_alive -= len(old.blocks)
 
     def leave(self, block: int) -> None:
         """No longer here; its parent may be a leaf."""
@@ -226,6 +264,10 @@ class NaiveHazard(NaivePolicy):
         age_s = max(0.0, self.now - old.time_s)
         self.model.reused(old.class_id, age_s, old.weight(count))
         old.num_alive -= count
+        if old.origin is not None:
+            age_s = max(0.0, self.now - old.origin.time_s)
+            self.model.reused(old.origin.class_id, age_s, old.origin.weight(count))
+            old.origin.num_alive -= count
         gap_s = age_s if old.gap_s < 0 else math.sqrt(max(age_s, 1e-3) * max(old.gap_s, 1e-3))
         class_id = class_of_reuse(old.num_uses + 1, gap_s)
         if before is None or before.class_id != class_id or before.time_s != self.now:
