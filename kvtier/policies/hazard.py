@@ -117,9 +117,8 @@ class HazardPolicy:
                 forest.join(run)
 
     def expect(self, keys: Sequence[BlockKey], seconds: float, now: float) -> None:
-        """Such blocks are of a class of their own by how soon they are expected, of which is learned as of any other, beside what is learned of the class
-        they were in. What others have used
-        since the prompt's end was used is left alone, and so is what has a better index as it is."""
+        """Such blocks are of a class of their own by how soon they are expected; what becomes of them is learned of that class and of the
+        one they were in. What others used since the prompt's end was used is left alone, and so is what has a better index as it is."""
         self._settle()
         self._now = now
         path = list(dict.fromkeys(keys))
