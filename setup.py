@@ -81,6 +81,7 @@ setup(
         "kernels": ['cupy-cuda13x>=13.6; platform_system == "Linux"', 'nvidia-cuda-nvrtc>=13; platform_system == "Linux"'],
         "redis": ["redis>=5"],
         "object": ["obstore>=0.6"],
+        "mooncake": ["mooncake-transfer-engine-non-cuda>=0.3.13"],
         # blocks in remote stores encrypted
         "encryption": ["cryptography>=46"],
         # real servers for the tests and benchmarks of the remote tiers

@@ -27,6 +27,7 @@ OK, DAMAGED, UNUSABLE = 0, 1, 2
 
 BENCHMARKS = {
     "blend": ("kvtier.bench.blend", "how near answers with reused chunks come to those of full prefill"),
+    "chunks": ("kvtier.bench.chunks", "prompts of reused chunks in the real vLLM, and the requests beside them"),
     "copy": ("kvtier.bench.copy", "moving blocks to host memory and back, and hashing prompts"),
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
     "disk": ("kvtier.bench.disk", "the disk tier beside the disk it lies on"),

@@ -347,8 +347,10 @@ def _open_tiers(config: Config, arena: Arena, block_bytes: int) -> list[Tier]:
     opened: list[Tier] = []
     try:
         for section in config.lower:
-            tier = _open_disk(section, config, arena, block_bytes) if isinstance(section, DiskTierConfig) else open_remote(section)
-            opened += [tier]
+            if isinstance(section, DiskTierConfig):
+                opened.append(_open_disk(section, config, arena, block_bytes))
+            else:
+                opened.append(open_remote(section, (arena.address, arena.capacity_bytes)))
     except BaseException:
         for tier in opened:
             tier.close()

@@ -104,6 +104,11 @@ class RefusalReason(enum.Enum):
     TOKENS_DIFFER = "tokens_differ"
     RATIO = "ratio"
     MODEL = "model"
+    METHOD = "method"
+    FORMAT = "format"
+    """what was asked is not a mapping with the right keys and kinds of values"""
+    OFF = "off"
+    """asked for, but not switched on in the configuration"""
 
 
 class BlendRefusedError(KVTierError, ValueError):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_PLACES: Mapping[str, str] = {"disk": "the disk", "redis": "the Redis server", "object": "the bucket"}
+from kvtier.errors import RefusalReason
+
+_PLACES: Mapping[str, str] = {"disk": "the disk", "redis": "the Redis server", "mooncake": "the Mooncake Store", "object": "the bucket"}
 
 _LOWER: Mapping[str, str] = {
     "stored_blocks": "blocks written to {}",
@@ -91,6 +93,16 @@ COUNTERS: Mapping[str, str] = {
     "hint.refused": "hints that would have kept more than their share",
     "hint.unknown_sessions": "hints for sessions that no request has named",
     "hint.bad": "options of requests that made no sense and were left out",
+    "blend.requests": "requests whose prompt began with reused chunks, partly computed anew",
+    "blend.tokens": "tokens of chunks that those requests did not compute as a prompt",
+    "blend.chosen_tokens": "those of them that were computed anew",
+    "blend.chunks": "chunks that requests named",
+    "blend.hit_chunks": "chunks that requests named and that were there",
+    "blend.failed": "requests whose chunks could not be put together; the engine computes the prompt",
+    "blend.too_few": "requests that were computed because too few of their chunks were there",
+    "blend.stored_chunks": "chunks computed behind their anchor and stored",
+    "blend.unstored_chunks": "chunks not stored: no room, too many waiting, or computing them failed",
+    **{f"blend.refused_{reason.value}": f"requests whose chunks were not reused: {reason.value}" for reason in RefusalReason},
     "record.lost_lines": "lines of the recording that could not be written",
     "connector.errors": "unexpected errors inside kvtier that became misses",
     "index.reset": "times the whole cache was forgotten on request",

@@ -28,6 +28,7 @@ its fallback in torch, not its way to a GPU. What no machine has shown is not he
 
 COMMANDS: Mapping[str, str] = {
     "engine": "kvtier bench engine --model .cache/smollm2",
+    "chunks": "kvtier bench chunks --model .cache/smollm2",
     "control": "kvtier bench control",
     "copy": "kvtier bench copy",
     "disk": "kvtier bench disk",

@@ -46,8 +46,8 @@ FREE_BYTES_NEEDED = 8 << 30
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 WITHOUT_DEPENDENCIES = ("xgrammar",)
 XGRAMMAR_NEEDS = ("apache-tvm-ffi",)
-EXTRAS = ".[test,bench,redis,object,servers]"
-DEV_EXTRAS = ".[test,bench,kernels,redis,object,encryption,servers]"  # without a GPU too: the CUDA kernels are compiled in the tests
+EXTRAS = ".[test,bench,redis,object,mooncake,servers]"
+DEV_EXTRAS = ".[test,bench,kernels,redis,object,mooncake,encryption,servers]"  # the CUDA kernels are compiled in the tests
 GPU_EXTRAS = ".[test,bench,cuda13]"
 BUILD_TOOL = "setuptools>=77"
 

@@ -22,12 +22,14 @@ from pydantic import BaseModel  # noqa: E402
 from version_pages import versions_page  # noqa: E402
 
 from kvtier.config import (  # noqa: E402
+    BlendConfig,
     Config,
     ConnectorConfig,
     ControlConfig,
     DiskTierConfig,
     GpuTierConfig,
     HostTierConfig,
+    MooncakeTierConfig,
     ObjectTierConfig,
     RecordConfig,
     RedisTierConfig,
@@ -55,8 +57,10 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`tiers`: `type: host`", HostTierConfig),
     ("`tiers`: `type: disk`", DiskTierConfig),
     ("`tiers`: `type: redis`", RedisTierConfig),
+    ("`tiers`: `type: mooncake`", MooncakeTierConfig),
     ("`tiers`: `type: object`", ObjectTierConfig),
     ("`connector`", ConnectorConfig),
+    ("`blend`", BlendConfig),
     ("`control`", ControlConfig),
     ("`record`", RecordConfig),
 )

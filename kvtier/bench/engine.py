@@ -112,11 +112,14 @@ def prompt_of(num_tokens: int, number: int) -> list[int]:
 
 
 @contextmanager
-def open_engine(model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None) -> Iterator[Any]:
-    """An engine in a process of its own; yields a function from prompts to what was measured. ``tiers``: kvtier's; None: without it."""
+def open_engine(model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, **more: Any) -> Iterator[Any]:
+    """An engine in a process of its own; yields a function from prompts, and kvtier's options of each, to what was measured.
+
+    ``tiers``: kvtier's; None: without it. ``more``: other settings of kvtier.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, model, directory, tiers), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, model, directory, tiers, more), daemon=True)
     process.start()
     theirs.close()
 
@@ -129,9 +132,9 @@ def open_engine(model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] 
 
     receive()
 
-    def ask(prompts: list[list[int]]) -> dict[str, float]:
-        ours.send(prompts)
-        answer: dict[str, float] = receive()
+    def ask(prompts: list[list[int]], options: Sequence[Any] = (), max_tokens: int = 16) -> dict[str, Any]:
+        ours.send((prompts, options or [None] * len(prompts), max_tokens))
+        answer: dict[str, Any] = receive()
         return answer
 
     try:
@@ -141,24 +144,41 @@ def open_engine(model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] 
         process.join(60.0)
 
 
-def _serve(pipe: Connection, model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None) -> None:
+def _serve(pipe: Connection, model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, settings: Mapping[str, Any]) -> None:
     with (directory / "engines.log").open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     from vllm import LLM, SamplingParams  # noqa: PLC0415 - only this process needs it
     from vllm.config import KVTransferConfig  # noqa: PLC0415
 
-    more = {} if tiers is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(tiers))}
+    more = {} if tiers is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(tiers, settings))}
     llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, **more)
-    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    llm.generate([{"prompt_token_ids": prompt_of(64, 0)}], sampling, use_tqdm=False)
+
+    def sampling(options: Any, max_tokens: int) -> SamplingParams:
+        extra = None if options is None else {"kv_transfer_params": {"kvtier": options}}
+        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+
+    llm.generate([{"prompt_token_ids": prompt_of(64, 0)}], sampling(None, 16), use_tqdm=False)
     pipe.send("ready")
-    while (prompts := pipe.recv()) is not None:
+    while (asked := pipe.recv()) is not None:
+        prompts, options, max_tokens = asked
         start = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-        loaded = sum((output.kv_transfer_params or {}).get("kvtier", {}).get("disk_tokens", 0) for output in outputs)
-        pipe.send({"seconds": time.perf_counter() - start, "ttft_s": outputs[0].metrics.first_token_latency, "loaded_tokens": loaded})
+        wanted = [sampling(each, max_tokens) for each in options]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
+        pipe.send({"seconds": time.perf_counter() - start, **_measured(outputs)})
     llm.llm_engine.engine_core.shutdown()
+
+
+def _measured(outputs: Any) -> dict[str, Any]:
+    """What came from where; and of each prompt, since the engine got the first one, when its last token came."""
+    said = [(output.kv_transfer_params or {}).get("kvtier", {}) for output in outputs]
+    started = min(output.metrics.queued_ts for output in outputs)
+    return {
+        "ttft_s": outputs[0].metrics.first_token_latency,
+        "last_s": [output.metrics.last_token_ts - started for output in outputs],
+        "loaded_tokens": sum(each.get("disk_tokens", 0) for each in said),
+        "blended": [each.get("blend", {}).get("tokens", 0) for each in said],
+    }
 
 
 def own_tiers(directory: Path) -> list[dict[str, Any]]:
@@ -166,11 +186,11 @@ def own_tiers(directory: Path) -> list[dict[str, Any]]:
     return [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]
 
 
-def _transfer_settings(tiers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _transfer_settings(tiers: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kv_connector": "KVTierConnector",
         "kv_connector_module_path": "kvtier.connectors.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"tiers": list(tiers)},
+        "kv_connector_extra_config": {"tiers": list(tiers), **settings},
     }

@@ -18,9 +18,11 @@ from typing import Any
 
 from kvtier.bench.engine import ENVIRONMENT, open_engine, prompt_of
 from kvtier.bench.report import Record, publish, record
-from kvtier.testing.servers import S3Server, Server, ValkeyServer
+from kvtier.testing.servers import MooncakeMaster, S3Server, Server, ValkeyServer
+from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
+from kvtier.tiers.remote import Deadline
 
-PATHS = ("redis-unix", "redis-tcp", "s3")
+PATHS = ("redis-unix", "redis-tcp", "mooncake", "s3")
 _SETTLE_S = 3.0
 """until the first engine's last write has arrived"""
 
@@ -76,6 +78,13 @@ def measure(path: str, model: str, sizes: list[int], rounds: int, directory: Pat
 def _start(path: str, folder: Path, at_end: Callable[[Callable[[], None]], object]) -> dict[str, Any]:
     """The server, and the tier that uses it."""
     server: Server
+    if path == "mooncake":
+        server = master = MooncakeMaster(folder).start()
+        at_end(server.kill)
+        member = MooncakeClient(MooncakeAccess(master=master.url.partition("//")[2], segment_bytes=1 << 30))
+        member.ping(Deadline(60.0))
+        at_end(member.close)
+        return {"type": "mooncake", "url": master.url}
     if path == "s3":
         server = bucket = S3Server(folder).start()
         at_end(server.kill)

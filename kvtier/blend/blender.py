@@ -26,8 +26,8 @@ class Blended:
 
     kv: TokenKV
     """of the whole prompt; depends on all of it, so it must never be kept under a prefix's keys"""
-    logits: torch.Tensor
-    """behind the prompt's last token: ``[vocabulary]``, fp32"""
+    logits: torch.Tensor | None
+    """behind the prompt's last token: ``[vocabulary]``, fp32; ``None`` where it was not computed"""
     num_chosen: int
     """tokens of chunks that were computed anew"""
     num_token_layers: int
@@ -35,7 +35,7 @@ class Blended:
 
 
 @torch.no_grad()
-def blend(
+def blend(  # noqa: PLR0913 - by keyword
     model: BlendModel,
     token_ids: Sequence[int],
     layout: PromptLayout,
@@ -44,12 +44,14 @@ def blend(
     ratio: Ratio,
     *,
     prefix: TokenKV | None = None,
+    end: int | None = None,
 ) -> Blended:
     """Blends a prompt.
 
     Args:
         entries: one for each placement of the layout, in its order
         prefix: the KV of the layout's prefix
+        end: the position from which on somebody else computes the prompt: there is no KV of use from there on
 
     Raises:
         BlendRefusedError: an entry is not of the chunk that the layout puts there.
@@ -57,16 +59,19 @@ def blend(
     """
     _check(token_ids, layout, entries, prefix)
     layout = _without_foreign_context(layout, entries)
-    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, entries, prefix)
+    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, entries, prefix, end)
     selection = method.select(prompt, ratio) if len(prompt.candidates) else Selection(prompt.candidates.bool())
     chosen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=model.device)
     chosen[prompt.candidates[selection.chosen.to(model.device)]] = True
+    chosen[end:] &= end is None
     rows = prompt.rows_of(chosen)
     hook = None
     if selection.shift_weight:
         hook = MeanShift(prompt.kv, layout, rows.positions, chosen, selection.shift_weight)
-    prompt.advance(rows, hook=hook)
-    return Blended(prompt.kv, model.logits(rows.hidden[-1:])[0], int(chosen.sum()), prompt.num_token_layers)
+    if len(rows.positions):
+        prompt.advance(rows, hook=hook, kv_only=end is not None)
+    logits = model.logits(rows.hidden[-1:])[0] if end is None else None
+    return Blended(prompt.kv, logits, int(chosen.sum()), prompt.num_token_layers)
 
 
 def assemble(model: BlendModel, layout: PromptLayout, entries: Sequence[ChunkEntry], prefix: TokenKV | None, like: torch.Tensor) -> TokenKV:
@@ -99,7 +104,13 @@ class _Prompt:
     """One prompt's state while it is blended; what methods see of it is :class:`kvtier.blend.methods.base.Evidence`."""
 
     def __init__(
-        self, model: BlendModel, token_ids: torch.Tensor, layout: PromptLayout, entries: Sequence[ChunkEntry], prefix: TokenKV | None
+        self,
+        model: BlendModel,
+        token_ids: torch.Tensor,
+        layout: PromptLayout,
+        entries: Sequence[ChunkEntry],
+        prefix: TokenKV | None,
+        end: int | None,
     ) -> None:
         self.layout = layout
         self.num_token_layers = 0
@@ -114,25 +125,29 @@ class _Prompt:
         self._writable[self.candidates] = True
         self._fresh[-1] = True
         """computed in any case: the last one for its logits, even where its KV is known"""
+        self._wanted = torch.ones(layout.num_tokens, dtype=torch.bool, device=device)
+        self._wanted[end:] &= end is None
         first = model.project(0, model.embed(token_ids[:1]), torch.zeros(1, dtype=torch.long, device=device))
         self.kv = assemble(model, layout, entries, prefix, first.keys)
         self._begun: Rows | None = None
 
-    def advance(self, rows: Rows, end_layer: int | None = None, hook: MeanShift | None = None) -> None:
+    def advance(self, rows: Rows, end_layer: int | None = None, hook: MeanShift | None = None, *, kv_only: bool = False) -> None:
         end = self._model.num_layers if end_layer is None else end_layer
         self.num_token_layers += len(rows.positions) * (end - rows.next_layer)
-        advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=hook)
+        advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=hook, kv_only=kv_only)
 
     def rows_of(self, chosen: torch.Tensor) -> Rows:
         """The rows of what was chosen and all that nobody has, from the layer on that was reached for all."""
-        wanted = chosen | self._fresh
+        wanted = (chosen | self._fresh) & self._wanted
         if self._begun is not None:
             return self._begun.narrow(wanted)
         return start(self._model, self._tokens, wanted.nonzero()[:, 0])
 
     def value_deviation(self, layer: int) -> torch.Tensor:
         if self._begun is None:
-            self._begun = start(self._model, self._tokens, (self._fresh | self._writable).nonzero()[:, 0])
+            known = self._fresh & self._wanted
+            known[self.candidates] = True
+            self._begun = start(self._model, self._tokens, known.nonzero()[:, 0])
         layer = min(layer, self._model.num_layers - 1)
         self.advance(self._begun, end_layer=layer)
         is_candidate = torch.isin(self._begun.positions, self.candidates)
@@ -153,7 +168,7 @@ class _Prompt:
             total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / model.num_layers)
 
         self.num_token_layers += len(rows.positions) * model.num_layers
-        advance(model, rows, self.kv, self._writable, hook=look)
+        advance(model, rows, self.kv, self._writable, hook=look, kv_only=True)
         return total[self.candidates]
 
     def contexts(self) -> list[Context]:

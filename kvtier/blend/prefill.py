@@ -5,13 +5,16 @@ The reference of every other implementation. With all tokens it is full prefill;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
 from kvtier.blend.model import BlendModel, Projected, TokenKV
+
+GROUP_ROWS = 64
+"""rows whose attention is computed together"""
 
 LayerHook = Callable[[int, Projected], None]
 """told of each layer's projections before they are written: layer, projections of the rows"""
@@ -38,13 +41,23 @@ def start(model: BlendModel, token_ids: torch.Tensor, positions: torch.Tensor) -
 
 
 def advance(
-    model: BlendModel, rows: Rows, kv: TokenKV, writable: torch.Tensor, *, end_layer: int | None = None, hook: LayerHook | None = None
+    model: BlendModel,
+    rows: Rows,
+    kv: TokenKV,
+    writable: torch.Tensor,
+    *,
+    end_layer: int | None = None,
+    hook: LayerHook | None = None,
+    kv_only: bool = False,
 ) -> None:
-    """Computes ``rows`` up to ``end_layer`` (default: all), writing their KV where ``writable`` is true (a mask over positions)."""
+    """Computes ``rows`` up to ``end_layer`` (default: all), writing their KV where ``writable`` is true (a mask over positions).
+
+    ``kv_only``: nobody needs what comes out of the last of these layers.
+    """
     end = model.num_layers if end_layer is None else end_layer
     written = writable[rows.positions]
     targets = rows.positions[written]
-    mask = attention_mask(rows.positions, kv.num_tokens)
+    groups = causal_groups(rows.positions, kv.keys.dtype)
     while rows.next_layer < end:
         layer = rows.next_layer
         projected = model.project(layer, rows.hidden, rows.positions)
@@ -52,9 +65,11 @@ def advance(
             hook(layer, projected)
         kv.keys[layer][:, targets] = projected.keys[:, written]
         kv.values[layer][:, targets] = projected.values[:, written]
-        attended = attend(projected.queries, kv.keys[layer], kv.values[layer], mask, model.scale)
-        rows.hidden = model.finish(layer, rows.hidden, attended)
         rows.next_layer += 1
+        if kv_only and rows.next_layer == end:
+            return
+        attended = attend(projected.queries, kv.keys[layer], kv.values[layer], groups, model.scale)
+        rows.hidden = model.finish(layer, rows.hidden, attended)
 
 
 def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -62,20 +77,38 @@ def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.arange(num_tokens, device=positions.device)[None, :] <= positions[:, None]
 
 
-def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of grouped queries; ``[rows, num_heads * head_dim]``."""
-    num_heads, num_rows, head_dim = queries.shape
-    group = num_heads // keys.shape[0]
-    grouped = queries.reshape(keys.shape[0], group, num_rows, head_dim)
-    result = F.scaled_dot_product_attention(
-        grouped, keys[:, None].expand(-1, group, -1, -1), values[:, None].expand(-1, group, -1, -1), attn_mask=mask, scale=scale
-    )
-    return result.reshape(num_heads, num_rows, head_dim).transpose(0, 1).reshape(num_rows, -1)
+def causal_groups(positions: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What each row may not look at, for attention in groups of neighbours: ``[rows, tokens up to the group's last]``, -inf there.
+
+    No group reads what lies behind its last row, which halves the work.
+    """
+    groups = []
+    for part in positions.split(GROUP_ROWS):
+        behind = torch.arange(int(part[-1]) + 1, device=part.device)[None, :] > part[:, None]
+        groups.append(torch.zeros(behind.shape, dtype=dtype, device=part.device).masked_fill_(behind, -torch.inf))
+    return groups
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, groups: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    """Attention of grouped queries, ``groups`` as :func:`causal_groups` gives them; ``[rows, num_heads * head_dim]``."""
+    parts = []
+    first = 0
+    for mask in groups:
+        num_rows, end = mask.shape
+        part = queries[None, :, first : first + num_rows]
+        shared = part.shape[1] != keys.shape[0]
+        parts.append(
+            F.scaled_dot_product_attention(
+                part, keys[None, :, :end], values[None, :, :end], attn_mask=mask, scale=scale, enable_gqa=shared
+            )[0]
+        )
+        first += num_rows
+    return torch.cat(parts, 1).transpose(0, 1).reshape(first, -1)
 
 
 def attention_weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """Mean over the heads of what each row looks at: ``[rows, num_tokens]``, fp32, each row sums to 1."""
     num_heads, num_rows, head_dim = queries.shape
-    grouped = queries.float().reshape(keys.shape[0], -1, head_dim)
-    scores = (grouped @ keys.float().transpose(1, 2) * scale).view(num_heads, num_rows, -1)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(0)
+    grouped = queries.reshape(keys.shape[0], -1, head_dim)
+    scores = (grouped @ keys.transpose(1, 2)).float().mul_(scale).view(num_heads, num_rows, -1)
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).mean(0)

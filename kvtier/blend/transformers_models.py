@@ -38,7 +38,7 @@ class TransformersModel:
             BlendRefusedError: the model is of another family, or its keys depend on positions in a way that one rotation does not move.
         """
         config = model.config
-        _check_family(config)
+        check_family(config)
         self._decoder = model.model
         self._head = model.lm_head
         self.device: torch.device = self._decoder.embed_tokens.weight.device
@@ -46,7 +46,8 @@ class TransformersModel:
         attention = self._decoder.layers[0].self_attn
         self._head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
-        self.rotary = Rotary(_frequencies(config, self._head_dim, self._decoder.rotary_emb.inv_freq), "neox")
+        self.rotary = Rotary(frequencies_of(config, self._head_dim), "neox")
+        _check_frequencies(config, self.rotary.frequencies, self._decoder.rotary_emb.inv_freq)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """As ``BlendModel`` says."""
@@ -84,7 +85,8 @@ def _rotate(vectors: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> 
     return vectors * cosine + torch.cat((-right, left), dim=-1) * sine
 
 
-def _check_family(config: Any) -> None:
+def check_family(config: Any) -> None:
+    """Raises BlendRefusedError unless the configuration is of a family whose KV can be moved."""
     kind = config.model_type
     if kind not in SUPPORTED:
         why = _WHY_NOT.get(kind, f"chunks are reused with {', '.join(SUPPORTED)} only")
@@ -97,14 +99,14 @@ def _check_family(config: Any) -> None:
         raise BlendRefusedError(RefusalReason.MODEL, text)
 
 
-def _frequencies(config: Any, head_dim: int, models: torch.Tensor) -> Floats:
-    """kvtier's frequencies for the configuration, which must be the model's own."""
+def frequencies_of(config: Any, head_dim: int) -> Floats:
+    """The radians per position of each pair, after the configuration. Raises BlendRefusedError for kinds whose keys cannot be moved."""
     parameters = config.rope_parameters
     kind, theta = parameters["rope_type"], parameters["rope_theta"]
     if kind == "default":
-        ours = plain_frequencies(theta, head_dim)
-    elif kind == "llama3":
-        ours = llama3_frequencies(
+        return plain_frequencies(theta, head_dim)
+    if kind == "llama3":
+        return llama3_frequencies(
             theta,
             head_dim,
             factor=parameters["factor"],
@@ -112,8 +114,8 @@ def _frequencies(config: Any, head_dim: int, models: torch.Tensor) -> Floats:
             high_freq_factor=parameters["high_freq_factor"],
             original_max_positions=parameters["original_max_position_embeddings"],
         )
-    elif kind == "yarn":
-        ours = yarn_frequencies(
+    if kind == "yarn":
+        return yarn_frequencies(
             theta,
             head_dim,
             factor=parameters["factor"],
@@ -121,11 +123,14 @@ def _frequencies(config: Any, head_dim: int, models: torch.Tensor) -> Floats:
             beta_fast=parameters.get("beta_fast") or 32.0,
             beta_slow=parameters.get("beta_slow") or 1.0,
         )
-    else:
-        raise BlendRefusedError(RefusalReason.MODEL, f"rope_type {kind!r}: default, llama3 and yarn keys can be moved")
+    raise BlendRefusedError(RefusalReason.MODEL, f"rope_type {kind!r}: default, llama3 and yarn keys can be moved")
+
+
+def _check_frequencies(config: Any, ours: Floats, models: torch.Tensor) -> None:
+    """They must be those that the model itself uses."""
+    kind = config.rope_parameters["rope_type"]
     theirs = models.detach().float().cpu().numpy()
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=1e-5, atol=0):
         raise BlendRefusedError(
             RefusalReason.MODEL, f"rope_type {kind!r} of model type {config.model_type!r} turns by other frequencies than its kind's"
         )
-    return ours

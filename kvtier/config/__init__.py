@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from kvtier.config.fields import WriteMode
 from kvtier.config.model import Config, LowerTierConfig
-from kvtier.config.remote import ObjectTierConfig, RedisTierConfig, RemoteTierConfig
-from kvtier.config.sections import ConnectorConfig, ControlConfig, RecordConfig
+from kvtier.config.remote import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig, RemoteTierConfig
+from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, RecordConfig
 from kvtier.config.template import commented_defaults
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 
 __all__ = [
+    "BlendConfig",
     "Config",
     "ConnectorConfig",
     "ControlConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "GpuTierConfig",
     "HostTierConfig",
     "LowerTierConfig",
+    "MooncakeTierConfig",
     "ObjectTierConfig",
     "RecordConfig",
     "RedisTierConfig",

@@ -66,6 +66,38 @@ class ConnectorConfig(Section):
     )
 
 
+class BlendConfig(Section):
+    """Chunks of prompts reused at any position. What comes out is an approximation, so a request has to ask for it too."""
+
+    enabled: bool = setting(
+        False, kind="boolean", allowed="`true`, `false`", about="Whether requests may reuse chunks (`kv_transfer_params`, key `blend`)."
+    )
+    method: Literal["none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined"] = setting(
+        "combined",
+        kind="name",
+        allowed="`none`, `cacheblend`, `epic`, `prophetkv`, `cachecraft`, `combined`",
+        about="How the tokens of chunks are chosen that are computed anew, where a request does not say.",
+    )
+    ratio: float = setting(
+        0.15, kind="number", allowed="0 to 1", about="Which share of them that is, where a request does not say.", ge=0, le=1
+    )
+    min_reuse: float = setting(
+        0.5,
+        kind="number",
+        allowed="0 to 1",
+        about="Which share of what would be covered must come from chunks; below it the whole prompt is computed.",
+        ge=0,
+        le=1,
+    )
+    primer: OptionalPath = setting(
+        None,
+        kind="path",
+        allowed="null, or a text file",
+        about="A neutral document that chunks are computed behind, after what the prompts begin with. Some hundred words; it improves the "
+        "answers and costs nothing when a prompt is served. null: none.",
+    )
+
+
 class RecordConfig(Section):
     """A recording of the requests and of what the tiers had for them, for `kvtier simulate` and `kvtier plan`."""
 

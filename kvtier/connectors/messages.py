@@ -6,8 +6,11 @@ The scheduler half decides and never sees a tensor; the worker half moves bytes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from kvtier.blend.layout import PromptLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class RequestOptions:
     """how long that is expected to take"""
     next_use_s: float | None = None
     """when the session's next request is expected, after the end of this one"""
+    blend: Mapping[str, Any] | None = None
+    """chunks of the prompt that may be reused at any position, as asked; None: none"""
     num_problems: int = 0
     """how much of what was asked made no sense"""
 
@@ -74,6 +79,49 @@ class MoveJob:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkSlots:
+    """Where the KV of a chunk lies, or is to be put: blocks ``positions`` of it."""
+
+    positions: tuple[int, ...]
+    slots: tuple[int, ...]
+    generations: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlendJob:
+    """The beginning of a prompt that is put together from chunks, instead of being computed."""
+
+    job_id: int
+    request_id: str
+    token_ids: tuple[int, ...]
+    """of the whole prompt"""
+    layout: PromptLayout
+    """its prefix, at most ``first`` tokens, lies in the engine's blocks when the loads of the step are done"""
+    chunks: tuple[ChunkSlots, ...]
+    """one for each placement; one that lacks blocks has been lost"""
+    first: int
+    """the first token that is written; those before are in the engine's blocks, or will be after the forward pass"""
+    end: int
+    """the engine computes the prompt from here on; a multiple of its block size"""
+    method: str
+    ratio: float
+    block_ids: tuple[int, ...]
+    """engine blocks of the tokens before ``end``"""
+
+
+@dataclass(frozen=True, slots=True)
+class EntryJob:
+    """A chunk whose KV is to be computed behind its anchor, and stored."""
+
+    job_id: int
+    key: bytes
+    anchor_key: bytes
+    anchor_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    slots: ChunkSlots
+
+
+@dataclass(frozen=True, slots=True)
 class StepMessage:
     """Everything the workers must do around one forward pass."""
 
@@ -87,6 +135,10 @@ class StepMessage:
     """requests that lost their blocks since the last step: no copy may still read those when they are overwritten"""
     held: tuple[str, ...] = ()
     """finished requests whose blocks the engine holds until every worker has reported them as sent"""
+    blends: tuple[BlendJob, ...] = ()
+    """to be finished before the forward pass of this step, and after its loads"""
+    entries: tuple[EntryJob, ...] = ()
+    """to be computed after the forward pass of this step"""
 
 
 @dataclass(slots=True)
@@ -104,6 +156,12 @@ class WorkerReport:
     """unexpected errors that became failed copies"""
     load_times: list[tuple[int, float]] = field(default_factory=list)
     """loads that did not overlap with computing: bytes of all ranks, seconds"""
+    blenders: int = 0
+    """of the attached workers, those that can put prompts together from chunks"""
+    num_blended_tokens: int = 0
+    """tokens of chunks that blends took over"""
+    num_chosen_tokens: int = 0
+    """those of them that were computed anew"""
 
     def merge(self, other: WorkerReport) -> WorkerReport:
         """Adds another worker's report to this one, in place, and returns it."""
@@ -112,6 +170,9 @@ class WorkerReport:
         for job_id, positions in other.failed.items():
             self.failed.setdefault(job_id, set()).update(positions)
         self.attached += other.attached
+        self.blenders += other.blenders
+        self.num_blended_tokens += other.num_blended_tokens
+        self.num_chosen_tokens += other.num_chosen_tokens
         self.num_stale += other.num_stale
         self.num_errors += other.num_errors
         self.load_times += other.load_times

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from kvtier.config import Config
+from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.copying import Copying
 from kvtier.connectors.messages import MoveJob, RequestOptions, ScheduledRequest, WorkerReport
@@ -58,11 +59,12 @@ class RecordingHalf(SchedulerHalf):
         recorder: Recorder,
         keep_events: bool = False,
         stores_are_async: bool = False,
+        blend: BlendParts | None = None,
         clock: Callable[[], float] = time.monotonic,
         strict: bool = False,
     ) -> None:
         """``keep_events``: somebody calls ``take_events``. The rest: see :class:`SchedulerHalf`."""
-        super().__init__(engine, geometry, settings, stores_are_async=stores_are_async, clock=clock, strict=strict)
+        super().__init__(engine, geometry, settings, stores_are_async=stores_are_async, blend=blend, clock=clock, strict=strict)
         self._recorder = recorder
         self._now = clock
         self._keep_events = keep_events

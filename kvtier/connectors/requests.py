@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from kvtier.blend.layout import Placement
 from kvtier.connectors.messages import RequestOptions
 from kvtier.hashing import KeyChain, TokenSpan, request_root
 from kvtier.types import BlockKey
@@ -27,6 +28,8 @@ class RequestIdentity:
     """multimodal items: part of the keys of the blocks they lie in, and so of all blocks behind"""
     tenant: str = ""
     """whose blocks they are; requests of different tenants must have different ``extras``"""
+    has_adapter: bool = False
+    """its KV is not that of the model alone"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Matched:
     """tokens beyond those the engine has already; ``None``: not known yet, ask again in a later step"""
     is_async: bool = False
     """the load runs while the request waits; never true with 0 or ``None``"""
+    is_blended: bool = False
+    """a part is put together from chunks: its KV must never serve another request by its prefix"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +151,44 @@ class Lookup:
     pinned_until: float = 0.0
 
 
+@dataclass(slots=True)
+class BlendState:
+    """What is known of a request's chunks."""
+
+    placements: list[Placement]
+    """where they lie in the prompt"""
+    anchor_ids: tuple[int, ...]
+    """tokens that they are computed behind"""
+    method: str
+    ratio: float
+    num_prompt_tokens: int
+    plan: BlendPlan | None = None
+    """what the last match promised"""
+    deadline: float | None = None
+    """when it stops waiting for chunks on slower tiers"""
+    is_over: bool = False
+    """nothing is to be reused (any more)"""
+    num_tokens: int = 0
+    """taken from chunks instead of computed as a prompt"""
+
+
+@dataclass(frozen=True, slots=True)
+class BlendPlan:
+    """The part of a prompt that is going to be put together from chunks: tokens ``[num_exact, end)``."""
+
+    num_exact: int
+    """tokens before it whose KV is what full prefill computes"""
+    end: int
+    placements: tuple[Placement, ...]
+    """of chunks that are in host memory"""
+
+
 class Request:
     """A request as the scheduler half sees it."""
 
     __slots__ = (
+        "blend",
+        "blend_refusal",
         "can_load",
         "can_store",
         "chain",
@@ -177,6 +216,10 @@ class Request:
         self.token_ids = token_ids
         self.chain = chain
         self.options = options
+        self.blend: BlendState | None = None
+        """chunks that it named, where they may be reused"""
+        self.blend_refusal = ""
+        """why not, where it asked for it"""
         self.can_load = options.load
         self.can_store = options.store
         self.num_store_tokens = NEVER if options.store_only_prefix is None else options.store_only_prefix

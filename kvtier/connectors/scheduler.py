@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from kvtier.connectors.blending import Blending, BlendParts
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.copying import Copying
 from kvtier.connectors.matching import Matcher
@@ -41,6 +42,7 @@ class SchedulerHalf:
         geometry: see :class:`~kvtier.connectors.requests.Geometry`
         settings: see :class:`~kvtier.connectors.requests.ConnectorSettings`
         stores_are_async: the workers' copiers are asynchronous, so that blocks of finished requests must be held
+        blend: how chunks are reused; None: requests that ask for it are served as any other
         clock: seconds that do not go backwards
         strict: re-raise unexpected errors (tests only)
     """
@@ -52,6 +54,7 @@ class SchedulerHalf:
         settings: ConnectorSettings,
         *,
         stores_are_async: bool = False,
+        blend: BlendParts | None = None,
         clock: Callable[[], float] = time.monotonic,
         strict: bool = False,
     ) -> None:
@@ -65,6 +68,7 @@ class SchedulerHalf:
         self._requests: dict[str, Request] = {}
         self._meter = StepMeter(engine.estimates, clock)
         self._copying = Copying(engine, geometry, self._requests, self._boundary, async_load=settings.async_load)
+        self._blending = Blending(engine, geometry, settings, blend or BlendParts(), clock)
         self._held: list[str] = []
         self._num_attached_workers = 0
         self._stats_seen = engine.stats.snapshot()
@@ -99,6 +103,7 @@ class SchedulerHalf:
             if not self._settings.store_decode_blocks:
                 request.num_store_tokens = min(request.num_store_tokens, num_prompt_tokens)
             self._requests[request_id] = request
+            self._blending.begin(request, identity, num_prompt_tokens)
 
     def match(self, request_id: str, num_tokens: int, num_computed_tokens: int) -> Matched:
         """How many tokens beyond ``num_computed_tokens`` can be loaded for the first ``num_tokens`` of the request.
@@ -114,7 +119,8 @@ class SchedulerHalf:
         with self._boundary.at("match"):
             if request.is_admitted:
                 self._start_over(request)
-            return self._matcher.match(request, num_tokens, num_computed_tokens)
+            exact = self._matcher.match(request, num_tokens, num_computed_tokens)
+            return exact if request.blend is None else self._blending.improve(request, exact, num_tokens)
         return _NOTHING
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
@@ -129,11 +135,13 @@ class SchedulerHalf:
         request.is_admitted = True
         request.num_done_tokens = request.num_computed_tokens + num_external_tokens
         with self._boundary.at("allocated"):
-            if num_external_tokens:
+            num_exact = self._blending.num_exact_tokens(request, num_external_tokens)
+            if num_exact:
                 found_tokens = max(0, request.num_found_ready * self._block_tokens - request.num_computed_tokens)
-                host_tokens = min(found_tokens, num_external_tokens)
-                request.hit_tokens = (host_tokens, num_external_tokens - host_tokens)
-                self._copying.plan_load(request, block_ids, num_external_tokens)
+                host_tokens = min(found_tokens, num_exact)
+                request.hit_tokens = (host_tokens, num_exact - host_tokens)
+                self._copying.plan_load(request, block_ids, num_exact)
+            self._blending.allocated(request, block_ids, num_external_tokens)
             if request.options.priority != "low":
                 self._touch(request)
             if request.options.session:
@@ -153,11 +161,14 @@ class SchedulerHalf:
         stores: list[MoveJob] = []
         requests = self._requests
         tokens = StepTokens()
+        computing: list[tuple[ScheduledRequest, int]] | None = [] if self._blending.has_new_blends else None
         for item in scheduled:
             request = requests.get(item.request_id)
             if request is None:
                 continue
             num_new = item.num_computed_tokens - request.num_done_tokens
+            if computing is not None:
+                computing.append((item, request.num_done_tokens if num_new > 0 else 0))
             request.num_done_tokens = item.num_computed_tokens
             if num_new == 1:
                 tokens.num_decode += 1
@@ -169,11 +180,15 @@ class SchedulerHalf:
         if not scheduled and not loads and (self._matcher.num_waiting or self._engine.busy):
             with self._boundary.at("poll"):
                 self._engine.poll(IDLE_WAIT_S)
-        self._meter.begin(tokens, is_pure=not any(not job.is_async for job in loads))
+        blends = self._blending.take_blends(computing or ())
+        entries = self._blending.take_entries(is_prefilling=tokens.num_prefill > 0 or bool(blends))
+        self._meter.begin(tokens, is_pure=not blends and not entries and not any(not job.is_async for job in loads))
         return StepMessage(
             loads=tuple(job.move for job in loads if not job.is_async),
             async_loads=tuple(job.move for job in loads if job.is_async),
             stores=tuple(stores),
+            blends=tuple(blends),
+            entries=tuple(entries),
             preempted=tuple(preempted),
             held=tuple(held),
         )
@@ -194,6 +209,8 @@ class SchedulerHalf:
             if failed_block_ids:
                 with self._boundary.at("finish_step"):
                     self._copying.void_stores(set(failed_block_ids))
+            with self._boundary.at("blend"):
+                self._blending.report(report)
             for job_id in report.done:
                 if job_id in self._copying.loads:
                     with self._boundary.at("end_load"):
@@ -231,6 +248,7 @@ class SchedulerHalf:
             with self._boundary.at("reset"):
                 self._matcher.release(request)
             request.stop_storing()
+        self._blending.forget()
         with self._boundary.at("reset"):
             self._engine.reset()  # stores under way will end as failures
             return True
@@ -241,10 +259,19 @@ class SchedulerHalf:
         request = self._requests.get(request_id)
         return (0, 0) if request is None else request.hit_tokens
 
+    def blended(self, request_id: str) -> dict[str, object]:
+        """What became of a request's chunks, where it named any: tokens taken from them, or why none."""
+        request = self._requests.get(request_id)
+        if request is None or request.options.blend is None:
+            return {}
+        refused = {"refused": request.blend_refusal} if request.blend_refusal else {}
+        return {"tokens": 0 if request.blend is None else request.blend.num_tokens, **refused}
+
     @property
     def has_pending_work(self) -> bool:
         """Whether the engine must keep stepping for kvtier: copies not reported, holds not told, writes to slower tiers."""
-        return bool(self._copying.loads or self._copying.stores or self._held) or self._engine.busy
+        is_copying = bool(self._copying.loads or self._copying.stores or self._held)
+        return is_copying or self._blending.has_pending_work or self._engine.busy
 
     @property
     def num_attached_workers(self) -> int:

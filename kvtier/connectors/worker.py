@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvtier.connectors.blend_steps import Blender, BlendSteps
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.layer_pipeline import LayerPipeline
 from kvtier.connectors.layer_stores import LayerStores
@@ -83,6 +84,7 @@ class WorkerHalf:
         part: where this rank's bytes lie in a slot
         loader: loads layer by layer, where the engine can wait for each layer; closed by ``close()``
         storer: stores layer by layer, where the engine tells of each layer
+        blender: puts prompts together from chunks, where this worker can
         strict: re-raise unexpected errors, except those of the copier (tests only)
     """
 
@@ -94,8 +96,10 @@ class WorkerHalf:
         *,
         loader: LayerLoader | None = None,
         storer: LayerStorer | None = None,
+        blender: Blender | None = None,
         strict: bool = False,
     ) -> None:
+        self._blends = BlendSteps(blender, self._count_error)
         self._generations = arena.generations
         self._copier = copier
         self._layers = LayerPipeline(loader)
@@ -113,7 +117,7 @@ class WorkerHalf:
         self._held: set[str] = set()
         self._received: set[str] = set()
         self._failed_block_ids: set[int] = set()
-        self._report = WorkerReport(attached=1)
+        self._report = WorkerReport(attached=1, blenders=int(blender is not None))
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -141,6 +145,7 @@ class WorkerHalf:
         if self._loads_started:
             return
         self._loads_started = True
+        by_layer = by_layer and not self._orders.blends
         # What passes through the device pool is not divided by layers.
         layered = [job for job in self._orders.loads if by_layer and self._layers.is_usable and not job.device_slots]
         self._sync_loads += [self._start(job, is_load=True) for job in self._orders.loads if job not in layered]
@@ -150,6 +155,9 @@ class WorkerHalf:
             self._start_by_layer([self._prepare(job) for job in layered])
         for job in self._orders.async_loads:
             self._async_loads.append(self._start(job, is_load=True))
+        if self._orders.blends:
+            self.wait_for_loads()
+            self._failed_block_ids |= self._blends.blend(self._orders.blends, self._failed_block_ids, self._report)
 
     def wait_for_loads(self) -> None:
         """Returns when the sync loads of the step are in the engine's blocks or have failed. Idempotent."""
@@ -215,6 +223,7 @@ class WorkerHalf:
         self.wait_for_loads()
         self._layers.reset()
         self.start_stores()
+        self._blends.store(self._orders.entries, self._report)
         self._orders = _NO_ORDERS
         loads, self._async_loads = self._async_loads, []
         for copy in loads:

@@ -282,8 +282,10 @@ def main(out: Path, log: Path, settings: dict[str, Any], environment: dict[str, 
     if settings["scenario"] == "refusals":
         result = refusals(settings)
     else:
+        from tests.engine.blend_scenarios import BLEND_SCENARIOS  # noqa: PLC0415 - it uses this module
+
         llm = make_engine(settings)
-        result = SCENARIOS[settings["scenario"]](llm, settings)
+        result = {**SCENARIOS, **BLEND_SCENARIOS}[settings["scenario"]](llm, settings)
         del llm
         gc.collect()
     out.write_text(json.dumps(result))

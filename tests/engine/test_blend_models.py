@@ -113,6 +113,7 @@ def test_all_tokens_are_full_prefill(family: str, method: str, prompt: Prompt) -
     logits, cache = models_own(family, prompt.token_ids)
     assert len(layout.candidates) == blended.num_chosen
     torch.testing.assert_close(blended.logits, logits, rtol=0, atol=TOLERANCE)
+    assert blended.logits is not None
     assert logits.argmax() == blended.logits.argmax()
     torch.testing.assert_close(blended.kv.keys[-1], cache.layers[-1].keys[0], rtol=0, atol=TOLERANCE)
 
@@ -149,6 +150,7 @@ def test_any_ratio_computes_what_it_says(prompt: Prompt, ratio: float, method: s
     """As many tokens as the ratio says are computed anew; the prefix and exact chunks keep their bits."""
     blended, layout, store = blend_prompt("llama", prompt, method, ratio)
     assert FixedRatio(ratio).num_tokens(None, len(layout.candidates)) == blended.num_chosen
+    assert blended.logits is not None
     assert bool(blended.logits.isfinite().all())
     for placement, entry in zip(layout.placements, store.entries(prompt.token_ids, layout), strict=True):
         if placement.is_exact:
@@ -271,4 +273,5 @@ def test_all_tokens_are_full_prefill_in_smollm2(method: str) -> None:
     with torch.no_grad():
         expected = loaded(input_ids=torch.tensor([ids])).logits[0, -1].float()
     torch.testing.assert_close(blended.logits, expected, rtol=0, atol=2e-3)
+    assert blended.logits is not None
     assert expected.argmax() == blended.logits.argmax()

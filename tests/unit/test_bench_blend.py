@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.summary import by_variant, estimate, paired
 from kvtier.bench.blend.tasks import TASKS, make_set
 from kvtier.cli import main
@@ -24,8 +25,9 @@ def test_answers_stand_in_the_documents(number: int) -> None:
         asked = question.text.split("\n")[1].removesuffix("<|im_end|>")
         if question.task == "single":
             assert question.answer is not None
+            (answer,) = question.answer
             city = asked.split()[-2]
-            assert 1 == sum(f"The budget of the {city} office is{question.answer} dollars." in text for text in documents)
+            assert 1 == sum(f"The budget of the {city} office is{answer} dollars." in text for text in documents)
         elif question.task == "hops":
             assert question.answer is not None
             person = asked.split("where ")[1].split(" works?")[0]
@@ -33,11 +35,30 @@ def test_answers_stand_in_the_documents(number: int) -> None:
             city = home.split(f"{person} works in the ")[1].split(" office")[0]
             (other,) = [text for text in documents if f"The budget of the {city} office is" in text]
             assert home != other
-            assert f"The budget of the {city} office is{question.answer} dollars." in other
+            place, given, answer = question.answer
+            assert (f" {city}", f" office. The budget of the {city} office is") == (place, given)
+            assert f"The budget of the {city} office is{answer} dollars." in other
         elif question.task == "border":
             ending = asked.split("What is the ")[1].removesuffix("?")
             (index,) = [index for index, text in enumerate(documents) if text.endswith(f"The {ending} is")]
-            assert documents[index + 1].startswith(f"{question.answer}. ".lstrip())
+            assert question.answer is not None
+            assert documents[index + 1].startswith(f"{question.answer[0]}. ".lstrip())
+
+
+@pytest.mark.parametrize(
+    ("right", "written", "expected"),
+    [
+        ([1, 2, 3], [1, 2, 3], (1.0, 1.0)),
+        ([1, 2, 3], [3, 2, 1], (1.0, 1 / 3)),
+        ([1, 2, 3, 4], [1, 9, 3, 4], (0.75, 0.75)),
+        ([1, 1, 2], [1, 3, 3], (1 / 3, 1 / 3)),
+        ([1, 2], [3], (0.0, 0.0)),
+        ([1, 2, 3, 4], [2, 4], (2 / 3, 2 / 3)),
+    ],
+)
+def test_overlaps(right: list[int], written: list[int], expected: tuple[float, float]) -> None:
+    """F1 counts tokens as often as both have them; Rouge-L counts those in the same order."""
+    assert expected == pytest.approx((f1(right, written), rouge_l(right, written)))
 
 
 def row(number: int, variant: str, kl: float, *, question: int = 0, full: bool = True, right: bool = True) -> dict[str, object]:

@@ -123,7 +123,7 @@ log_level: debug
         (HOST + "  - type: ssd\n", ['kvtier.yaml:4: tiers[1]: type "ssd" is unknown; allowed: gpu, host, disk']),
         (
             HOST + "  - type: dsk\n",
-            ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk, redis, object; did you mean disk?'],
+            ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk, redis, mooncake, object; did you mean disk?'],
         ),
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
         (DISK + "    exclusive: true\n", ["tiers[1].exclusive: true is wrong (the write mode is through)", "with write: on_evict only"]),
@@ -338,6 +338,7 @@ def test_exports_are_sorted() -> None:
     """The package names exactly what others use."""
     assert sorted(kvtier.config.__all__) == kvtier.config.__all__
     exports = {
+        "BlendConfig",
         "Config",
         "ConnectorConfig",
         "ControlConfig",
@@ -345,6 +346,7 @@ def test_exports_are_sorted() -> None:
         "GpuTierConfig",
         "HostTierConfig",
         "LowerTierConfig",
+        "MooncakeTierConfig",
         "ObjectTierConfig",
         "RecordConfig",
         "RedisTierConfig",

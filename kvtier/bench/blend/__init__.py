@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 __all__ = ["BASELINE", "add_arguments", "report", "run"]
 
 BASELINE = "cacheblend, alone"
+OVERLAPS = {"retained": "retained", "f1": "F1", "rouge_l": "Rouge-L"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", metavar="DIR", help="a checkpoint of a supported family (default: KVTIER_TEST_MODEL)")
     parser.add_argument("--rows", type=Path, metavar="FILE", default=Path("blend-rows.jsonl"), help="where rows are kept and continued")
-    parser.add_argument("--items", type=int, default=4, help="sets of documents, seven questions each (default: 4)")
+    parser.add_argument("--items", type=int, default=4, help="sets of documents, fourteen questions each (default: 4)")
     parser.add_argument("--first", type=int, default=0, help="number of the first set (default: 0)")
     parser.add_argument("--ratio", type=float, default=0.15, help="share of the chunks' tokens computed anew (default: 0.15)")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants whose label contains one of these")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="only questions of these kinds (default: all)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model and its KV (default: float32)")
@@ -68,7 +70,8 @@ def _measure(args: argparse.Namespace, path: str) -> None:
         for number in range(args.first, args.first + args.items):
             documents = make_set(number)
             missing: dict[int, list[Variant]] = {}
-            for question in range(len(documents.questions)):
+            asked = [question for question, item in enumerate(documents.questions) if item.task in args.tasks]
+            for question in asked:
                 variants = [variant for variant in wanted if (number, args.ratio, question, variant.label) not in done]
                 if variants:
                     missing[question] = variants
@@ -108,5 +111,6 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         for variant, figures in table.items():
             ratio = paired(rows, task, variant, BASELINE)
             cells = [f"KL {figures['kl']}", f"of {BASELINE}'s {ratio}" if ratio else "", f"top-1 {figures['agreement']}"]
-            cells += [f"NLL {figures['nll_change']}", f"retained {figures['retained']}" if "retained" in figures else ""]
+            cells += [f"NLL {figures['nll_change']}"]
+            cells += [f"{name} {figures[field]}" for field, name in OVERLAPS.items() if field in figures]
             print(f"  {variant:<24} " + "  ".join(cell for cell in [*cells, f"cost {figures['cost'].value:.2f}"] if cell))

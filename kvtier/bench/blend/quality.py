@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Question, make_set
 from kvtier.blend.blender import blend, extend
 from kvtier.blend.chunks import NO_ANCHOR, Anchor, anchor_of
@@ -48,8 +49,8 @@ class Variant:
     label: str
     method: SelectionMethod
     entries: str
-    """alone; prefix: behind the system prompt; or from prompts that were served: reordered, the same documents in another
-    order; mixed, each behind other documents; primed, each behind one document that is always the same and never in the prompt"""
+    """alone; prefix: behind the system prompt; primed: behind the system prompt and one document that is always the same and never
+    in the prompt; or from prompts that were served: reordered, the same documents in another order; mixed, each behind other documents"""
     needs_question: bool = False
     is_reuse: bool = False
     """nothing is computed, whatever the ratio"""
@@ -71,7 +72,7 @@ VARIANTS = (
     Variant("combined, mixed", Combined(), "mixed", needs_question=True),
     Variant("none, primed", FullReuse(), "primed", is_reuse=True),
     Variant("cacheblend, primed", CacheBlend(), "primed"),
-    Variant("cachecraft, primed", CacheCraft(), "primed"),
+    Variant("epic, primed", Epic(), "primed"),
     Variant("prophetkv, primed", ProphetKV(), "primed", needs_question=True),
     Variant("combined, primed", Combined(), "primed", needs_question=True),
     Variant("combined, prefix", Combined(), "prefix", needs_question=True),
@@ -79,12 +80,30 @@ VARIANTS = (
 
 
 @dataclass(frozen=True)
+class Gold:
+    """The right answer, token by token."""
+
+    tokens: list[int]
+    is_scored: list[bool]
+    """False: the token is given, nobody has to find it"""
+
+
+@dataclass(frozen=True)
 class Answer:
-    """The logits behind each token but the last of question and answer, where the answer begins, and what it is."""
+    """What a model says where the right answer's tokens were to be found, each behind the right ones before it."""
 
     logits: torch.Tensor
-    """``[answer tokens, vocabulary]``, as log probabilities"""
+    """``[scored tokens, vocabulary]``, as log probabilities"""
     tokens: torch.Tensor
+    """the right ones"""
+
+
+class Begun(NamedTuple):
+    """A prompt whose answer begins: its KV, what of the question is not in it yet, and the logits behind it where all is."""
+
+    kv: TokenKV
+    rest: Sequence[int]
+    last: torch.Tensor | None
 
 
 class SetRun:
@@ -112,22 +131,25 @@ class SetRun:
     def _make_entries(self, kind: str) -> tuple[PromptLayout, list[ChunkEntry]]:
         anchor: Anchor = NO_ANCHOR if kind == "alone" else anchor_of(ROOT, self._prefix_ids, BLOCK_TOKENS)
         layout = self._lay_out(self._chunks, anchor, len(self._prefix_ids))
-        if kind in ("reordered", "mixed", "primed"):
+        if kind == "primed":
+            anchor_ids = [*self._prefix_ids, *self._encode(make_set(OTHERS).documents[0])]
+            anchor = anchor_of(ROOT, anchor_ids, BLOCK_TOKENS)
+            layout = self._lay_out(self._chunks, anchor, len(self._prefix_ids))
+            return layout, self._compute(layout, full_prefill(self._model, torch.tensor(anchor_ids, device=self._model.device))[0])
+        if kind in ("reordered", "mixed"):
             by_key = {entry.chunk.key: entry for served in self._served(kind) for entry in self._capture(served, anchor)}
             return layout, [by_key[placement.chunk.key] for placement in layout.placements]
-        anchor_kv = None if anchor == NO_ANCHOR else self.prefix
+        return layout, self._compute(layout, None if anchor == NO_ANCHOR else self.prefix)
+
+    def _compute(self, layout: PromptLayout, anchor_kv: TokenKV | None) -> list[ChunkEntry]:
         tokens = [torch.tensor(ids, device=self._model.device) for ids in self._chunks]
-        entries = [compute_entry(self._model, at.chunk, ids, anchor_kv) for at, ids in zip(layout.placements, tokens, strict=True)]
-        return layout, entries
+        return [compute_entry(self._model, at.chunk, ids, anchor_kv) for at, ids in zip(layout.placements, tokens, strict=True)]
 
     def _served(self, kind: str) -> list[list[list[int]]]:
         """The documents of earlier prompts, in their order."""
         even, odd = self._chunks[::2], self._chunks[1::2]
         if kind == "reordered":
             return [[*odd, *even]]
-        if kind == "primed":
-            filler = self._encode(make_set(OTHERS).documents[0])
-            return [[filler, chunk] for chunk in self._chunks]
         others = [self._encode(text) for text in make_set(self._documents.number + OTHERS + 1).documents]
         pairs = zip(others, [*odd, *even], strict=True)
         mixed = [chunk for pair in pairs for chunk in pair]
@@ -155,11 +177,12 @@ class SetRun:
                 if not variant.needs_question and variant.label not in joined:
                     joined[variant.label] = self._blend(variant, [], ratio)
                 kv, share, cost = joined[variant.label] if variant.label in joined else self._blend(variant, ids, ratio)
-                rest = [] if variant.needs_question else ids
-                answer = self._answer(kv, rest, gold, None if rest else self._last_logits)
+                begun = Begun(kv, [], self._last_logits) if variant.needs_question else Begun(kv, ids, None)
+                figures = compare(reference, self._answer(begun, gold))
+                figures |= self._overlap(question, begun, gold, is_same=figures["is_right"])
                 row = {"set": self._documents.number, "question": number, "task": question.task, "variant": variant.label}
                 full_layers = (kv.num_tokens - len(self._prefix_ids)) * self._model.num_layers
-                yield {**row, "ratio": ratio, "share": share, "cost": cost / full_layers, **compare(reference, answer)}
+                yield {**row, "ratio": ratio, "share": share, "cost": cost / full_layers, **figures}
 
     def _blend(self, variant: Variant, question: Sequence[int], ratio: float) -> tuple[TokenKV, float, int]:
         layout, entries = self.entries(variant.entries, question)
@@ -168,25 +191,47 @@ class SetRun:
         self._last_logits = blended.logits
         return blended.kv, blended.num_chosen / max(1, len(layout.candidates)), blended.num_token_layers
 
-    def _reference(self, question: Question, ids: Sequence[int]) -> tuple[Answer, list[int]]:
-        """What full prefill says, and the answer's tokens."""
+    def _reference(self, question: Question, ids: list[int]) -> tuple[Answer, Gold]:
+        """What full prefill says, and the right answer."""
+        begun = Begun(self.full, ids, None)
         if question.answer is not None:
-            gold = self._encode(question.answer)
-            return self._answer(self.full, ids, gold, None), gold
-        kv, logits = extend(self._model, self.full, ids)
-        gold = [int(logits[-1].argmax())]
-        while len(gold) < PROSE_TOKENS:
-            kv, logits = extend(self._model, kv, gold[-1:])
-            gold.append(int(logits[-1].argmax()))
-        return self._answer(self.full, ids, gold, None), gold
+            parts = [self._encode(part) for part in question.answer]
+            scored = [index % 2 == 0 for index, part in enumerate(parts) for _ in part]
+            gold = Gold(list(itertools.chain(*parts)), scored)
+        else:
+            written = self._write(begun, Gold([0] * PROSE_TOKENS, [True] * PROSE_TOKENS))
+            gold = Gold(written, [True] * PROSE_TOKENS)
+        return self._answer(begun, gold), gold
 
-    def _answer(self, kv: TokenKV, question: Sequence[int], gold: Sequence[int], last: torch.Tensor | None) -> Answer:
-        """``last``: the logits behind the prompt where the question is part of it already."""
-        ids = [*question, *gold[:-1]]
-        logits = extend(self._model, kv, ids)[1] if ids else kv.keys.new_zeros((0, 0))
-        if last is not None:
-            logits = torch.cat((last[None], logits)) if ids else last[None]
-        return Answer(logits[-len(gold) :].log_softmax(-1), torch.tensor(gold, device=logits.device))
+    def _answer(self, begun: Begun, gold: Gold) -> Answer:
+        ids = [*begun.rest, *gold.tokens[:-1]]
+        logits = extend(self._model, begun.kv, ids)[1] if ids else begun.kv.keys.new_zeros((0, 0))
+        if begun.last is not None:
+            logits = torch.cat((begun.last[None], logits)) if ids else begun.last[None]
+        scored = torch.tensor(gold.is_scored, device=logits.device)
+        return Answer(logits[-len(gold.tokens) :][scored].log_softmax(-1), torch.tensor(gold.tokens, device=logits.device)[scored])
+
+    def _write(self, begun: Begun, gold: Gold) -> list[int]:
+        """The most likely tokens, one after the other, at the places that are scored; the others are given."""
+        kv, last = begun.kv, begun.last
+        ahead: list[int] = list(begun.rest)
+        written = []
+        for token, is_scored in zip(gold.tokens, gold.is_scored, strict=True):
+            if ahead and is_scored:
+                kv, logits = extend(self._model, kv, ahead)
+                last, ahead = logits[-1], []
+            if is_scored:
+                assert last is not None
+                written.append(int(last.argmax()))
+            ahead.append(written[-1] if is_scored else token)
+        return written
+
+    def _overlap(self, question: Question, begun: Begun, gold: Gold, *, is_same: bool) -> dict[str, float]:
+        """F1 of what is written with the right answer, or Rouge-L with what full prefill writes."""
+        name = "rouge_l" if question.task == "prose" else "f1"
+        right = [token for token, is_scored in zip(gold.tokens, gold.is_scored, strict=True) if is_scored]
+        written = right if is_same else self._write(begun, gold)
+        return {name: rouge_l(right, written) if name == "rouge_l" else f1(right, written)}
 
 
 def compare(reference: Answer, answer: Answer) -> dict[str, Any]:

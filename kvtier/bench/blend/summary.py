@@ -50,7 +50,8 @@ def estimate(rows: Sequence[Row], field: str, *, over: str | None = None) -> Est
 def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
     """For each variant the figures of one task.
 
-    ``retained``: of the questions that full prefill answers, those that are still answered; absent where it answers none.
+    ``retained``: of the questions that full prefill answers, those that are still answered; absent where it answers none. ``f1``, and
+    ``rouge_l`` for prose: of what is written.
     """
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -61,6 +62,9 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
         answered = [row for row in members if row["full_is_right"]]
         figures: dict[str, Any] = {"n": len(members), "answered": len(answered)}
         figures |= {field: estimate(members, field) for field in ("kl", "agreement", "nll_change", "share", "cost")}
+        overlap = "rouge_l" if task == "prose" else "f1"
+        if all(overlap in row for row in members):
+            figures[overlap] = estimate(members, overlap)
         if task != "prose" and answered:
             figures |= {"retained": estimate(answered, "is_right"), "kl_answered": estimate(answered, "kl")}
         table[variant] = figures

@@ -3,7 +3,7 @@
 The text is Python's own language reference, which comes with the interpreter. A set has six documents and questions of four kinds:
 
 * single: the answer stands in one document
-* hops: one document names the place, another one what is asked about it
+* hops: one document names the place, another one what is asked about it; the answer names both, the place first
 * border: a document ends in the middle of a sentence, and the next one begins with the answer
 * prose: no gold answer; what full prefill writes is the measure
 """
@@ -25,6 +25,10 @@ SYSTEM = (
     "<|im_start|>system\nYou are a careful assistant. You are given several documents. Read all of them and answer the question at the end"
     " with what the documents say.<|im_end|>\n<|im_start|>user\nHere are the documents.\n\n"
 )
+PROSE = (
+    ("Summarize what the documents say.", "The documents describe"),
+    ("What are the documents about?", "All of the documents are about"),
+)
 BEHIND_DOCUMENTS = "\nThat was the last document.\n"
 
 
@@ -35,8 +39,8 @@ class Question:
     task: str
     text: str
     """up to where the answer begins"""
-    answer: str | None
-    """``None``: whatever full prefill writes"""
+    answer: tuple[str, ...] | None
+    """what is to be found and what is given, in turn, the former first; ``None``: whatever full prefill writes"""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,11 @@ def make_set(number: int, *, num_documents: int = 6, words_per_document: int = 1
         opening = f"{words[index - 1]}. " if index else ""
         ending = f" The secret word of the {boxes[index]} box is" if index + 1 < num_documents else ""
         documents.append(f"{opening}Document {chance.randrange(100, 999)}. {text}{ending}")
-    questions = [_single(cities[index], budgets[index]) for index in chance.sample(range(num_documents), 2)]
+    questions = [_single(cities[index], budgets[index]) for index in chance.sample(range(num_documents), 4)]
     hops = [index for index in range(num_documents) if offices[index] != index]
-    questions += [_hops(people[index], budgets[offices[index]]) for index in chance.sample(hops, min(2, len(hops)))]
-    questions += [_border(boxes[index], words[index]) for index in chance.sample(range(num_documents - 1), 2)]
-    questions.append(Question("prose", _turn("Summarize what the documents say.", "The documents describe"), None))
+    questions += [_hops(people[index], cities[offices[index]], budgets[offices[index]]) for index in chance.sample(hops, min(4, len(hops)))]
+    questions += [_border(boxes[index], words[index]) for index in chance.sample(range(num_documents - 1), 4)]
+    questions += [Question("prose", _turn(request, beginning), None) for request, beginning in PROSE]
     return DocumentSet(number, tuple(documents), tuple(questions))
 
 
@@ -84,16 +88,17 @@ def _turn(request: str, beginning: str) -> str:
 
 def _single(city: str, budget: str) -> Question:
     beginning = f"The budget of the {city} office is"
-    return Question("single", _turn(f"What is the budget of the {city} office?", beginning), f" {budget}")
+    return Question("single", _turn(f"What is the budget of the {city} office?", beginning), (f" {budget}",))
 
 
-def _hops(person: str, budget: str) -> Question:
+def _hops(person: str, city: str, budget: str) -> Question:
     request = f"What is the budget of the office where {person} works?"
-    return Question("hops", _turn(request, f"The budget of the office where {person} works is"), f" {budget}")
+    given = f" office. The budget of the {city} office is"
+    return Question("hops", _turn(request, f"{person} works in the"), (f" {city}", given, f" {budget}"))
 
 
 def _border(box: str, word: str) -> Question:
-    return Question("border", _turn(f"What is the secret word of the {box} box?", f"The secret word of the {box} box is"), f" {word}")
+    return Question("border", _turn(f"What is the secret word of the {box} box?", f"The secret word of the {box} box is"), (f" {word}",))
 
 
 def _insert(body: str, facts: Sequence[str], chance: random.Random) -> str:

@@ -20,11 +20,15 @@ from vllm.v1.request import Request
 
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.vllm.blend_parts import blend_parts_of, keep_apart
 from kvtier.connectors.vllm.geometry import BlockSizes, block_sizes_of, namespace_of, refuse_bad_settings, refuse_unsupported
 from kvtier.connectors.vllm.identity import identity_of, options_of
 from kvtier.connectors.vllm.metrics import KVTierPromMetrics, KVTierStats
+from kvtier.connectors.vllm.model_access import register_models
 from kvtier.connectors.vllm.sides import SchedulerSide, WorkerSide
 from kvtier.connectors.vllm.versions import WorkerMetadata, hit_sources, lost_block_requests
+
+register_models()  # here, because vLLM imports its connector before it loads the model
 
 
 @dataclass
@@ -73,7 +77,14 @@ class KVTierConnector(KVConnectorBase_V1):
             is_async = vllm_config.device_config.device_type != "cpu"
             events = _wants_events(vllm_config)
             self._scheduler = SchedulerSide(
-                config, namespace, sizes, arena_path, name=_engine_name(vllm_config), stores_are_async=is_async, events=events
+                config,
+                namespace,
+                sizes,
+                arena_path,
+                name=_engine_name(vllm_config),
+                stores_are_async=is_async,
+                events=events,
+                blend=blend_parts_of(vllm_config, config, sizes),
             )
         else:
             self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks)
@@ -117,6 +128,8 @@ class KVTierConnector(KVConnectorBase_V1):
                 options=options,
             )
         matched = half.match(request.request_id, request.num_tokens, num_computed_tokens)
+        if matched.is_blended:
+            keep_apart(request)
         return matched.num_tokens, matched.is_async
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
@@ -140,8 +153,10 @@ class KVTierConnector(KVConnectorBase_V1):
         self._block_ids.pop(request.request_id, None)
         half = self._half.half
         host_tokens, disk_tokens = half.hit_tokens(request.request_id)
+        blended = half.blended(request.request_id)
         is_held = half.request_finished(request.request_id)
-        return is_held, {"kvtier": {"host_tokens": host_tokens, "disk_tokens": disk_tokens}}
+        said = {"host_tokens": host_tokens, "disk_tokens": disk_tokens, **({"blend": blended} if blended else {})}
+        return is_held, {"kvtier": said}
 
     def reset_cache(self) -> bool:
         return self._half.half.reset()

@@ -35,7 +35,7 @@ def identity_of(request: Request, options: RequestOptions) -> RequestIdentity:
     if options.tenant:
         extras.append(tenant_extra(options.tenant))
     tenant = options.tenant or request.cache_salt or (adapter.lora_name if adapter is not None else "")
-    return RequestIdentity(tuple(extras), spans, tenant)
+    return RequestIdentity(tuple(extras), spans, tenant, adapter is not None)
 
 
 def options_of(request: Request) -> RequestOptions:

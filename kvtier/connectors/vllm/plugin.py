@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 NAME = "KVTierConnector"
 
 
@@ -11,3 +13,7 @@ def register() -> None:
 
     if NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(NAME, "kvtier.connectors.vllm.connector", NAME)
+    if os.environ.get("KVTIER_BLEND") == "1":
+        from kvtier.connectors.vllm.model_access import register_models  # noqa: PLC0415 - as above
+
+        register_models()

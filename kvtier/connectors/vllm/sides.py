@@ -9,9 +9,11 @@ import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from kvtier.config import Config
+from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.connectors.vllm.blend_parts import blender_of
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
 from kvtier.connectors.vllm.movers import movers_of
 from kvtier.connectors.worker import SlotPart, WorkerHalf
@@ -35,8 +37,17 @@ def open_arena(path: str, config: Config) -> Arena:
 class SchedulerSide:
     """Owns the cache engine and the scheduler half. One thread."""
 
-    def __init__(
-        self, config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, *, name: str, stores_are_async: bool, events: bool
+    def __init__(  # noqa: PLR0913 - by keyword
+        self,
+        config: Config,
+        namespace: Namespace,
+        sizes: BlockSizes,
+        arena_path: str,
+        *,
+        name: str,
+        stores_are_async: bool,
+        events: bool,
+        blend: BlendParts | None = None,
     ) -> None:
         self.sizes = sizes
         self._arena = open_arena(arena_path, config)
@@ -63,10 +74,10 @@ class SchedulerSide:
         self.controller = Controller(engine, namespace=namespace, block_tokens=sizes.block_tokens, name=name)
         recorder = recorder_of(config, geometry, sizes.block_bytes)
         if recorder is None:
-            self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async)
+            self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async, blend=blend)
         else:
             self.half = RecordingHalf(
-                engine, geometry, config.connector, recorder=recorder, keep_events=events, stores_are_async=stores_are_async
+                engine, geometry, config.connector, recorder=recorder, keep_events=events, stores_are_async=stores_are_async, blend=blend
             )
         _LOG.info("kvtier: blocks of %d tokens and %d bytes; %s", sizes.block_tokens, sizes.block_bytes, engine.num_blocks())
 
@@ -113,7 +124,8 @@ class WorkerSide:
         )
         rank = get_tensor_model_parallel_rank()
         part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
-        self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer)
+        blender = blender_of(self._arena, self._num_blocks, self._sizes) if self._config.blend.enabled else None
+        self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer, blender=blender)
 
     @property
     def half(self) -> WorkerHalf:

@@ -1,0 +1,131 @@
+"""``kvtier bench chunks``: prompts of reused chunks in the real vLLM, in the environment where vLLM is installed.
+
+Time to first token of six cached chunks (3,000 tokens in all) in ever new orders and a new question of 60 tokens, beside full prefill
+of the same prompts in the same engine. And how long other requests take that generate while two such prompts come, beside two that
+are computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kvtier.bench.engine import ENVIRONMENT, open_engine
+from kvtier.bench.report import Record, publish, record
+
+NUM_SYSTEM_TOKENS = 64
+NUM_CHUNKS = 6
+CHUNK_TOKENS = 489
+QUESTION_TOKENS = 60
+RATIO = 0.15
+LIMIT = 0.35
+METHODS = ("epic", "cacheblend", "prophetkv", "combined")
+OTHERS_METHOD = "combined"
+NUM_OTHERS = 4
+OTHERS_TOKENS = 48
+TIERS = [{"type": "host", "capacity": "1GiB"}]
+COMPUTED = {"load": False, "store": False}
+Prompt = tuple[list[int], list[list[int]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per figure (default: 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, writes. Returns the exit status."""
+    os.environ.update(ENVIRONMENT)
+    directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-"))
+    try:
+        with open_engine(args.model, directory, TIERS, blend={"enabled": True}) as ask:
+            _store(ask)
+            records = [*first_tokens(ask, args.rounds), *others(ask, args.rounds)]
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    publish("kvtier bench chunks", records, args.json)
+    return 0
+
+
+def first_tokens(ask: Any, rounds: int) -> Iterator[Record]:
+    """Every method by turns with full prefill, on the same prompts."""
+    times: dict[str, list[float]] = {name: [] for name in ("computed", *METHODS)}
+    for number in range(rounds):
+        for name, seconds in times.items():
+            ids, spans = _prompt(number)
+            options = COMPUTED if name == "computed" else _options(spans, name)
+            answer = ask([ids], [options])
+            _check(answer, 0 if name == "computed" else 1)
+            seconds.append(answer["ttft_s"])
+    params = {"tokens": NUM_CHUNKS * CHUNK_TOKENS + NUM_SYSTEM_TOKENS + QUESTION_TOKENS}
+    yield record("time to first token, computed", params, times["computed"], "ms")
+    for name in METHODS:
+        more = {**params, "ratio": RATIO}
+        yield record(f"time to first token, {name}", more, times[name], "ms")
+        share = statistics.median(times[name]) / statistics.median(times["computed"])
+        yield Record(f"of computing, {name}", more, share, "ratio", 0.0, LIMIT, share / LIMIT)
+
+
+def others(ask: Any, rounds: int) -> Iterator[Record]:
+    """Short prompts with long answers alone, beside two prompts that are computed, and beside two of chunks."""
+    times: dict[str, list[float]] = {"alone": [], "computed": [], OTHERS_METHOD: []}
+    short = [_tokens(("other", index), 40) for index in range(NUM_OTHERS)]
+    for number in range(rounds):
+        for name, seconds in times.items():
+            beside = [] if name == "alone" else [_prompt(1000 + 2 * number), _prompt(1001 + 2 * number)]
+            options = [COMPUTED if name == "computed" else _options(spans, name) for _, spans in beside]
+            prompts = [*short, *(ids for ids, _ in beside)]
+            answer = ask(prompts, [COMPUTED] * NUM_OTHERS + options, OTHERS_TOKENS)
+            _check(answer, 0 if name in ("alone", "computed") else len(beside))
+            seconds.append(max(answer["last_s"][:NUM_OTHERS]))
+    params = {"others": NUM_OTHERS, "tokens": OTHERS_TOKENS}
+    alone = statistics.median(times["alone"])
+    for name, seconds in times.items():
+        what = "alone" if name == "alone" else f"beside two prompts, {name}"
+        yield record(f"other requests {what}", params, seconds, "ms")
+    loss = (statistics.median(times[OTHERS_METHOD]) - alone) / (statistics.median(times["computed"]) - alone)
+    yield Record("what others lose, of computing", params, loss, "ratio", 0.0, 1.0, loss)
+
+
+def _store(ask: Any) -> None:
+    """Serves the documents once, so that their chunks are stored, and goes on until all are."""
+    ids, spans = _prompt(-1)
+    ask([ids], [{"blend": {"spans": spans}}], 4 * NUM_CHUNKS)
+
+
+def _prompt(number: int) -> Prompt:
+    """The documents in the order of this number, and its question."""
+    order = list(range(NUM_CHUNKS))
+    if number >= 0:
+        random.Random(number).shuffle(order)
+        order = order[1:] + order[:1] if order[0] == 0 else order  # or the prompt would begin as the one that was stored
+    ids = _tokens("system", NUM_SYSTEM_TOKENS)
+    spans = []
+    for document in order:
+        spans.append([len(ids), len(ids) + CHUNK_TOKENS])
+        ids += _tokens(("document", document), CHUNK_TOKENS)
+    return ids + _tokens(("question", number), QUESTION_TOKENS), spans
+
+
+def _tokens(seed: object, number: int) -> list[int]:
+    chance = random.Random(repr(seed))
+    return [chance.randrange(1000, 40_000) for _ in range(number)]
+
+
+def _options(spans: list[list[int]], method: str) -> dict[str, Any]:
+    return {"store": False, "blend": {"spans": spans, "method": method, "ratio": RATIO}}
+
+
+def _check(answer: dict[str, Any], num_blended: int) -> None:
+    found = sum(tokens >= 0.9 * NUM_CHUNKS * CHUNK_TOKENS for tokens in answer["blended"])
+    if found != num_blended:
+        raise RuntimeError(f"{found} of {num_blended} prompts were put together from chunks")

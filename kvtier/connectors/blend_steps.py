@@ -1,0 +1,66 @@
+"""The blends and entries of a worker's steps: whatever goes wrong in one is reported as failed, and the engine computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+from kvtier.connectors.boundary import Boundary
+from kvtier.connectors.messages import BlendJob, EntryJob, WorkerReport
+
+
+class LostChunkError(Exception):
+    """A chunk's slots have other tenants by now, or never had all of it."""
+
+
+class Blender(Protocol):
+    """Puts prompts together from chunks and computes chunks; both are done on return, or raise. LostChunkError is expected."""
+
+    def blend(self, job: BlendJob) -> tuple[int, int]:
+        """Returns how many tokens it took from chunks, and how many of them it computed anew."""
+        ...
+
+    def store(self, job: EntryJob) -> None:
+        """Computes a chunk into its slots."""
+        ...
+
+
+class BlendSteps:
+    """Carries out what the scheduler half ordered. Without a ``blender`` everything fails."""
+
+    def __init__(self, blender: Blender | None, on_error: Callable[[], None]) -> None:
+        self._blender = blender
+        self._boundary = Boundary(on_error=on_error)
+        """around the blender, which runs the engine's model and may fail in any way"""
+
+    def blend(self, jobs: Sequence[BlendJob], failed_block_ids: AbstractSet[int], report: WorkerReport) -> set[int]:
+        """Puts prompts together; one whose prefix is among ``failed_block_ids`` fails. Returns the engine blocks that were not filled."""
+        unfilled: set[int] = set()
+        for job in jobs:
+            is_done = False
+            if self._blender is not None and failed_block_ids.isdisjoint(job.block_ids):
+                with self._boundary.at("blend"), contextlib.suppress(LostChunkError):
+                    num_tokens, num_chosen = self._blender.blend(job)
+                    report.num_blended_tokens += num_tokens
+                    report.num_chosen_tokens += num_chosen
+                    is_done = True
+            report.done[job.job_id] = 1
+            if not is_done:
+                report.failed[job.job_id] = {0}
+                num_kept = job.first * len(job.block_ids) // job.end
+                unfilled.update(job.block_ids[num_kept:])
+        return unfilled
+
+    def store(self, jobs: Sequence[EntryJob], report: WorkerReport) -> None:
+        """Computes chunks."""
+        for job in jobs:
+            is_done = False
+            if self._blender is not None:
+                with self._boundary.at("store chunk"), contextlib.suppress(LostChunkError):
+                    self._blender.store(job)
+                    is_done = True
+            report.done[job.job_id] = 1
+            if not is_done:
+                report.failed[job.job_id] = {0}

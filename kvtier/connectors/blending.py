@@ -1,0 +1,340 @@
+"""Chunk reuse as the scheduler half sees it: which prompts begin with chunks that are there, and which chunks are to be stored."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from kvtier.blend.chunks import Chunk
+from kvtier.blend.layout import lay_out
+from kvtier.config import BlendConfig
+from kvtier.connectors.blend_request import BlendSettings, read_request
+from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
+from kvtier.connectors.requests import BlendPlan, BlendState, ConnectorSettings, Geometry, Matched, Request, RequestIdentity
+from kvtier.engine import CacheEngine
+from kvtier.errors import BlendRefusedError, RefusalReason
+from kvtier.hashing import request_root
+from kvtier.types import SlotRef
+
+_LOG = logging.getLogger(__name__)
+MAX_WAITING_CHUNKS = 256
+"""chunks that are to be computed and stored; more are not stored"""
+MAX_DEFERRED_STEPS = 32
+"""steps with prompts to compute, after which a chunk is computed beside them"""
+_LATER = Matched(None)
+
+
+@dataclass(frozen=True, slots=True)
+class BlendParts:
+    """What chunk reuse is configured with; by default it is off."""
+
+    settings: BlendSettings = field(default_factory=BlendConfig)
+    primer: tuple[int, ...] = ()
+    """tokens of the neutral document that chunks are computed behind"""
+    refusal: str = ""
+    """why the model's chunks cannot be reused; empty: they can"""
+
+
+@dataclass(slots=True)
+class _Blend:
+    """A prompt that the workers put together."""
+
+    load_ids: list[int]
+    remaining: int
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A blend of the step that is being built."""
+
+    job_id: int
+    request: Request
+    state: BlendState
+    plan: BlendPlan
+    chunks: tuple[ChunkSlots, ...]
+    block_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A chunk that is to be stored."""
+
+    chunk: Chunk
+    anchor_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    tenant: str
+    remaining: int = 0
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class _Entries:
+    """Chunks on their way into the cache."""
+
+    waiting: deque[_Entry] = field(default_factory=deque)
+    running: dict[int, _Entry] = field(default_factory=dict)
+    keys: set[bytes] = field(default_factory=set)
+    """of all of them"""
+    num_deferred_steps: int = 0
+
+
+class Blending:
+    """Plans blends and the storing of chunks, and takes in what became of them. One thread, the scheduler half's.
+
+    A blended request stores nothing under prefix keys from its first chunk on. Its chunks are leased while the workers copy them.
+    """
+
+    def __init__(
+        self, engine: CacheEngine, geometry: Geometry, settings: ConnectorSettings, parts: BlendParts, clock: Callable[[], float]
+    ) -> None:
+        self._engine = engine
+        self._geometry = geometry
+        self._settings = settings
+        self._parts = parts
+        self._clock = clock
+        self._num_blenders = 0
+        self._num_attached = 0
+        self._new_blends: list[_Order] = []
+        self._blends: dict[int, _Blend] = {}
+        self._entries = _Entries()
+
+    @property
+    def has_pending_work(self) -> bool:
+        """Whether workers have something to report, or will get something to do."""
+        return bool(self._blends or self._entries.running or self._entries.waiting)
+
+    def begin(self, request: Request, identity: RequestIdentity, num_prompt_tokens: int) -> None:
+        """Reads what a new request asks. What is refused is counted, and the request is served as any other."""
+        asked = request.options.blend
+        if asked is None or not request.can_load:
+            return
+        try:
+            if not self._parts.settings.enabled:
+                raise BlendRefusedError(RefusalReason.OFF, "blend.enabled is false")
+            if self._parts.refusal:
+                raise BlendRefusedError(RefusalReason.MODEL, self._parts.refusal)
+            if identity.spans or identity.has_adapter:
+                raise BlendRefusedError(RefusalReason.MODEL, "a prompt with images or the like, or an adapter")
+            block_tokens = self._geometry.block_tokens
+            prompt = tuple(request.token_ids[:num_prompt_tokens])
+            root = request_root(self._geometry.namespace, identity.extras)
+            request.blend = read_request(
+                asked, prompt, self._parts.settings, root=root, primer=self._parts.primer, block_tokens=block_tokens
+            )
+            self._engine.stats.add("blend.chunks", len(request.blend.placements))
+        except BlendRefusedError as error:
+            request.blend_refusal = error.reason.value
+            self._engine.stats.add(f"blend.refused_{error.reason.value}")
+            _LOG.info("request %s: chunks are not reused: %s", request.request_id, error)
+
+    # ---- putting together ---------------------------------------------------------------------------------------
+
+    def improve(self, request: Request, exact: Matched, num_tokens: int) -> Matched:
+        """What the request can be given with its chunks; ``exact``, the answer without, where that is as much."""
+        state = request.blend
+        if state is None or state.is_over or exact.num_tokens is None or not request.can_load or self._num_blenders == 0:
+            return exact
+        state.plan = None
+        num_exact = request.num_computed_tokens + (0 if exact.is_async else exact.num_tokens)
+        ready = [at for at in state.placements if at.end > num_exact and self._is_ready(at.chunk)]
+        if len(ready) < len(state.placements) and self._is_promoting(request, num_exact):
+            return _LATER
+        size = self._geometry.engine_block_tokens
+        end = min(max((at.end for at in ready), default=0), state.num_prompt_tokens - 1, num_tokens - 1) // size * size
+        if end <= request.num_computed_tokens + exact.num_tokens:
+            return exact
+        num_reused = sum(min(at.end, end) - max(at.start, num_exact) for at in ready if at.start < end)
+        if num_reused < self._parts.settings.min_reuse * (end - num_exact):
+            self._engine.stats.add("blend.too_few")
+            state.is_over = True
+            return exact
+        state.plan = BlendPlan(num_exact, end, tuple(ready))
+        return Matched(end - request.num_computed_tokens, is_blended=True)
+
+    def num_exact_tokens(self, request: Request, num_external_tokens: int) -> int:
+        """How many of the tokens that the engine was promised are loaded as they are."""
+        plan = None if request.blend is None else request.blend.plan
+        if plan is None or plan.end - request.num_computed_tokens != num_external_tokens:
+            return num_external_tokens
+        return plan.num_exact - request.num_computed_tokens
+
+    def allocated(self, request: Request, block_ids: Sequence[int], num_external_tokens: int) -> None:
+        """The request starts: orders the blend that was promised, and the storing of chunks that are not there."""
+        state = request.blend
+        if state is None:
+            return
+        plan, state.plan = state.plan, None
+        if plan is not None and plan.end - request.num_computed_tokens == num_external_tokens:
+            request.num_store_tokens = min(request.num_store_tokens, plan.num_exact)
+            self._order(request, state, plan, block_ids)
+        else:
+            self._want(request)
+
+    @property
+    def has_new_blends(self) -> bool:
+        """Whether some were ordered since the last ``take_blends``."""
+        return bool(self._new_blends)
+
+    def take_blends(self, scheduled: Iterable[tuple[ScheduledRequest, int]]) -> list[BlendJob]:
+        """Those ordered since the last call. ``scheduled``: who computes in this step, and the first token that each computes.
+
+        A prefix that the engine's own cache gave may be computed in this very step, by a request beside: what is not there before the
+        forward pass is computed by the blend too, for its own use.
+        """
+        orders, self._new_blends = self._new_blends, []
+        if not orders:
+            return []
+        size = self._geometry.engine_block_tokens
+        in_flight = {
+            block_id for item, first in scheduled for block_id in item.block_ids[first // size : -(-item.num_computed_tokens // size)]
+        }
+        return [self._job(order, in_flight) for order in orders]
+
+    def _job(self, order: _Order, in_flight: AbstractSet[int]) -> BlendJob:
+        plan, state = order.plan, order.state
+        size = self._geometry.engine_block_tokens
+        prefix_ids = order.block_ids[: plan.num_exact // size]
+        num_there = next((place for place, block_id in enumerate(prefix_ids) if block_id in in_flight), len(prefix_ids))
+        layout = lay_out(state.num_prompt_tokens, num_there * size, plan.placements)
+        request = order.request
+        return BlendJob(
+            order.job_id,
+            request.request_id,
+            tuple(request.token_ids[: state.num_prompt_tokens]),
+            layout,
+            order.chunks,
+            plan.num_exact,
+            plan.end,
+            state.method,
+            state.ratio,
+            order.block_ids,
+        )
+
+    def _is_ready(self, chunk: Chunk) -> bool:
+        return self._engine.match(chunk.block_keys).ready_blocks == len(chunk.block_keys)
+
+    def _is_promoting(self, request: Request, num_exact: int) -> bool:
+        """Starts to bring chunks from slower tiers, and says whether to wait for them."""
+        state = request.blend
+        assert state is not None
+        is_coming = False
+        for at in state.placements:
+            found = self._engine.match(at.chunk.block_keys)
+            if at.end > num_exact and found.hit_blocks == len(at.chunk.block_keys) > found.ready_blocks:
+                promised = found.ready_blocks if found.pending else self._engine.promote(at.chunk.block_keys)
+                is_coming = is_coming or found.pending or promised > found.ready_blocks
+        now = self._clock()
+        if state.deadline is None:
+            state.deadline = now + self._settings.promote_wait_s
+        return is_coming and now < state.deadline
+
+    def _order(self, request: Request, state: BlendState, plan: BlendPlan, block_ids: Sequence[int]) -> None:
+        load_ids: list[int] = []
+        chunks = []
+        for placement in plan.placements:
+            keys = placement.chunk.block_keys
+            leased = self._engine.begin_load(keys)
+            load_ids.append(leased.job_id)
+            chunks.append(_slots(range(len(leased.slots)), leased.slots))
+            self._engine.touch(keys)
+        num_blocks = plan.end // self._geometry.engine_block_tokens
+        self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
+        self._blends[load_ids[0]] = _Blend(load_ids, self._geometry.num_workers)
+        state.num_tokens = sum(min(at.end, plan.end) - max(at.start, plan.num_exact) for at in plan.placements if at.start < plan.end)
+        self._engine.stats.add("blend.requests")
+        self._engine.stats.add("blend.hit_chunks", len(plan.placements))
+
+    # ---- storing ------------------------------------------------------------------------------------------------
+
+    def _want(self, request: Request) -> None:
+        """Queues the request's chunks that no tier holds."""
+        state = request.blend
+        if state is None or not request.options.store or not self._settings.store:
+            return
+        for at in state.placements:
+            chunk = at.chunk
+            if chunk.key in self._entries.keys or self._engine.match(chunk.block_keys).hit_blocks == len(chunk.block_keys):
+                continue
+            if len(self._entries.keys) >= MAX_WAITING_CHUNKS:
+                self._engine.stats.add("blend.unstored_chunks")
+                continue
+            tokens = tuple(request.token_ids[at.start : at.end])
+            self._entries.waiting.append(_Entry(chunk, state.anchor_ids, tokens, request.tenant))
+            self._entries.keys.add(chunk.key)
+
+    def take_entries(self, *, is_prefilling: bool) -> list[EntryJob]:
+        """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""
+        entries = self._entries
+        if not entries.waiting or not self._num_blenders:
+            return []
+        if is_prefilling and entries.num_deferred_steps < MAX_DEFERRED_STEPS:
+            entries.num_deferred_steps += 1
+            return []
+        entries.num_deferred_steps = 0
+        entry = entries.waiting.popleft()
+        chunk = entry.chunk
+        plan = self._engine.begin_store(chunk.block_keys, 0, entry.tenant)
+        if plan.num_refused or plan.num_declined or not plan.slots:
+            if plan.slots:
+                self._engine.abort_store(plan.job_id)
+            entries.keys.discard(chunk.key)
+            self._engine.stats.add("blend.unstored_chunks")
+            return []
+        entry.remaining = self._geometry.num_workers
+        entries.running[plan.job_id] = entry
+        slots = _slots(plan.positions, plan.slots)
+        return [EntryJob(plan.job_id, chunk.key, chunk.anchor.key, entry.anchor_ids, entry.token_ids, slots)]
+
+    # ---- what became of it --------------------------------------------------------------------------------------
+
+    def report(self, report: WorkerReport) -> None:
+        """Takes in what workers finished."""
+        self._num_attached += report.attached
+        self._num_blenders += report.blenders
+        if self._num_attached and self._num_attached > self._num_blenders and self._parts.settings.enabled and not self._parts.refusal:
+            self._parts = BlendParts(self._parts.settings, self._parts.primer, "a worker cannot run the loaded model outside of its steps")
+        self._engine.stats.add("blend.tokens", report.num_blended_tokens)
+        self._engine.stats.add("blend.chosen_tokens", report.num_chosen_tokens)
+        for job_id, count in report.done.items():
+            if job_id in self._blends:
+                self._advance_blend(job_id, count, has_failed=job_id in report.failed)
+            elif job_id in self._entries.running:
+                self._advance_entry(job_id, count, has_failed=job_id in report.failed)
+
+    def forget(self) -> None:
+        """The cache is being reset: chunks that wait are not stored."""
+        for entry in self._entries.waiting:
+            self._entries.keys.discard(entry.chunk.key)
+        self._entries.waiting.clear()
+
+    def _advance_blend(self, job_id: int, count: int, *, has_failed: bool) -> None:
+        blend = self._blends[job_id]
+        blend.remaining -= count
+        blend.failed = blend.failed or has_failed
+        if blend.remaining <= 0:
+            del self._blends[job_id]
+            for load_id in blend.load_ids:
+                self._engine.end_load(load_id)
+            self._engine.stats.add("blend.failed", int(blend.failed))
+
+    def _advance_entry(self, job_id: int, count: int, *, has_failed: bool) -> None:
+        entry = self._entries.running[job_id]
+        entry.remaining -= count
+        entry.failed = entry.failed or has_failed
+        if entry.remaining > 0:
+            return
+        del self._entries.running[job_id]
+        self._entries.keys.discard(entry.chunk.key)
+        if entry.failed:
+            self._engine.abort_store(job_id)
+        else:
+            self._engine.commit_store(job_id)
+        self._engine.stats.add("blend.unstored_chunks" if entry.failed else "blend.stored_chunks")
+
+
+def _slots(positions: Sequence[int], slots: Sequence[SlotRef]) -> ChunkSlots:
+    return ChunkSlots(tuple(positions), tuple(ref.slot for ref in slots), tuple(ref.generation for ref in slots))

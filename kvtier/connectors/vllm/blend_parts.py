@@ -1,0 +1,82 @@
+"""Chunk reuse put together for vLLM: what the scheduler half is told of the model, and a worker's blender over the loaded one."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+from vllm.config import VllmConfig
+from vllm.v1.request import Request
+
+from kvtier.blend.transformers_models import check_family, frequencies_of
+from kvtier.config import Config
+from kvtier.connectors.blend_worker import ChunkBlender
+from kvtier.connectors.blending import BlendParts
+from kvtier.connectors.vllm.blend_model import EngineModel
+from kvtier.connectors.vllm.geometry import BlockSizes
+from kvtier.connectors.vllm.model_access import loaded_model
+from kvtier.connectors.vllm.paged_tokens import PagedTokens
+from kvtier.errors import BlendRefusedError, ConfigError
+from kvtier.memory.arena import Arena
+
+_LOG = logging.getLogger(__name__)
+
+
+def blend_parts_of(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> BlendParts:
+    """For the scheduler half. Raises ConfigError for a primer that cannot be read."""
+    if not config.blend.enabled:
+        return BlendParts(config.blend)
+    return BlendParts(config.blend, _primer(vllm_config, config), _refusal(vllm_config, config, sizes))
+
+
+def blender_of(arena: Arena, num_blocks: int, sizes: BlockSizes) -> ChunkBlender | None:
+    """A worker's blender; ``None``, and a warning that says why, where this worker cannot. Call it when KV memory is registered."""
+    loaded = loaded_model()
+    if loaded is None:
+        _LOG.warning("kvtier: chunks are not reused: the loaded model is not at hand (KVTIER_BLEND=1 where vLLM spawns its workers)")
+        return None
+    try:
+        model = EngineModel(loaded)
+        tokens = PagedTokens(model.attentions, num_blocks, sizes.engine_block_tokens)
+        return ChunkBlender(arena, model, tokens, block_tokens=sizes.block_tokens, block_bytes=sizes.part_bytes)
+    except (BlendRefusedError, ValueError) as error:
+        _LOG.warning("kvtier: chunks are not reused: %s", error)
+        return None
+
+
+def keep_apart(request: Request) -> None:
+    """From now on the request's blocks get hashes in vLLM's prefix cache that no other request can have.
+
+    Blocks that it found there before stay what they are.
+    """
+    request.cache_salt = f"kvtier blend {uuid.uuid4().hex}"
+    del request.block_hashes[:]
+    request.update_block_hashes()
+
+
+def _refusal(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> str:
+    """Why chunks cannot be reused with this engine; empty: they can."""
+    model_config = vllm_config.model_config
+    try:
+        check_family(model_config.hf_text_config)
+        frequencies_of(model_config.hf_text_config, model_config.get_head_size())
+    except BlendRefusedError as error:
+        return str(error)
+    if sizes.num_workers > 1:
+        return f"tensor_parallel_size is {sizes.num_workers}: chunks are reused on one worker only"
+    return "there is a tier of type gpu" if config.gpu is not None else ""
+
+
+def _primer(vllm_config: VllmConfig, config: Config) -> tuple[int, ...]:
+    path = config.blend.primer
+    if path is None:
+        return ()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"blend.primer is {path}: {error}; allowed: null, or a text file") from error
+    from transformers import AutoTokenizer  # type: ignore[import-not-found]  # noqa: PLC0415 - only where a primer is configured
+
+    model = vllm_config.model_config
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,180 @@
+"""What the tests of chunk reuse let the real engine do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tests.engine.scenarios import SENTENCES, metrics
+
+SYSTEM = "You answer questions about the texts below, shortly and truthfully. Here are the texts. "
+QUESTION = "\nQuestion {number}: what happened then? Answer:"
+MAX_TOKENS = 10
+METHODS = ("combined", "epic", "cacheblend", "prophetkv", "cachecraft", "none")
+ORDERS = ([0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 1, 0], [3, 1], [2, 3, 0, 1])
+"""documents of a prompt; the fourth has one twice"""
+REFUSED = {
+    "spans_overlap": {"spans": [[10, 60], [50, 90]]},
+    "span_outside_prompt": {"spans": [[10, 100_000]]},
+    "ratio": {"ratio": 1.5, "spans": [[10, 60]]},
+    "method": {"method": "guess", "spans": [[10, 60]]},
+    "format": {"spans": "all of it"},
+}
+Piece = list[int]
+Result = dict[str, Any]
+
+
+class Asker:
+    """One engine, asked with token ids."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.tokenizer = llm.get_tokenizer()
+        self.documents = [self.encode(sentence * (4 + number)) for number, sentence in enumerate(SENTENCES)]
+
+    def encode(self, text: str) -> Piece:
+        """Its tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt(self, order: Sequence[int], number: int, *, system: str = SYSTEM, between: str = "") -> tuple[Piece, list[list[int]]]:
+        """Token ids, and where the documents lie."""
+        ids = self.encode(system)
+        spans: list[list[int]] = []
+        for document in order:
+            ids = ids + (self.encode(between) if spans else [])
+            spans.append([len(ids), len(ids) + len(self.documents[document])])
+            ids = ids + self.documents[document]
+        return ids + self.encode(QUESTION.format(number=number)), spans
+
+    def sampling(self, options: Result | None, max_tokens: int = MAX_TOKENS) -> Any:
+        """Greedy, with kvtier's options."""
+        from vllm import SamplingParams  # noqa: PLC0415 - after the environment is set
+
+        extra = {"kv_transfer_params": {"kvtier": options}} if options is not None else None
+        return SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=0, ignore_eos=True, extra_args=extra)
+
+    def ask(self, asked: Sequence[tuple[Piece, Result | None]], max_tokens: int = MAX_TOKENS) -> list[Result]:
+        """The answers to prompts that run together."""
+        prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
+        outputs = self.llm.generate(prompts, [self.sampling(options, max_tokens) for _, options in asked], use_tqdm=False)
+        return [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [next(iter(step.values())).logprob for step in output.outputs[0].logprobs],
+                "cached": output.num_cached_tokens,
+                "loaded": (output.kv_transfer_params or {}).get("kvtier"),
+            }
+            for output in outputs
+        ]
+
+    def one(self, ids: Piece, options: Result | None = None) -> Result:
+        """The answer to one prompt."""
+        return self.ask([(ids, options)])[0]
+
+    def counters(self) -> dict[str, int]:
+        """kvtier's, of chunk reuse; empty without kvtier or where it runs in another process."""
+        from kvtier import ControlError, Controller  # noqa: PLC0415
+
+        try:
+            job = Controller.of().stats()
+        except ControlError:
+            return {}
+        self.one(self.documents[0][:8], {"store": False, "load": False})
+        counters = job.result(60.0).counters
+        return {name: value for name, value in counters.items() if value and name.startswith(("blend.", "connector."))}
+
+    def store(self, systems: Sequence[str] = (SYSTEM,)) -> None:
+        """Serves each document once, with the other ones, so that its entry is stored, and steps until all are."""
+        for system in systems:
+            for order in ([0, 2], [1, 3]):
+                ids, spans = self.prompt(order, 0, system=system)
+                self.one(ids, {"blend": {"spans": spans}})
+                for _ in range(2):
+                    self.one(self.documents[0][:8], {"store": False, "load": False})
+
+
+def blended(llm: Any, settings: Result) -> Result:
+    """All kinds of layouts at one ratio, alone and together, bad requests, aborts, and ordinary requests in between."""
+    asker = Asker(llm)
+    with_kvtier = "kvtier" in settings
+    ratio = settings.get("ratio", 1.0)
+    out: Result = {}
+    if with_kvtier:
+        asker.store((SYSTEM, ""))
+    cases = [asker.prompt(order, 1 + number) for number, order in enumerate(ORDERS)]
+    cases += [asker.prompt([3, 0], 7, system=""), asker.prompt([1, 2], 8, between="And another one: ")]
+    for order, number in (([2], 9), ([3, 2], 10)):
+        ids, spans = asker.prompt(order, number, system=SYSTEM)
+        cases.append((ids[: spans[-1][1]], spans))
+    documents = asker.documents
+    cases.append((documents[3], [[0, len(documents[3])]]))
+    options = [{"blend": {"spans": spans, "ratio": ratio, "method": METHODS[index % 6]}} for index, (_, spans) in enumerate(cases)]
+    asked = [(ids, {**option, "store": False} if with_kvtier else None) for (ids, _), option in zip(cases, options, strict=True)]
+    out["alone"] = [asker.one(*item) for item in asked]
+    out["again"] = [asker.one(*item) for item in asked]
+    plain = [(asker.prompt([number, 1], 20 + number)[0], None) for number in range(4)]
+    llm.reset_prefix_cache()
+    mixed = asker.ask([item for pair in zip(asked[:4], plain, strict=True) for item in pair])
+    out["mixed"], out["others"] = mixed[::2], mixed[1::2]
+    out["afterwards"] = [asker.one(ids) for ids, _ in asked]
+    if with_kvtier:
+        out["refused"] = {name: asker.one(cases[0][0], {"blend": bad, "load": True, "store": False}) for name, bad in REFUSED.items()}
+        abort_blended(asker, asked)
+        out["after_abort"] = [asker.one(ids) for ids, _ in asked[:2]]
+        out["counters"] = asker.counters()
+    return out
+
+
+def abort_blended(asker: Asker, asked: Sequence[tuple[Piece, Result | None]]) -> None:
+    """Aborts before, in and after the step that puts the prompt together."""
+    engine = asker.llm.llm_engine
+    for number, (ids, options) in enumerate(asked[:4]):
+        engine.add_request(f"abort-{number}", {"prompt_token_ids": ids}, asker.sampling(options, 30))
+    for number in range(4):
+        engine.abort_request([f"abort-{number}"])
+        engine.step()
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def blended_under_pressure(llm: Any, settings: Result) -> Result:
+    """More blended requests at once than the engine has blocks for, then with a blender that fails."""
+    asker = Asker(llm)
+    out: Result = {}
+    if "kvtier" in settings:
+        asker.store()
+    asked = []
+    for number, order in enumerate(ORDERS):
+        ids, spans = asker.prompt(order, 30 + number)
+        asked.append((ids, {"blend": {"spans": spans, "ratio": 1.0}, "store": False} if "kvtier" in settings else None))
+    out["answers"] = asker.ask(asked, 60)
+    out["metrics"] = metrics(llm)
+    if "kvtier" in settings:
+        from kvtier.connectors.blend_worker import ChunkBlender  # noqa: PLC0415
+
+        original = ChunkBlender.blend
+
+        def fail(*arguments: Any) -> Any:
+            raise RuntimeError("injected: this blend fails")
+
+        ChunkBlender.blend = fail  # type: ignore[method-assign,assignment]
+        out["failing"] = asker.ask(asked, 60)
+        ChunkBlender.blend = original  # type: ignore[method-assign]
+        out["counters"] = asker.counters()
+    return out
+
+
+def blended_briefly(llm: Any, settings: Result) -> Result:
+    """Two blended prompts, with chunks that are stored by this engine or were by an earlier one."""
+    asker = Asker(llm)
+    if settings.get("stores", True) and "kvtier" in settings:
+        asker.store()
+    asked = []
+    for number, order in enumerate(ORDERS[1:3]):
+        ids, spans = asker.prompt(order, 40 + number)
+        asked.append((ids, {"blend": {"spans": spans, "ratio": 1.0}, "store": False} if "kvtier" in settings else None))
+    asker.one(asker.documents[0][:8], {"store": False, "load": False})
+    return {"answers": [asker.one(*item) for item in asked]}
+
+
+BLEND_SCENARIOS = {"blended": blended, "blended_under_pressure": blended_under_pressure, "blended_briefly": blended_briefly}

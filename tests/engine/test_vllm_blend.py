@@ -1,0 +1,104 @@
+"""Chunks reused at any position inside the real vLLM: with everything computed anew the tokens are those of vLLM alone.
+
+Each test starts one engine or two, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.blend_scenarios import ORDERS, REFUSED
+from tests.engine.harness import Result, assert_same, host, host_and_disk, made_once, run
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+CACHING = {"enable_prefix_caching": True}
+TIGHT = {"num_gpu_blocks_override": 45, "max_num_seqs": 6}
+
+
+def once(factory: pytest.TempPathFactory, worker_id: str, scenario: str, **settings: Any) -> Result:
+    """What vLLM without kvtier gives."""
+
+    def make(path: Path) -> None:
+        (path / "out.json").write_text(json.dumps(run(scenario, **settings)))
+
+    result: Result = json.loads((made_once(factory, worker_id, f"{scenario}-alone", make) / "out.json").read_text())
+    return result
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Result:
+    """The same requests to vLLM alone."""
+    return once(tmp_path_factory, worker_id, "blended")
+
+
+def blend(**more: Any) -> Result:
+    """Settings with chunk reuse."""
+    return host(blend={"enabled": True, **more})
+
+
+def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
+    """Ratio 1, every method: documents in other orders, twice, at position 0, with text between, the prompt's end or all of it."""
+    result = run("blended", kvtier=blend(), engine=CACHING)
+    for name in ("alone", "again", "mixed", "others", "afterwards", "after_abort"):
+        assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
+    taken = [answer["loaded"]["blend"]["tokens"] for answer in result["alone"]]
+    assert all(tokens > 40 for tokens in taken[: len(ORDERS)]), taken
+    assert all(tokens > 40 for tokens in taken), taken
+    assert set(REFUSED) == {name for name, answer in result["refused"].items() if answer["loaded"]["blend"]["refused"] == name}
+    assert_same(alone["alone"][:1] * len(REFUSED), list(result["refused"].values()))
+    assert {f"blend.refused_{name}": 1 for name in REFUSED} == {
+        name: value for name, value in result["counters"].items() if name.startswith("blend.refused_")
+    }
+    assert 8 == result["counters"]["blend.stored_chunks"]
+    assert not {"connector.errors", "blend.failed"} & set(result["counters"])
+
+
+def test_nothing_computed_anew_harms_nobody_else(alone: Result) -> None:
+    """Ratio 0, with the engine's prefix cache: the same answer each time; other requests, and later the same prompts, are exact."""
+    result = run("blended", kvtier=blend(), engine=CACHING, ratio=0.0)
+    assert [one["tokens"] for one in result["alone"]] == [one["tokens"] for one in result["again"]]
+    assert [one["logprobs"] for one in alone["alone"]] != [one["logprobs"] for one in result["alone"]], "it is an approximation"
+    for name in ("others", "afterwards", "after_abort"):
+        assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
+
+
+def test_off_unless_switched_on(alone: Result) -> None:
+    """Without ``blend.enabled`` requests that ask are refused, counted, and served as any other."""
+    result = run("blended", kvtier=host(), engine=CACHING)
+    for name in ("alone", "again", "mixed", "others", "afterwards", "after_abort"):
+        assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
+    assert {"off"} == {answer["loaded"]["blend"]["refused"] for answer in result["alone"]}
+    assert {"blend.refused_off"} == set(result["counters"])
+
+
+def test_preemption_and_failures(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+    """Blended requests lose their blocks and start over, or cannot be put together: same tokens."""
+    expected = once(tmp_path_factory, worker_id, "blended_under_pressure")["answers"]
+    result = run("blended_under_pressure", kvtier=blend(), engine=TIGHT)
+    assert result["metrics"]["vllm:num_preemptions"] > 0
+    assert [one["tokens"] for one in expected] == [one["tokens"] for one in result["answers"]]
+    assert [one["tokens"] for one in expected] == [one["tokens"] for one in result["failing"]]
+    assert result["counters"]["blend.failed"] >= len(ORDERS)
+    assert result["counters"]["connector.errors"] == result["counters"]["blend.failed"]
+
+
+def test_chunks_outlive_the_engine(tmp_path_factory: pytest.TempPathFactory, worker_id: str, tmp_path: Path) -> None:
+    """Chunks go to the disk as any block does, and the next engine takes them from there."""
+    expected = once(tmp_path_factory, worker_id, "blended_briefly")["answers"]
+    settings = host_and_disk(tmp_path / "tier", blend={"enabled": True})
+    for stores in (True, False):
+        answers = run("blended_briefly", kvtier=settings, stores=stores)["answers"]
+        assert_same(expected, answers)
+        assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)
+
+
+def test_in_processes_of_their_own(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+    """Scheduler and worker in processes of their own."""
+    expected = once(tmp_path_factory, worker_id, "blended_briefly")["answers"]
+    answers = run("blended_briefly", kvtier=blend(), environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})["answers"]
+    assert_same(expected, answers)
+    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)

@@ -1,0 +1,433 @@
+"""Chunk reuse between the two halves: chunks are stored, found, leased and put together, over a real cache and a small model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtier.blend.entries import full_prefill
+from kvtier.blend.model import Projected, Rotary, TokenKV
+from kvtier.config import BlendConfig, Config
+from kvtier.connectors.blend_steps import BlendSteps, LostChunkError
+from kvtier.connectors.blend_worker import ChunkBlender
+from kvtier.connectors.blending import MAX_DEFERRED_STEPS, BlendParts
+from kvtier.connectors.messages import BlendJob, RequestOptions, ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.requests import DefaultSettings, Geometry, RequestIdentity
+from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.connectors.vllm.paged_tokens import PagedTokens
+from kvtier.copy.rope import plain_frequencies
+from kvtier.engine import CacheEngine
+from kvtier.errors import BlendRefusedError
+from kvtier.hashing import Namespace
+from kvtier.memory.arena import Arena
+
+torch.set_num_threads(1)
+NAMESPACE = Namespace(model="blend")
+BLOCK, LAYERS, DIM = 4, 2, 8
+BLOCK_BYTES = LAYERS * 2 * BLOCK * DIM * 4
+HOST_BLOCKS = 64
+CAN_BLEND = WorkerReport(attached=1, blenders=1)
+SYSTEM = [5, 6, 7, 8, 9]
+
+
+class SmallModel:
+    """Two layers, two heads over one of keys, random weights."""
+
+    num_layers = LAYERS
+    scale = DIM**-0.5
+    rotary = Rotary(plain_frequencies(10_000.0, DIM), "neox")
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        chance = torch.Generator().manual_seed(11)
+        self._embedding = torch.randn(64, 16, generator=chance)
+        self._weights = torch.randn(LAYERS, 16, 4 * DIM, generator=chance) / 4
+        self._out = torch.randn(LAYERS, 2 * DIM, 16, generator=chance) / 4
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self._embedding[token_ids]
+
+    def project(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
+        parts = (hidden @ self._weights[layer]).view(-1, 4, DIM).transpose(0, 1)
+        turned = torch.stack([self.rotary.move(parts[:3, row], int(at)) for row, at in enumerate(positions)], 1)
+        return Projected(turned[:2], turned[2:], parts[3:])
+
+    def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        return hidden + torch.tanh(attended @ self._out[layer])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self._embedding.T
+
+
+class Memory:
+    """An engine's KV memory as rows by block."""
+
+    dtype = torch.float32
+    block_tokens = BLOCK
+    row_shape = (LAYERS, 1, DIM)
+
+    def __init__(self) -> None:
+        self.keys = torch.full((LAYERS, 1, 200 * BLOCK, DIM), torch.nan)
+        self.values = self.keys.clone()
+
+    def _places(self, first: int, end: int, block_ids: Sequence[int]) -> list[int]:
+        return [block_ids[token // BLOCK] * BLOCK + token % BLOCK for token in range(first, end)]
+
+    def read(self, num_tokens: int, block_ids: Sequence[int]) -> TokenKV:
+        places = self._places(0, num_tokens, block_ids)
+        return TokenKV(self.keys[:, :, places], self.values[:, :, places])
+
+    def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
+        places = self._places(first_token, first_token + kv.num_tokens, block_ids)
+        self.keys[:, :, places], self.values[:, :, places] = kv.keys, kv.values
+
+
+class System:
+    """Both halves' chunk reuse over a real cache; steps are made by hand."""
+
+    def __init__(self, directory: Path, parts: BlendParts | None = None, *, host_blocks: int = HOST_BLOCKS) -> None:
+        arena = Arena.open(str(directory / "arena"), host_blocks * 4096, huge_pages=False)
+        arena.unlink()
+        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": host_blocks * 4096}]})
+        self.cache = CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES, arena=arena)
+        geometry = Geometry(NAMESPACE.digest, BLOCK, BLOCK, 1, host_blocks)
+        self.half = SchedulerHalf(
+            self.cache, geometry, DefaultSettings(), blend=parts or BlendParts(BlendConfig(enabled=True)), strict=True
+        )
+        self.model = SmallModel()
+        self.memory = Memory()
+        self.blender = ChunkBlender(arena, self.model, self.memory, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)
+        self.next_block = 1
+        self.half.finish_step(CAN_BLEND)
+
+    def full(self, tokens: Sequence[int]) -> TokenKV:
+        """What full prefill makes of a prompt."""
+        return full_prefill(self.model, torch.tensor(tokens))[0]
+
+    def add(self, name: str, tokens: list[int], **blend: Any) -> None:
+        """A request that asks for reuse."""
+        options = RequestOptions(blend=blend)
+        self.half.add_request(name, tokens, num_prompt_tokens=len(tokens), options=options)
+
+    def blocks(self, num_tokens: int) -> list[int]:
+        """Engine blocks that nobody else has."""
+        first, self.next_block = self.next_block, self.next_block + -(-num_tokens // BLOCK)
+        return list(range(first, self.next_block))
+
+    def step(self, scheduled: Sequence[ScheduledRequest] = (), *, fail: bool = False) -> StepMessage:
+        """A step; what concerns chunks is done, stores of prompts fail."""
+        message = self.half.build_step(scheduled)
+        report = WorkerReport()
+        steps = BlendSteps(None if fail else self.blender, lambda: None)
+        steps.blend(message.blends, set(), report)
+        steps.store(message.entries, report)
+        self.finish(message, report)
+        return message
+
+    def finish(self, message: StepMessage, report: WorkerReport) -> None:
+        """Ends a step in which no block of a prompt could be stored."""
+        for job in message.stores:
+            report.done[job.job_id], report.failed[job.job_id] = 1, set(range(len(job.block_ids)))
+        self.half.finish_step(report)
+
+    def serve(self, name: str, tokens: list[int], **blend: Any) -> int:
+        """A request that is computed. Returns how many chunks were stored for it."""
+        self.add(name, tokens, **blend)
+        assert not self.half.match(name, len(tokens), 0).is_blended
+        block_ids = self.blocks(len(tokens))
+        self.half.allocated(name, block_ids, 0)
+        self.step([ScheduledRequest(name, block_ids, len(tokens))])
+        self.half.request_finished(name)
+        before = self.cache.stats["blend.stored_chunks"]
+        while self.half.has_pending_work:
+            self.step()
+        return self.cache.stats["blend.stored_chunks"] - before
+
+    def close(self) -> None:
+        """Nothing may be left."""
+        assert {} == {name: count for name, count in self.cache.leftovers().items() if count}
+        assert [] == self.cache.check()
+        self.half.close()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., System]:
+    return lambda *args, **more: System(tmp_path, *args, **more)
+
+
+def document(number: int, length: int) -> list[int]:
+    return [(7 * number + 3 * place + place * place) % 50 + 10 for place in range(length)]
+
+
+def joined(documents: Sequence[Sequence[int]], before: Sequence[int], behind: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    """A prompt, and where the documents lie."""
+    tokens = list(before)
+    spans = []
+    for each in documents:
+        spans.append([len(tokens), len(tokens) + len(each)])
+        tokens += each
+    return tokens + list(behind), spans
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4),
+    order=st.lists(st.integers(0, 3), min_size=1, max_size=5),
+    system=st.sampled_from([[], SYSTEM]),
+    num_question=st.integers(0, 6),
+    num_local=st.integers(0, 4),
+    method=st.sampled_from(["none", "epic", "cacheblend", "prophetkv", "combined"]),
+    in_flight=st.booleans(),
+)
+def test_all_computed_anew_is_full_prefill(
+    lengths: list[int], order: list[int], system: list[int], num_question: int, num_local: int, method: str, in_flight: bool
+) -> None:
+    """Any lengths, orders, repetitions; chunks at position 0 and at the end; beside a prefix hit that is there or still being computed."""
+    documents = [document(number, length) for number, length in enumerate(lengths)]
+    with tempfile.TemporaryDirectory() as directory:
+        system_ = System(Path(directory))
+        first, spans = joined(documents, system, [1, 2])
+        assert len({tuple(each) for each in documents}) == system_.serve("first", first, spans=spans)
+        tokens, spans = joined([documents[number % len(documents)] for number in order], system, [1, 2, 3, 4, 5, 6][:num_question])
+        if len(tokens) < 2:
+            tokens.append(3)
+        expected = system_.full(tokens)
+        num_local = min(num_local, (len(tokens) - 1) // BLOCK) * BLOCK
+        block_ids = system_.blocks(len(tokens))
+        if not in_flight:
+            system_.memory.write(expected.part(0, num_local), 0, block_ids)
+        system_.add("second", tokens, spans=spans, ratio=1.0, method=method)
+        matched = system_.half.match("second", len(tokens), num_local)
+        covered = num_local + (matched.num_tokens or 0)
+        assert matched.is_blended == (covered > num_local)
+        system_.half.allocated("second", block_ids, covered - num_local)
+        other = [ScheduledRequest("other", block_ids[: num_local // BLOCK], num_local)] if in_flight and num_local else []
+        system_.half.add_request("other", tokens, num_prompt_tokens=len(tokens))
+        system_.step([ScheduledRequest("second", block_ids, len(tokens)), *other])
+        if matched.is_blended:
+            got = system_.memory.read(covered, block_ids).part(num_local, covered)
+            torch.testing.assert_close(got.keys, expected.keys[:, :, num_local:covered], rtol=0, atol=1e-4)
+            torch.testing.assert_close(got.values, expected.values[:, :, num_local:covered], rtol=0, atol=1e-4)
+            assert bool(system_.memory.keys[:, :, : block_ids[0] * BLOCK].isnan().all()), "somebody else's blocks"
+            if in_flight and num_local:
+                assert bool(system_.memory.read(num_local, block_ids).keys.isnan().all()), "blocks that another request fills"
+        for name in ("second", "other"):
+            system_.half.request_finished(name)
+        while system_.half.has_pending_work:
+            system_.step()
+        system_.close()
+
+
+def test_chunks_are_found_from_other_prompts(make: Callable[..., System]) -> None:
+    """With nothing computed anew the KV is the chunks', keys moved; the counters and the request's own answer say so."""
+    system = make()
+    documents = [document(1, 9), document(2, 8)]
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    assert 2 == system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
+    system.add("second", tokens, spans=spans, ratio=0.0)
+    matched = system.half.match("second", len(tokens), 0)
+    assert (20, True, False) == (matched.num_tokens, matched.is_blended, matched.is_async)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("second", block_ids, 20)
+    (job,) = system.step([ScheduledRequest("second", block_ids, len(tokens))]).blends
+    own = system.full([*SYSTEM, *documents[1]])
+    torch.testing.assert_close(system.memory.read(13, block_ids).values, own.values, rtol=0, atol=1e-5)
+    assert {"tokens": 15} == system.half.blended("second")
+    assert (1, 15, 0) == tuple(system.cache.stats[f"blend.{name}"] for name in ("requests", "tokens", "chosen_tokens"))
+    assert (5, 20) == (job.layout.placements[0].start, job.end)
+    system.half.request_finished("second")
+    system.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "blend"),
+    [
+        ("spans_overlap", {"spans": [[5, 9], [8, 12]]}),
+        ("span_outside_prompt", {"spans": [[5, 99]]}),
+        ("span_outside_prompt", {"spans": [[-1, 4]]}),
+        ("ratio", {"spans": [[5, 9]], "ratio": 1.01}),
+        ("ratio", {"spans": [[5, 9]], "ratio": float("nan")}),
+        ("ratio", {"spans": [[5, 9]], "ratio": "much"}),
+        ("method", {"spans": [[5, 9]], "method": "best"}),
+        ("format", {"spans": [[5, 9, 11]]}),
+        ("format", {"spans": [[5, 9]], "separator": [1]}),
+        ("format", {}),
+        ("format", {"separator": []}),
+        ("format", {"spans": [[5, 9]], "anchor": 6}),
+        ("format", {"spans": [[5, 9]], "span": 1}),
+    ],
+)
+def test_bad_requests_are_served_as_any_other(make: Callable[..., System], reason: str, blend: dict[str, Any]) -> None:
+    """Refused by name, counted once, and computed."""
+    system = make()
+    tokens, _ = joined([document(1, 9)], SYSTEM, [1, 2])
+    assert 0 == system.serve("first", tokens, **blend)
+    assert 1 == system.cache.stats[f"blend.refused_{reason}"]
+    system.add("second", tokens, **blend)
+    assert {"tokens": 0, "refused": reason} == system.half.blended("second")
+    system.half.request_finished("second")
+    system.close()
+
+
+def test_off_and_unsupported(make: Callable[..., System]) -> None:
+    """Off by default; a model, an adapter or a worker that cannot is a refusal of its own."""
+    tokens, spans = joined([document(1, 9)], SYSTEM, [1, 2])
+    system = make(BlendParts())
+    system.add("a", tokens, spans=spans)
+    assert "off" == system.half.blended("a")["refused"]
+    system = make(BlendParts(BlendConfig(enabled=True), refusal="learned positions"))
+    system.add("a", tokens, spans=spans)
+    assert "model" == system.half.blended("a")["refused"]
+    system = make()
+    adapted = RequestIdentity((b"lora x",), has_adapter=True)
+    system.half.add_request("a", tokens, num_prompt_tokens=len(tokens), identity=adapted, options=RequestOptions(blend={"spans": spans}))
+    assert "model" == system.half.blended("a")["refused"]
+    system.half.finish_step(WorkerReport(attached=1))
+    system.add("b", tokens, spans=spans)
+    assert "model" == system.half.blended("b")["refused"]
+
+
+def test_too_few_chunks_are_computed(make: Callable[..., System]) -> None:
+    """One stored chunk behind three others is not worth a blend."""
+    system = make()
+    documents = [document(number, 8) for number in range(4)]
+    tokens, spans = joined(documents[3:], SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    assert 3 == system.serve("second", tokens, spans=spans)
+    assert 1 == system.cache.stats["blend.too_few"]
+    system.close()
+
+
+def test_a_failed_blend_is_reported_and_ends(make: Callable[..., System]) -> None:
+    """All blocks from the first one that was not there count as failed; leases end."""
+    system = make()
+    documents = [document(1, 9), document(2, 8)]
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
+    system.add("second", tokens, spans=spans)
+    matched = system.half.match("second", len(tokens), 4)
+    block_ids = system.blocks(len(tokens))
+    assert matched.num_tokens is not None
+    system.half.allocated("second", block_ids, matched.num_tokens)
+    message = system.half.build_step([ScheduledRequest("second", block_ids, len(tokens))])
+    (job,) = message.blends
+    report = WorkerReport()
+    assert set(block_ids[1:5]) == BlendSteps(None, lambda: None).blend([job], set(), report)
+    assert set(block_ids[1:5]) == BlendSteps(system.blender, lambda: None).blend([job], {block_ids[0]}, WorkerReport()), "its prefix failed"
+    system.finish(message, report)
+    assert 1 == system.cache.stats["blend.failed"]
+    system.half.request_finished("second")
+    while system.half.has_pending_work:
+        system.step()
+    system.close()
+
+
+def test_slots_with_other_tenants_are_lost(make: Callable[..., System]) -> None:
+    """A chunk whose slot has got a new tenant is never used, nor written to."""
+    system = make()
+    documents = [document(1, 9), document(2, 8)]
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
+    system.add("second", tokens, spans=spans)
+    matched = system.half.match("second", len(tokens), 0)
+    block_ids = system.blocks(len(tokens))
+    assert matched.num_tokens is not None
+    system.half.allocated("second", block_ids, matched.num_tokens)
+    message = system.half.build_step([ScheduledRequest("second", block_ids, len(tokens))])
+    (job,) = message.blends
+    chunk = job.chunks[0]
+    stale = BlendJob(
+        **{
+            **{name: getattr(job, name) for name in job.__slots__},
+            "chunks": (type(chunk)(chunk.positions, chunk.slots, tuple(one + 1 for one in chunk.generations)), *job.chunks[1:]),
+        }
+    )
+    with pytest.raises(LostChunkError, match="tenant"):
+        system.blender.blend(stale)
+    system.finish(message, WorkerReport({job.job_id: 1}))
+    system.half.request_finished("second")
+    system.close()
+
+
+def test_chunks_are_computed_when_no_prompt_waits(make: Callable[..., System]) -> None:
+    """Not beside prompts, unless for long; one a step; a reset drops those that wait."""
+    system = make()
+    tokens, spans = joined([document(number, 8) for number in range(3)], SYSTEM, [1, 2])
+    system.add("first", tokens, spans=spans)
+    system.half.match("first", len(tokens), 0)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("first", block_ids, 0)
+    num_deferred = 0
+    while not system.step([ScheduledRequest("first", block_ids, 2 * (1 + num_deferred))]).entries:
+        num_deferred += 1
+    assert MAX_DEFERRED_STEPS == num_deferred
+    assert 1 == len(system.step().entries)
+    system.half.reset()
+    assert () == system.step().entries
+    system.half.request_finished("first")
+    system.close()
+
+
+def test_no_room_for_a_chunk(make: Callable[..., System]) -> None:
+    """What does not fit is not stored, counted, and leaves nothing behind."""
+    system = make(host_blocks=4)
+    tokens, spans = joined([document(1, 40)], SYSTEM, [1, 2])
+    assert 0 == system.serve("first", tokens, spans=spans)
+    assert 1 == system.cache.stats["blend.unstored_chunks"]
+    system.close()
+
+
+class FakeAttention:
+    """An attention backend with a layout of its own: keys transposed and the order of bytes shuffled."""
+
+    num_kv_heads, head_size = 2, 8
+
+    def __init__(self, dtype: torch.dtype, *, loses: bool = False) -> None:
+        self.kv_cache = torch.zeros((6, 2, BLOCK, 16), dtype=dtype)
+        self.impl = self
+        self._loses = loses
+        self._shuffle = torch.randperm(2 * BLOCK * 16, generator=torch.Generator().manual_seed(5))
+
+    def do_kv_cache_update(
+        self, layer: object, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        for row, slot in enumerate(slots.tolist()):
+            block = kv_cache[slot // BLOCK].view(-1)
+            flat = block.clone()
+            flat[self._shuffle] = block
+            halves = flat.view(2, 2, BLOCK * 8)
+            halves[0].view(2, 8, BLOCK)[:, :, slot % BLOCK] = key[row]
+            halves[1].view(2, BLOCK, 8)[:, slot % BLOCK] = key[row] if self._loses else value[row]
+            block.copy_(flat[self._shuffle])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_read_where_the_backend_writes_them(dtype: torch.dtype) -> None:
+    """Any order of bytes inside a block; tokens begin and end anywhere; others keep their bytes."""
+    layers = [FakeAttention(dtype) for _ in range(3)]
+    tokens = PagedTokens(layers, 6, BLOCK)
+    assert (3, 2, 8) == tokens.row_shape
+    kv = TokenKV(torch.randn(3, 2, 11, 8).to(dtype), torch.randn(3, 2, 11, 8).to(dtype))
+    tokens.write(kv.part(0, 6), 0, [4, 1, 3])
+    tokens.write(kv.part(6, 11), 6, [4, 1, 3])
+    got = tokens.read(11, [4, 1, 3])
+    assert torch.equal(kv.keys, got.keys)
+    assert torch.equal(kv.values, got.values)
+    assert all(not layer.kv_cache[[0, 2, 5]].any() for layer in layers)
+
+
+def test_a_backend_that_loses_elements_is_refused() -> None:
+    """Where every element is not once in its block nothing may be read."""
+    with pytest.raises(BlendRefusedError, match="not where they can be found"):
+        PagedTokens([FakeAttention(torch.float32, loses=True)], 6, BLOCK)
