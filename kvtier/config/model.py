@@ -22,7 +22,7 @@ from kvtier.config.fields import (
 )
 from kvtier.config.problems import TIER_ORDER, Problem, explain, render
 from kvtier.config.remote import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig
-from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, RecordConfig
+from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, DaemonConfig, RecordConfig
 from kvtier.config.source import Dumper, Source, read_source
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 from kvtier.errors import ConfigError
@@ -53,6 +53,7 @@ class Config(Section):
     blend: BlendConfig = setting(BlendConfig(), kind="mapping", allowed="a mapping", about="Whether chunks are reused at any position.")
     control: ControlConfig = setting(ControlConfig(), kind="mapping", allowed="a mapping", about="What users and hints may claim.")
     record: RecordConfig = setting(RecordConfig(), kind="mapping", allowed="a mapping", about="Whether and where to record the workload.")
+    daemon: DaemonConfig = setting(DaemonConfig(), kind="mapping", allowed="a mapping", about="Whether engines share one daemon's tiers.")
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info",
         kind="name",

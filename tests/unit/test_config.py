@@ -342,6 +342,7 @@ def test_exports_are_sorted() -> None:
         "Config",
         "ConnectorConfig",
         "ControlConfig",
+        "DaemonConfig",
         "DiskTierConfig",
         "GpuTierConfig",
         "HostTierConfig",
