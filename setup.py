@@ -79,8 +79,11 @@ setup(
         "cuda13": ["cupy-cuda13x>=13.6"],
         # compiling the CUDA kernels, which needs no GPU
         "kernels": ['cupy-cuda13x>=13.6; platform_system == "Linux"', 'nvidia-cuda-nvrtc>=13; platform_system == "Linux"'],
+        # the node daemon, and engines that use one
+        "serve": ["msgspec>=0.18"],
         "redis": ["redis>=5"],
         "object": ["obstore>=0.6"],
+        "mooncake": ["mooncake-transfer-engine-non-cuda>=0.3.13"],
         # blocks in remote stores encrypted
         "encryption": ["cryptography>=46"],
         # real servers for the tests and benchmarks of the remote tiers

@@ -1,7 +1,7 @@
 """kvtier keeps the KV cache of an LLM engine alive beyond GPU memory and gives it back when the same tokens come again.
 
 The names below are the public API; everything else may change between versions. Importing kvtier imports none of its
-dependencies: `Config`, `CacheEngine`, `Controller`, `Namespace` and `KeyChain` are loaded when they are first used.
+dependencies: `Config`, `CacheEngine`, `Controller`, `Namespace`, `KeyChain` and `connect` are loaded when they are first used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kvtier.errors import (
     ClosedError,
     ConfigError,
     ControlError,
+    DaemonError,
     InvariantError,
     JobCancelledError,
     JobTimeoutError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kvtier.engine import CacheEngine
     from kvtier.hashing import KeyChain, Namespace
     from kvtier.job import Job
+    from kvtier.serve.control import connect
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,7 @@ __all__ = [
     "ConfigError",
     "ControlError",
     "Controller",
+    "DaemonError",
     "InvariantError",
     "Job",
     "JobCancelledError",
@@ -70,6 +73,7 @@ __all__ = [
     "UnsupportedModelError",
     "Workflow",
     "__version__",
+    "connect",
     "controllers",
 ]
 
@@ -83,6 +87,7 @@ _LAZY = {
     "StepGraph": "kvtier.control.steps",
     "ToolCall": "kvtier.control.hints",
     "Workflow": "kvtier.control.hints",
+    "connect": "kvtier.serve.control",
     "controllers": "kvtier.controller",
     "Namespace": "kvtier.hashing",
     "KeyChain": "kvtier.hashing",

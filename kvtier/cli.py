@@ -1,4 +1,4 @@
-"""The command line: ``kvtier config``, ``check``, ``simulate``, ``plan``, ``bench``, ``env`` and ``version``.
+"""The command line: ``kvtier config``, ``serve``, ``check``, ``simulate``, ``plan``, ``bench``, ``env`` and ``version``.
 
 A command imports what it needs when it runs, so that ``kvtier version`` answers at once and a machine without, say, a
 working LMDB can still have its configuration checked.
@@ -35,6 +35,7 @@ BENCHMARKS = {
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
     "sharing": ("kvtier.bench.sharing", "time to first token of what another engine has prefilled, by the store between them"),
     "remote": ("kvtier.bench.remote", "the tiers in remote stores beside raw transfers to the same servers"),
+    "serve": ("kvtier.bench.serve", "what a daemon in between costs, beside a cache in the engine's process"),
     "tier": ("kvtier.bench.tier", "storing and loading through the engine facade beside the bare copy"),
 }
 """name -> the module with ``add_arguments`` and ``run``, what it measures"""
@@ -71,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     text = "print a file to start from: every setting with its default, explained"
     defaults = config_commands.add_parser("show-defaults", help=text, description=text.capitalize() + ".")
     defaults.set_defaults(command=_show_defaults)
+
+    text = "own the tiers of this machine and serve all engines on it through a Unix socket"
+    serve = commands.add_parser("serve", help=text, description=text.capitalize() + ". Runs until SIGTERM or SIGINT.")
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file of settings: the tiers")
+    serve.add_argument("--socket", type=Path, default=None, metavar="PATH", help="where to listen (default: daemon.socket of the file)")
+    serve.set_defaults(command=_serve)
 
     text = "verify every record in the directory of a disk tier that no process has open; changes nothing"
     check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
@@ -125,6 +132,17 @@ def _show_defaults(options: argparse.Namespace) -> int:  # noqa: ARG001 - all co
     from kvtier.config import commented_defaults  # noqa: PLC0415 - as above
 
     _print_yaml(commented_defaults())
+    return OK
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from kvtier.config import Config  # noqa: PLC0415 - takes pydantic
+    from kvtier.serve.command import serve  # noqa: PLC0415 - takes msgspec, numpy
+
+    try:
+        serve(Config.load(options.config), options.socket)
+    except (ConfigError, OSError) as error:  # DaemonError, ArenaError and TierError are OSErrors
+        return _refuse(str(error))
     return OK
 
 

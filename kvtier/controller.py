@@ -19,11 +19,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import TypeVar
 
+from kvtier.cache import Cache
 from kvtier.control.grouping import order
 from kvtier.control.hints import Hint, check_hint
 from kvtier.control.operations import DEVICE_TIER, HOST_TIER
 from kvtier.controlled import Cleared, Evicted, Found, Health, Moved, Pinned, Prefetched, Snapshot, TierShare
-from kvtier.engine import CacheEngine
 from kvtier.errors import ClosedError, ControlError, QuotaError
 from kvtier.hashing import KeyChain, Namespace, request_root, salt_extra, tenant_extra
 from kvtier.job import Job, Progress
@@ -44,7 +44,7 @@ _registry_lock = threading.Lock()
 
 
 class Controller:
-    """The control API of one :class:`~kvtier.CacheEngine`. Thread-safe.
+    """The control API of one :class:`~kvtier.CacheEngine`, or of a daemon's cache. Thread-safe.
 
     Every verb returns a :class:`~kvtier.job.Job`. What is wrong with the arguments raises :class:`~kvtier.ControlError` at once; what only
     the driving thread can find out is raised by ``Job.result``. A prefix is named by its token ids (with ``salt``, the request's
@@ -57,7 +57,7 @@ class Controller:
         name: how ``Controller.of`` finds it; empty: it does not
     """
 
-    def __init__(self, engine: CacheEngine, *, namespace: Namespace, block_tokens: int, name: str = "") -> None:
+    def __init__(self, engine: Cache, *, namespace: Namespace, block_tokens: int, name: str = "") -> None:
         self.name = name
         self._engine = engine
         self._namespace = namespace

@@ -22,6 +22,7 @@ from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hashing import Namespace
+from kvtier.io import round_up_to_page
 from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
 from kvtier.policies import create_policy
@@ -73,6 +74,9 @@ class CacheEngine:
     After ``open`` nothing that goes wrong with storage raises: it becomes a miss and a counter in ``stats``.
     """
 
+    arena_id = ""
+    """which arena slots belong to, where it may be replaced while engines run; empty: it stays"""
+
     def __init__(self, parts: EngineParts, *, block_bytes: int, clock: Callable[[], float]) -> None:
         """Use :meth:`open`."""
         self.stats = parts.stats
@@ -115,6 +119,7 @@ class CacheEngine:
         events: bool = False,
         clock: Callable[[], float] = time.monotonic,
         tiers: Sequence[Tier] | None = None,
+        estimates: Estimates | None = None,
     ) -> CacheEngine:
         """Opens the tiers a configuration names and recovers what they hold.
 
@@ -127,6 +132,7 @@ class CacheEngine:
             events: whether ``take_events`` is going to be called.
             clock: seconds that do not go backwards.
             tiers: the tiers below host memory instead of those that ``config`` names (for tests); owned by the engine.
+            estimates: where what is measured goes; made here where it is None.
 
         Raises:
             ConfigError: host memory cannot hold a single block.
@@ -134,11 +140,11 @@ class CacheEngine:
             TierError: a tier cannot be opened.
         """
         capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
-        if capacity_bytes < _page_align(block_bytes):
+        if capacity_bytes < round_up_to_page(block_bytes):
             raise ConfigError(
                 f"tiers[{config.tiers.index(config.host)}].capacity: {config.host.capacity_bytes} bytes hold no block; "
                 f"one block of this model has {block_bytes} bytes. "
-                f"Allowed: at least {_page_align(block_bytes)} bytes; some thousand blocks are sensible"
+                f"Allowed: at least {round_up_to_page(block_bytes)} bytes; some thousand blocks are sensible"
             )
         # Nothing is handed out before the arena has prepared it: see _grow.
         slab = SlabAllocator.of_host(capacity_bytes, block_bytes, limit_bytes=0)
@@ -155,7 +161,7 @@ class CacheEngine:
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
         _set_quotas(planner, config, now)
-        estimates = Estimates()
+        estimates = estimates or Estimates()
         runner = TransferRunner(planner, lower, arena, namespace.digest, stats, estimates)
         capacity_blocks = slab.max_slots(block_bytes)
         max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
@@ -252,8 +258,6 @@ class CacheEngine:
             self.poll(0.05)
         return not self.busy
 
-    # ---- hints ----------------------------------------------------------------------------------------------------
-
     def hint(self, hint: Hint) -> None:
         """Acts on what an orchestrator says. Raises UnknownSessionError or QuotaError, after which nothing has changed but a pin's end."""
         self._hints.take(hint, self._clock())
@@ -334,10 +338,6 @@ def _own_arena(config: Config) -> Arena:
     return arena
 
 
-def _page_align(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
-
-
 def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Residency:
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=ttl_mode == "sliding")
     return Residency(name, lambda: create_policy(policy), expiry)
@@ -347,8 +347,10 @@ def _open_tiers(config: Config, arena: Arena, block_bytes: int) -> list[Tier]:
     opened: list[Tier] = []
     try:
         for section in config.lower:
-            tier = _open_disk(section, config, arena, block_bytes) if isinstance(section, DiskTierConfig) else open_remote(section)
-            opened += [tier]
+            if isinstance(section, DiskTierConfig):
+                opened.append(_open_disk(section, config, arena, block_bytes))
+            else:
+                opened.append(open_remote(section, (arena.address, arena.capacity_bytes)))
     except BaseException:
         for tier in opened:
             tier.close()
@@ -371,7 +373,7 @@ def _open_disk(disk: DiskTierConfig, config: Config, arena: Arena, block_bytes: 
     )
     if not tier.max_blocks(block_bytes):
         tier.close()
-        least = _page_align(block_bytes) + 2 * PAGE_BYTES
+        least = round_up_to_page(block_bytes) + 2 * PAGE_BYTES
         raise ConfigError(
             f"tiers[{config.tiers.index(disk)}].segment: {disk.segment_bytes} bytes hold no block; one block of this model has "
             f"{block_bytes} bytes. Allowed: at least {least} bytes, and a directory whose segments are as large, or an empty one"

@@ -9,6 +9,7 @@
     |   +-- TierBusyError               another process holds the directory: names it
     |   +-- TierFormatError             the directory is of another format or damaged beyond use
     |   +-- RemoteError                 a remote store does not answer, or refuses: names it, the user and the cause, no secret
+    +-- DaemonError (OSError)           the node daemon cannot be reached or refuses: names the socket and the cause
     +-- ArenaError (OSError)            the arena cannot be made or mapped (too little /dev/shm, ...)
     +-- TraceError (ValueError)         a trace cannot be read: names file, line and what was expected
     +-- ClosedError (ValueError)        used after close()
@@ -66,6 +67,10 @@ class RemoteError(TierError):
 
 class ArenaError(KVTierError, OSError):
     """The arena cannot be created or mapped."""
+
+
+class DaemonError(KVTierError, OSError):
+    """The node daemon cannot be started, cannot be reached, or refuses this engine. The message names the socket and the cause."""
 
 
 class TraceError(KVTierError, ValueError):

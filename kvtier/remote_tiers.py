@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtier.config import ObjectTierConfig, RedisTierConfig
+from kvtier.config import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig
 from kvtier.errors import ConfigError
 from kvtier.tiers.remote import RemoteClient, RemoteSettings, RemoteTier
 from kvtier.tiers.remote.records import Sealer
 
+AnyRemoteConfig = RedisTierConfig | MooncakeTierConfig | ObjectTierConfig
 
-def open_remote(section: RedisTierConfig | ObjectTierConfig) -> RemoteTier:
-    """The tier that a section of the configuration describes.
+
+def open_remote(section: AnyRemoteConfig, memory: tuple[int, int] | None = None) -> RemoteTier:
+    """The tier that a section of the configuration describes. ``memory``: address and length of what its blocks lie in mostly.
 
     Raises:
         ConfigError: a secret cannot be read or is none, or an extra is not installed.
         RemoteError: the store does not answer or refuses, and the tier is required.
         TierFormatError: the store is of another format version.
     """
-    options: dict[str, Any] = {} if isinstance(section, RedisTierConfig) else {"batch_bytes": 1}  # one request for each object
+    options: dict[str, Any] = {"batch_bytes": 1} if isinstance(section, ObjectTierConfig) else {}  # one request for each object
     settings = RemoteSettings(
         prefix=section.prefix,
         threads=section.threads,
@@ -29,8 +31,31 @@ def open_remote(section: RedisTierConfig | ObjectTierConfig) -> RemoteTier:
         **options,
     )
     sealer = _sealer(section)
-    client = _redis(section) if isinstance(section, RedisTierConfig) else _object(section)
+    client = _client(section, memory)
     return RemoteTier(client, name=section.type, settings=settings, sealer=sealer)
+
+
+def _client(section: AnyRemoteConfig, memory: tuple[int, int] | None) -> RemoteClient:
+    if isinstance(section, RedisTierConfig):
+        return _redis(section)
+    return _object(section) if isinstance(section, ObjectTierConfig) else _mooncake(section, memory)
+
+
+def _mooncake(section: MooncakeTierConfig, memory: tuple[int, int] | None) -> RemoteClient:
+    try:
+        from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise _not_installed("mooncake", error) from error
+    access = MooncakeAccess(
+        master=section.master,
+        local_host=section.host,
+        metadata=section.metadata,
+        protocol=section.protocol,
+        devices=section.devices,
+        segment_bytes=section.segment_bytes or 0,
+        connect_timeout_s=section.connect_timeout_s,
+    )
+    return MooncakeClient(access, memory=memory)
 
 
 def _redis(section: RedisTierConfig) -> RemoteClient:
@@ -68,7 +93,7 @@ def _object(section: ObjectTierConfig) -> RemoteClient:
     return ObjectClient(access)
 
 
-def _sealer(section: RedisTierConfig | ObjectTierConfig) -> Sealer | None:
+def _sealer(section: AnyRemoteConfig) -> Sealer | None:
     text = section.encryption_key()
     if text is None:
         return None

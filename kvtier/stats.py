@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from kvtier.errors import RefusalReason
 
-_PLACES: Mapping[str, str] = {"disk": "the disk", "redis": "the Redis server", "object": "the bucket"}
+_PLACES: Mapping[str, str] = {"disk": "the disk", "redis": "the Redis server", "mooncake": "the Mooncake Store", "object": "the bucket"}
 
 _LOWER: Mapping[str, str] = {
     "stored_blocks": "blocks written to {}",
@@ -104,6 +104,11 @@ COUNTERS: Mapping[str, str] = {
     "blend.unstored_chunks": "chunks not stored: no room, too many waiting, or computing them failed",
     **{f"blend.refused_{reason.value}": f"requests whose chunks were not reused: {reason.value}" for reason in RefusalReason},
     "record.lost_lines": "lines of the recording that could not be written",
+    "daemon.sessions": "times the node daemon was reached",
+    "daemon.lost": "times the node daemon was lost: gone, or it refused",
+    "daemon.timeouts": "times the node daemon was given up because it did not answer by the deadline",
+    "daemon.missed_calls": "calls that were answered with a miss because there was no node daemon",
+    "daemon.void_copies": "copies whose slots belonged to a node daemon that was lost before they ended",
     "connector.errors": "unexpected errors inside kvtier that became misses",
     "index.reset": "times the whole cache was forgotten on request",
 }

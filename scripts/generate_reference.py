@@ -26,9 +26,11 @@ from kvtier.config import (  # noqa: E402
     Config,
     ConnectorConfig,
     ControlConfig,
+    DaemonConfig,
     DiskTierConfig,
     GpuTierConfig,
     HostTierConfig,
+    MooncakeTierConfig,
     ObjectTierConfig,
     RecordConfig,
     RedisTierConfig,
@@ -56,10 +58,12 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`tiers`: `type: host`", HostTierConfig),
     ("`tiers`: `type: disk`", DiskTierConfig),
     ("`tiers`: `type: redis`", RedisTierConfig),
+    ("`tiers`: `type: mooncake`", MooncakeTierConfig),
     ("`tiers`: `type: object`", ObjectTierConfig),
     ("`connector`", ConnectorConfig),
     ("`blend`", BlendConfig),
     ("`control`", ControlConfig),
+    ("`daemon`", DaemonConfig),
     ("`record`", RecordConfig),
 )
 
@@ -127,10 +131,22 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L3: decisions", ("control", "policies")),
     (
         "L4: the two joined, the control API, and the machine they run on",
-        ("engine.py", "remote_tiers.py", "transfer.py", "sharing.py", "verbs.py", "controller.py", "controlled.py", "job.py", "machine.py"),
+        (
+            "engine.py",
+            "cache.py",
+            "remote_tiers.py",
+            "transfer.py",
+            "sharing.py",
+            "verbs.py",
+            "controller.py",
+            "controlled.py",
+            "job.py",
+            "machine.py",
+        ),
     ),
     ("L4: the simulator", ("sim",)),
     ("L4: chunks reused at any position", ("blend",)),
+    ("L5: the node daemon", ("serve",)),
     ("L5: engines, benchmarks, tests for third parties", ("connectors", "bench", "testing")),
 )
 """title -> modules and packages of kvtier, in the order of the page"""

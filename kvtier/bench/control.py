@@ -25,6 +25,7 @@ import numpy as np
 
 from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, record, time_rounds
+from kvtier.cache import Cache
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import DefaultSettings, Geometry
@@ -44,6 +45,7 @@ from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, Transfe
 
 PROMPT_TOKENS = 131_072
 BLOCKS_PER_PROMPT = 64
+STEP_BLOCK_TOKENS = 32
 DISK_BATCH = 256
 """blocks of one job"""
 SEGMENT_BYTES = 64 << 20
@@ -98,29 +100,34 @@ def lookups(rounds: int) -> Iterator[Record]:
 
 def steps(rounds: int, num_requests: int = 64) -> Iterator[Record]:
     """The scheduler half's share of an engine step in which 64 running requests decode one token each."""
-    block_tokens = 32
     with _engine(num_requests * 256) as engine:
-        geometry = Geometry(b"n" * 16, block_tokens, block_tokens, num_workers=1, host_blocks=num_requests * 256)
-        half = SchedulerHalf(engine, geometry, DefaultSettings(), strict=True)
-        tokens = {f"r{number}": list(range(number, number + 2048)) for number in range(num_requests)}
-        blocks = {name: list(range(number * 256, number * 256 + 256)) for number, name in enumerate(tokens)}
+        times = decode_steps(engine, rounds, num_requests)
+    yield record("scheduler half, one step", {"running": num_requests, "block_tokens": STEP_BLOCK_TOKENS}, times, "us", limit=200.0)
+
+
+def decode_steps(cache: Cache, rounds: int, num_requests: int) -> list[float]:
+    """Seconds of steps in which each running request decodes one token; the blocks that become full are stored, without bytes."""
+    block_tokens = STEP_BLOCK_TOKENS
+    geometry = Geometry(b"n" * 16, block_tokens, block_tokens, num_workers=1, host_blocks=num_requests * 256)
+    half = SchedulerHalf(cache, geometry, DefaultSettings(), strict=True)
+    tokens = {f"r{number}": list(range(number, number + 2048)) for number in range(num_requests)}
+    blocks = {name: list(range(number * 256, number * 256 + 256)) for number, name in enumerate(tokens)}
+    for name, ids in tokens.items():
+        half.add_request(name, ids, num_prompt_tokens=2048)
+        half.match(name, 2048, 0)
+        half.allocated(name, blocks[name], 0)
+    computed = dict(zip(tokens, range(2048, 2048 + num_requests), strict=True))
+    _step(half, blocks, dict.fromkeys(tokens, 2048))
+
+    def decode() -> None:
         for name, ids in tokens.items():
-            half.add_request(name, ids, num_prompt_tokens=2048)
-            half.match(name, 2048, 0)
-            half.allocated(name, blocks[name], 0)
-        computed = dict(zip(tokens, range(2048, 2048 + num_requests), strict=True))
-        _step(half, blocks, dict.fromkeys(tokens, 2048))
+            ids.append(7)
+            computed[name] += 1
+        _step(half, blocks, computed)
 
-        def decode() -> None:
-            for name, ids in tokens.items():
-                ids.append(7)
-                computed[name] += 1
-            _step(half, blocks, computed)
-
-        for ids, extra in zip(tokens.values(), range(num_requests), strict=True):
-            ids.extend([7] * extra)
-        params = {"running": num_requests, "block_tokens": block_tokens}
-        yield record("scheduler half, one step", params, time_rounds(decode, rounds=max(rounds, 64)), "us", limit=200.0)
+    for ids, extra in zip(tokens.values(), range(num_requests), strict=True):
+        ids.extend([7] * extra)
+    return time_rounds(decode, rounds=max(rounds, 64))
 
 
 def evictions(resident: Sequence[int], rounds: int) -> Iterator[Record]:

@@ -1,11 +1,13 @@
 """``kvtier bench sharing``: what one engine has prefilled, answered by another one, by the store between them. Needs vLLM and the servers.
 
-Two engines in processes of their own share nothing but the store. The first one computes each prompt; the second one has never seen it.
+Two engines in processes of their own share nothing but the store, or the daemon. The first one computes each prompt; the second one has
+never seen it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -18,9 +20,12 @@ from typing import Any
 
 from kvtier.bench.engine import ENVIRONMENT, open_engine, prompt_of
 from kvtier.bench.report import Record, publish, record
-from kvtier.testing.servers import S3Server, Server, ValkeyServer
+from kvtier.testing.daemons import DaemonProcess
+from kvtier.testing.servers import MooncakeMaster, S3Server, Server, ValkeyServer
+from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
+from kvtier.tiers.remote import Deadline
 
-PATHS = ("redis-unix", "redis-tcp", "s3")
+PATHS = ("daemon", "redis-unix", "redis-tcp", "mooncake", "s3")
 _SETTLE_S = 3.0
 """until the first engine's last write has arrived"""
 
@@ -53,9 +58,14 @@ def measure(path: str, model: str, sizes: list[int], rounds: int, directory: Pat
     folder = directory / path
     folder.mkdir()
     with ExitStack() as stack:
-        tiers = [{"type": "host", "capacity": "2GiB"}, _start(path, folder, stack.callback)]
-        first = stack.enter_context(open_engine(model, folder, tiers))
-        second = stack.enter_context(open_engine(model, folder, tiers))
+        tiers: list[dict[str, Any]] = [{"type": "host", "capacity": "2GiB"}]
+        more: dict[str, Any] = {}
+        if path == "daemon":
+            more["daemon"] = {"socket": str(_start_daemon(tiers, folder, stack.callback)), "deadline": "2s"}
+        else:
+            tiers.append(_start(path, folder, stack.callback))
+        first = stack.enter_context(open_engine(model, folder, tiers, **more))
+        second = stack.enter_context(open_engine(model, folder, tiers, **more))
         for size in sizes:
             prompts = [prompt_of(size, size // 10 + number) for number in range(rounds)]  # no size is a prefix of another one
             computed = [first([prompt])["ttft_s"] for prompt in prompts]
@@ -73,9 +83,26 @@ def measure(path: str, model: str, sizes: list[int], rounds: int, directory: Pat
             yield Record("of computing, through the store", {"path": path, "tokens": size}, share, "ratio", 0.0)
 
 
+def _start_daemon(tiers: list[dict[str, Any]], folder: Path, at_end: Callable[[Callable[[], None]], object]) -> Path:
+    """A daemon that owns the tiers; its socket."""
+    place = folder / "run"
+    place.mkdir(mode=0o700)
+    config = folder / "kvtier.yaml"
+    config.write_text(json.dumps({"tiers": tiers}))
+    at_end(DaemonProcess(config, place / "socket").close)
+    return place / "socket"
+
+
 def _start(path: str, folder: Path, at_end: Callable[[Callable[[], None]], object]) -> dict[str, Any]:
     """The server, and the tier that uses it."""
     server: Server
+    if path == "mooncake":
+        server = master = MooncakeMaster(folder).start()
+        at_end(server.kill)
+        member = MooncakeClient(MooncakeAccess(master=master.url.partition("//")[2], segment_bytes=1 << 30))
+        member.ping(Deadline(60.0))
+        at_end(member.close)
+        return {"type": "mooncake", "url": master.url}
     if path == "s3":
         server = bucket = S3Server(folder).start()
         at_end(server.kill)

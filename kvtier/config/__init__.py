@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvtier.config.fields import WriteMode
 from kvtier.config.model import Config, LowerTierConfig
-from kvtier.config.remote import ObjectTierConfig, RedisTierConfig, RemoteTierConfig
-from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, RecordConfig
+from kvtier.config.remote import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig, RemoteTierConfig
+from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, DaemonConfig, RecordConfig
 from kvtier.config.template import commented_defaults
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 
@@ -14,10 +14,12 @@ __all__ = [
     "Config",
     "ConnectorConfig",
     "ControlConfig",
+    "DaemonConfig",
     "DiskTierConfig",
     "GpuTierConfig",
     "HostTierConfig",
     "LowerTierConfig",
+    "MooncakeTierConfig",
     "ObjectTierConfig",
     "RecordConfig",
     "RedisTierConfig",

@@ -21,17 +21,17 @@ from kvtier.config.fields import (
     write_path,
 )
 from kvtier.config.problems import TIER_ORDER, Problem, explain, render
-from kvtier.config.remote import ObjectTierConfig, RedisTierConfig
-from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, RecordConfig
+from kvtier.config.remote import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig
+from kvtier.config.sections import BlendConfig, ConnectorConfig, ControlConfig, DaemonConfig, RecordConfig
 from kvtier.config.source import Dumper, Source, read_source
 from kvtier.config.tiers import DiskTierConfig, GpuTierConfig, HostTierConfig
 from kvtier.errors import ConfigError
 from kvtier.units import format_duration, format_size
 
-_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one each of type disk, redis, object"
-_TIER_ORDER = ("gpu", "host", "disk", "redis", "object")
+_TIERS = "a list: at most one tier of type gpu, then one of type host, then at most one each of type disk, redis, mooncake, object"
+_TIER_ORDER = ("gpu", "host", "disk", "redis", "mooncake", "object")
 
-LowerTierConfig = DiskTierConfig | RedisTierConfig | ObjectTierConfig
+LowerTierConfig = DiskTierConfig | RedisTierConfig | MooncakeTierConfig | ObjectTierConfig
 TierConfig = Annotated[GpuTierConfig | HostTierConfig | LowerTierConfig, Field(discriminator="type")]
 
 
@@ -53,6 +53,7 @@ class Config(Section):
     blend: BlendConfig = setting(BlendConfig(), kind="mapping", allowed="a mapping", about="Whether chunks are reused at any position.")
     control: ControlConfig = setting(ControlConfig(), kind="mapping", allowed="a mapping", about="What users and hints may claim.")
     record: RecordConfig = setting(RecordConfig(), kind="mapping", allowed="a mapping", about="Whether and where to record the workload.")
+    daemon: DaemonConfig = setting(DaemonConfig(), kind="mapping", allowed="a mapping", about="Whether engines share one daemon's tiers.")
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info",
         kind="name",

@@ -10,9 +10,11 @@ from pydantic import ValidationInfo, field_validator
 from kvtier.config.fields import (
     OPTIONAL_DURATIONS,
     REQUIRED,
+    SIZES,
     Duration,
     ExpandedPath,
     OptionalDuration,
+    OptionalSize,
     Section,
     Size,
     WriteMode,
@@ -209,6 +211,41 @@ class ObjectTierConfig(RemoteTierConfig):
     def secret_key(self) -> str | None:
         """Read now. Raises ConfigError where the variable or file is not there."""
         return _secret("object", "secret_key", self.secret_key_env, self.secret_key_file)
+
+
+class MooncakeTierConfig(RemoteTierConfig):
+    """A Mooncake Store. At most one, after Redis and before object storage."""
+
+    type: Literal["mooncake"] = setting("mooncake", kind="name", allowed="`mooncake`", about="Makes this tier a Mooncake Store.")
+    url: str = setting(REQUIRED, kind="text", allowed="`mooncake://HOST:PORT`", about="The master.")
+    host: str = setting("127.0.0.1", kind="text", allowed="an address", about="This machine, as the others reach it.")
+    metadata: str = setting(
+        "P2PHANDSHAKE", kind="text", allowed="`P2PHANDSHAKE`, or the address of a metadata server", about="How processes find each other."
+    )
+    protocol: Literal["tcp", "rdma"] = setting("tcp", kind="name", allowed="`tcp`, `rdma`", about="How blocks travel.")
+    devices: str = setting("", kind="text", allowed="names, or empty: all", about="The devices of RDMA.")
+    segment_bytes: OptionalSize = setting(
+        None,
+        key="segment",
+        kind="size",
+        allowed=f"null, or more than 0: {SIZES}",
+        about="Memory that this engine gives to the store; what lies there is gone with the engine. null: none.",
+        gt=0,
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_master(cls, url: str) -> str:
+        scheme, _, place = url.partition("://")
+        host, _, port = place.rpartition(":")
+        if scheme != "mooncake" or not host or not port.isdecimal() or "@" in host or "/" in host:
+            raise ValueError("not the address of a master")
+        return url
+
+    @property
+    def master(self) -> str:
+        """As ``host:port``."""
+        return self.url.partition("://")[2]
 
 
 def _only_one(file: object, variable: object, name: str) -> object:

@@ -123,3 +123,39 @@ class ControlConfig(Section):
         ge=0,
         le=1,
     )
+
+
+class DaemonConfig(Section):
+    """The node daemon (`kvtier serve`), which owns the tiers of all engines of a machine."""
+
+    socket: OptionalPath = setting(
+        None,
+        kind="path",
+        allowed="null, or the path of a Unix socket in a directory that is this user's alone",
+        about="Where the daemon is spoken to. The engines use its tiers then and open none of their own; of `tiers` only the daemon "
+        "reads. null: each engine has tiers of its own.",
+    )
+    deadline_s: Duration = setting(
+        0.25,
+        key="deadline",
+        kind="duration",
+        allowed="more than 0: `250ms`, `1s`, or seconds",
+        about="How long the daemon may keep one step of an engine waiting; then the engine goes on without it.",
+        gt=0,
+    )
+    reconnect_s: Duration = setting(
+        1.0,
+        key="reconnect",
+        kind="duration",
+        allowed="more than 0: `1s`, `500ms`, or seconds",
+        about="How long an engine waits before it tries again to reach a daemon that was lost.",
+        gt=0,
+    )
+    attach_timeout_s: Duration = setting(
+        30.0,
+        key="attach_timeout",
+        kind="duration",
+        allowed="more than 0: `30s`, `2min`, or seconds",
+        about="How long the daemon may take to open its tiers for the first engine.",
+        gt=0,
+    )

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.layout import lay_out
+from kvtier.cache import Cache
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_request import BlendSettings, read_request
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import BlendPlan, BlendState, ConnectorSettings, Geometry, Matched, Request, RequestIdentity
-from kvtier.engine import CacheEngine
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import request_root
 from kvtier.types import SlotRef
@@ -89,7 +89,7 @@ class Blending:
     """
 
     def __init__(
-        self, engine: CacheEngine, geometry: Geometry, settings: ConnectorSettings, parts: BlendParts, clock: Callable[[], float]
+        self, engine: Cache, geometry: Geometry, settings: ConnectorSettings, parts: BlendParts, clock: Callable[[], float]
     ) -> None:
         self._engine = engine
         self._geometry = geometry

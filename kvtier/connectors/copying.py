@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from kvtier.cache import Cache
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.jobs import LoadJob, StoreJob, void_stores
 from kvtier.connectors.messages import MoveJob, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import NEVER, Geometry, Request
-from kvtier.engine import CacheEngine
 from kvtier.types import SlotRef
 
 
@@ -19,9 +19,7 @@ class Copying:
     ``requests`` are those that the scheduler half knows, by id; a job may outlive its request.
     """
 
-    def __init__(
-        self, engine: CacheEngine, geometry: Geometry, requests: Mapping[str, Request], boundary: Boundary, *, async_load: bool
-    ) -> None:
+    def __init__(self, engine: Cache, geometry: Geometry, requests: Mapping[str, Request], boundary: Boundary, *, async_load: bool) -> None:
         self._engine = engine
         self._geometry = geometry
         self._block_tokens = geometry.block_tokens

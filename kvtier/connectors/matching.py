@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvtier.cache import Cache
 from kvtier.connectors.requests import ConnectorSettings, Geometry, Lookup, Matched, Request
 from kvtier.control.estimates import Piece
-from kvtier.engine import CacheEngine
 from kvtier.types import PrefixMatch
 
 PIN_TTL_S = 30.0
@@ -23,7 +23,7 @@ class Matcher:
     to say what they hold, each time it wants to start.
     """
 
-    def __init__(self, engine: CacheEngine, geometry: Geometry, settings: ConnectorSettings, *, clock: Callable[[], float]) -> None:
+    def __init__(self, engine: Cache, geometry: Geometry, settings: ConnectorSettings, *, clock: Callable[[], float]) -> None:
         self._engine = engine
         self._settings = settings
         self._block_tokens = geometry.block_tokens

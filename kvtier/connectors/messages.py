@@ -139,6 +139,8 @@ class StepMessage:
     """to be finished before the forward pass of this step, and after its loads"""
     entries: tuple[EntryJob, ...] = ()
     """to be computed after the forward pass of this step"""
+    arena_id: str = ""
+    """of the arena that all slots belong to: a worker that has mapped another one copies nothing"""
 
 
 @dataclass(slots=True)

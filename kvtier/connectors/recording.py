@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from kvtier.cache import Cache
 from kvtier.config import Config
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.boundary import Boundary
@@ -15,7 +16,6 @@ from kvtier.connectors.messages import MoveJob, RequestOptions, ScheduledRequest
 from kvtier.connectors.requests import ConnectorSettings, Geometry, Lookup, Matched, Request, RequestIdentity
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.control.commands import BlockEvent
-from kvtier.engine import CacheEngine
 from kvtier.memory.slab import SlabAllocator
 from kvtier.recording import Blocks, Recorder
 
@@ -52,7 +52,7 @@ class RecordingHalf(SchedulerHalf):
 
     def __init__(  # noqa: PLR0913 - by keyword
         self,
-        engine: CacheEngine,
+        engine: Cache,
         geometry: Geometry,
         settings: ConnectorSettings,
         *,
@@ -188,7 +188,7 @@ class _RecordedCopying(Copying):
 
     def __init__(
         self,
-        engine: CacheEngine,
+        engine: Cache,
         geometry: Geometry,
         requests: Mapping[str, Request],
         boundary: Boundary,

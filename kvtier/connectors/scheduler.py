@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from kvtier.cache import Cache
 from kvtier.connectors.blending import Blending, BlendParts
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.copying import Copying
@@ -21,7 +22,6 @@ from kvtier.connectors.requests import ConnectorSettings, Geometry, Matched, Req
 from kvtier.connectors.step_meter import StepMeter, StepTokens
 from kvtier.control.commands import BlockEvent
 from kvtier.control.hints import Hint, NextUse, ToolCall
-from kvtier.engine import CacheEngine
 from kvtier.errors import ControlError
 
 IDLE_WAIT_S = 0.005
@@ -32,7 +32,7 @@ _NOTHING = Matched(0)
 
 
 class SchedulerHalf:
-    """Drives a :class:`~kvtier.engine.CacheEngine` for one engine's scheduler. One thread.
+    """Drives a cache, a :class:`~kvtier.engine.CacheEngine` or a daemon's, for one engine's scheduler. One thread.
 
     Never raises into the engine: an unexpected error becomes the safe answer of the method (no hit, nothing to store, a
     load that failed, no hold), is counted as ``connector.errors`` and logged once per kind.
@@ -49,7 +49,7 @@ class SchedulerHalf:
 
     def __init__(
         self,
-        engine: CacheEngine,
+        engine: Cache,
         geometry: Geometry,
         settings: ConnectorSettings,
         *,
@@ -191,6 +191,7 @@ class SchedulerHalf:
             entries=tuple(entries),
             preempted=tuple(preempted),
             held=tuple(held),
+            arena_id=self._engine.arena_id,
         )
 
     # ---- after the step -----------------------------------------------------------------------------------------

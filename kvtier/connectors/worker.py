@@ -15,15 +15,15 @@ each layer has written its KV.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from kvtier.connectors.blend_steps import Blender, BlendSteps
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.layer_pipeline import LayerPipeline
 from kvtier.connectors.layer_stores import LayerStores
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
+from kvtier.connectors.running import RunningCopy
+from kvtier.connectors.tenancy import Tenancy
 from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent, LayerLoader, LayerStorer
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
@@ -60,18 +60,6 @@ class Transferred:
     received: set[str]
 
 
-@dataclass(slots=True)
-class _Copy:
-    """A job that was started. ``positions`` of its blocks are being copied; the others have failed already."""
-
-    job: MoveJob
-    positions: list[int]
-    event: CopyEvent | None
-    failed: set[int] = field(default_factory=set)
-    started: float | None = None
-    """of a load that is copied as a whole: when"""
-
-
 class WorkerHalf:
     """One rank's data mover. One thread.
 
@@ -79,7 +67,7 @@ class WorkerHalf:
     ``failed_block_ids`` and ``report``, stores through ``report``.
 
     Args:
-        arena: the shared arena, mapped by this process; not closed by ``close()``
+        arena: the shared arena, mapped by this process; not closed by ``close()``. None: there is none before ``attach``
         copier: bound to this rank's KV memory and to the arena
         part: where this rank's bytes lie in a slot
         loader: loads layer by layer, where the engine can wait for each layer; closed by ``close()``
@@ -90,8 +78,8 @@ class WorkerHalf:
 
     def __init__(
         self,
-        arena: Arena,
-        copier: BlockCopier,
+        arena: Arena | None,
+        copier: BlockCopier | None,
         part: SlotPart,
         *,
         loader: LayerLoader | None = None,
@@ -100,24 +88,51 @@ class WorkerHalf:
         strict: bool = False,
     ) -> None:
         self._blends = BlendSteps(blender, self._count_error)
-        self._generations = arena.generations
-        self._copier = copier
-        self._layers = LayerPipeline(loader)
-        self._layer_stores = LayerStores(storer)
-        self._stores_by_layer: list[_Copy] = []
+        self.attach(arena, copier, loader=loader, storer=storer)
+        self._stores_by_layer: list[RunningCopy] = []
         self._part = part
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._copying = Boundary(on_error=self._count_error)
         """around calls to the copier, which may fail in any way"""
         self._orders = _NO_ORDERS
         self._loads_started = self._stores_started = True
-        self._sync_loads: list[_Copy] = []
-        self._async_loads: list[_Copy] = []
-        self._stores: list[_Copy] = []
+        self._sync_loads: list[RunningCopy] = []
+        self._async_loads: list[RunningCopy] = []
+        self._stores: list[RunningCopy] = []
         self._held: set[str] = set()
         self._received: set[str] = set()
         self._failed_block_ids: set[int] = set()
         self._report = WorkerReport(attached=1, blenders=int(blender is not None))
+
+    # ---- an arena that may be replaced --------------------------------------------------------------------------
+
+    def attach(
+        self,
+        arena: Arena | None,
+        copier: BlockCopier | None,
+        *,
+        loader: LayerLoader | None = None,
+        storer: LayerStorer | None = None,
+        arena_id: str = "",
+    ) -> None:
+        """Copies to and from this arena from now on, which orders call ``arena_id``; None: every copy fails. Between two steps."""
+        self._tenancy = Tenancy(None if arena is None else arena.generations, arena_id)
+        self._copier = copier
+        self._layers = LayerPipeline(loader)
+        self._layer_stores = LayerStores(storer)
+
+    def detach(self) -> None:
+        """Lets go of the arena; copies that run have failed. Between two steps."""
+        for copy in [*self._async_loads, *self._stores]:
+            self._wait(copy)
+            copy.event = None
+            copy.failed.update(copy.positions)
+        self._received.update(copy.job.request_id for copy in self._async_loads)
+        loads, self._async_loads = self._async_loads, []
+        for load in loads:
+            self._end_load(load)
+        self.close()
+        self.attach(None, None)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -209,7 +224,7 @@ class WorkerHalf:
             if any(copy.job is job for copy in by_layer):
                 continue
             copy = self._start(job, is_load=False)
-            if self._copier.is_async:
+            if self._copier is not None and self._copier.is_async:
                 self._stores.append(copy)
             else:
                 self._end(copy)
@@ -262,12 +277,12 @@ class WorkerHalf:
 
     # ---- one job ------------------------------------------------------------------------------------------------
 
-    def _start(self, job: MoveJob, *, is_load: bool) -> _Copy:
+    def _start(self, job: MoveJob, *, is_load: bool) -> RunningCopy:
         """Starts the copies of a job whose slots still have the tenant they were planned for."""
         copy = self._prepare(job)
         if is_load:
             copy.started = time.monotonic()
-        if copy.positions:
+        if copy.positions and self._copier is not None:
             with self._copying.at("scatter" if is_load else "gather"):
                 copies = self._block_copies(copy)
                 copy.event = self._copier.scatter(copies) if is_load else self._copier.gather(copies)
@@ -275,7 +290,7 @@ class WorkerHalf:
             copy.failed.update(copy.positions)
         return copy
 
-    def _start_by_layer(self, loads: list[_Copy]) -> None:
+    def _start_by_layer(self, loads: list[RunningCopy]) -> None:
         """Starts the loads as one, layer after layer."""
         event: CopyEvent | None = None
         with self._copying.at("scatter by layer"):
@@ -288,7 +303,7 @@ class WorkerHalf:
             if copy.event is None:
                 copy.failed.update(copy.positions)
 
-    def _finish_by_layer(self, stores: list[_Copy]) -> None:
+    def _finish_by_layer(self, stores: list[RunningCopy]) -> None:
         """Ends the step's stores by layer, which run as one. Where any layer could not be copied all have failed."""
         event: CopyEvent | None = None
         with self._copying.at("gather by layer"):
@@ -300,20 +315,20 @@ class WorkerHalf:
                 copy.failed.update(copy.positions)
         self._stores += stores
 
-    def _prepare(self, job: MoveJob) -> _Copy:
+    def _prepare(self, job: MoveJob) -> RunningCopy:
         """Finds out which of a job's slots still have the tenant they were planned for; the others have failed."""
-        copy = _Copy(job, [], None, set(range(len(job.block_ids))))
+        copy = RunningCopy(job, [], None, set(range(len(job.block_ids))), self._orders.arena_id)
         with self._boundary.at("start copy"):
-            stale = self._stale_positions(job)
+            stale = self._tenancy.stale_positions(job, self._orders.arena_id, self._part.blocks_per_slot)
             self._count_stale(job, stale)
             copy.positions = sorted(copy.failed - stale)
             copy.failed = stale
         return copy
 
-    def _block_copies(self, copy: _Copy) -> list[BlockCopy]:
+    def _block_copies(self, copy: RunningCopy) -> list[BlockCopy]:
         return [self._block_copy(copy.job, position) for position in copy.positions]
 
-    def _is_over(self, copy: _Copy) -> bool:
+    def _is_over(self, copy: RunningCopy) -> bool:
         """Whether nothing of a copy runs any more. One that cannot be asked has failed."""
         if copy.event is None:
             return True
@@ -325,7 +340,7 @@ class WorkerHalf:
             copy.failed.update(copy.positions)
         return is_over is not False
 
-    def _is_released(self, copy: _Copy) -> bool:
+    def _is_released(self, copy: RunningCopy) -> bool:
         """Whether a store that still runs no longer reads the engine's blocks. One that cannot be asked does."""
         is_released = False
         if copy.event is not None:
@@ -333,13 +348,13 @@ class WorkerHalf:
                 is_released = copy.event.released()
         return is_released
 
-    def _end_load(self, copy: _Copy) -> None:
+    def _end_load(self, copy: RunningCopy) -> None:
         """Ends a load; a slot that got a new tenant during the copy may have given anything."""
         self._wait(copy)
         if copy.event is not None:
             stale = set(copy.positions)
             with self._boundary.at("verify"):
-                stale = self._stale_positions(copy.job) - copy.failed
+                stale = self._tenancy.stale_positions(copy.job, copy.arena_id, self._part.blocks_per_slot) - copy.failed
                 self._count_stale(copy.job, stale)
             copy.failed |= stale
         if copy.started is not None and not copy.failed:
@@ -349,7 +364,7 @@ class WorkerHalf:
         self._failed_block_ids.update(copy.job.block_ids[position] for position in copy.failed)
         self._end(copy)
 
-    def _wait(self, copy: _Copy) -> None:
+    def _wait(self, copy: RunningCopy) -> None:
         if copy.event is None:
             return
         is_done = False
@@ -360,7 +375,7 @@ class WorkerHalf:
             copy.event = None
             copy.failed.update(copy.positions)
 
-    def _end(self, copy: _Copy) -> None:
+    def _end(self, copy: RunningCopy) -> None:
         """Waits for a copy and puts its outcome into the report."""
         self._wait(copy)
         self._report.done[copy.job.job_id] = 1
@@ -374,18 +389,6 @@ class WorkerHalf:
             return BlockCopy(job.block_ids[position], arena_offset)
         pool_offset = (job.device_slots[slot] * self._part.blocks_per_slot + index) * self._part.engine_block_bytes
         return BlockCopy(job.block_ids[position], arena_offset, pool_offset, bool(job.device_ready) and job.device_ready[slot])
-
-    def _stale_positions(self, job: MoveJob) -> set[int]:
-        """Positions whose slot has another tenant than planned."""
-        if not job.slots:
-            return set()
-        slots = np.fromiter(job.slots, dtype=np.int64, count=len(job.slots))
-        planned = np.fromiter(job.generations, dtype=np.uint32, count=len(job.slots))
-        stale = set(np.flatnonzero(self._generations[slots] != planned).tolist())
-        if not stale:
-            return set()
-        per_slot = self._part.blocks_per_slot
-        return {position for position in range(len(job.block_ids)) if (job.first_index + position) // per_slot in stale}
 
     def _count_stale(self, job: MoveJob, positions: set[int]) -> None:
         self._report.num_stale += len({(job.first_index + position) // self._part.blocks_per_slot for position in positions})

@@ -175,6 +175,21 @@ class ValkeySentinel(Server):
         return f"redis://127.0.0.1:{self.port}/0"
 
 
+class MooncakeMaster(Server):
+    """The master of a Mooncake Store, on loopback; the memory is that of its clients."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        binary = find_binary(("mooncake_master",), [Path(folder) / "mooncake" / "mooncake_master" for folder in sys.path])
+        command = [binary, "-rpc_address", "127.0.0.1", "-rpc_port", str(self.port), "-metrics_port", str(free_port())]
+        super().__init__(command, directory, lambda: can_connect(("127.0.0.1", self.port)))
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"mooncake://127.0.0.1:{self.port}"
+
+
 def free_port() -> int:
     """A loopback port that nobody uses now."""
     with socket.socket() as listener:

@@ -96,6 +96,18 @@ def repeat(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return {"rounds": rounds, "metrics": metrics(llm), "counters": counters() if "kvtier" in settings else {}}
 
 
+def interrupted(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every prompt alone, round after round; between two rounds it says so and waits until it may go on."""
+    folder = Path(settings["folder"])
+    rounds = []
+    for number in range(settings["num_rounds"]):
+        rounds.append([generate(llm, [text])[0] for text in prompts()])
+        (folder / f"done-{number}").touch()
+        while not (folder / f"go-{number}").exists():
+            time.sleep(0.01)
+    return {"rounds": rounds}
+
+
 def separated(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Requests that must not use each other's KV, or not use kvtier at all; aborts in flight; a reset."""
     text = prompts()[0]
@@ -265,6 +277,7 @@ def refusals(settings: dict[str, Any]) -> dict[str, Any]:
 SCENARIOS = {
     "faulty_store": faulty_store,
     "repeat": repeat,
+    "interrupted": interrupted,
     "separated": separated,
     "failing": failing,
     "controlled": controlled,

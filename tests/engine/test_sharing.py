@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from kvtier.testing.fault_proxy import FaultProxy
-from kvtier.testing.servers import S3Server, ValkeyServer
+from kvtier.testing.servers import MooncakeMaster, S3Server, ValkeyServer
+from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
+from kvtier.tiers.remote import Deadline
 from tests.engine.faulty_store import FAULTS, serve_faults
 from tests.engine.harness import Result, assert_same, host, loaded_tokens, made_once, run
 
@@ -85,6 +87,18 @@ def test_two_engines_share_a_bucket(s3: S3Server, alone: list[Result]) -> None:
     assert_shared(with_tier({**tier, "secret_key_env": "KVTIER_TEST_SECRET"}), "object", alone, {"KVTIER_TEST_SECRET": "any"})
 
 
+def test_two_engines_share_mooncake(tmp_path: Path, alone: list[Result]) -> None:
+    """The same through a Mooncake Store, whose memory is that of a third process."""
+    master = MooncakeMaster(tmp_path).start()
+    member = MooncakeClient(MooncakeAccess(master=master.url.partition("//")[2], segment_bytes=512 << 20))
+    try:
+        member.ping(Deadline(60.0))
+        assert_shared(with_tier({"type": "mooncake", "url": master.url, "total_timeout": "20s"}), "mooncake", alone)
+    finally:
+        member.close()
+        master.kill()
+
+
 def test_a_store_that_goes_wrong(valkey: ValkeyServer, alone: list[Result], tmp_path: Path) -> None:
     """Every fault of the server: each request completes with the same tokens, in bounded time; then hits are back without a restart."""
     proxy = FaultProxy(valkey.socket_path)
@@ -108,7 +122,8 @@ def test_a_store_that_goes_wrong(valkey: ValkeyServer, alone: list[Result], tmp_
         assert_same(expected, after["answers"])
         assert loaded_tokens(after["answers"])["disk_tokens"] > 0, f"no hits after {fault}"
     counted = {fault: _sum([asked["counters"] for asked in result[fault]["during"]]) for fault in FAULTS}
-    (tmp_path / "counted.json").write_text(json.dumps(counted))
+    seconds = {fault: [asked["seconds"] for asked in result[fault]["during"]] for fault in FAULTS} | {"computed": [computed_s]}
+    (tmp_path / "counted.json").write_text(json.dumps({"counted": counted, "seconds": seconds}))
     for fault, event in (
         ("slow", "timeouts"),
         ("garbage", "protocol_errors"),

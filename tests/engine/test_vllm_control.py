@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import kvtier
+from kvtier.engine import CacheEngine
 from tests.engine.rig import BLOCK_TOKENS, Rig, host, host_and_disk, prompt
 
 FULL = 192
@@ -27,6 +28,12 @@ def controlled(settings: dict[str, Any]) -> Iterator[tuple[Rig, kvtier.Controlle
     finally:
         rig.close()
     assert {} == kvtier.controllers()
+
+
+def engine_of(rig: Rig) -> CacheEngine:
+    engine = rig.connector._half.half._engine
+    assert isinstance(engine, CacheEngine)
+    return engine
 
 
 def small_host(path: Path) -> dict[str, Any]:
@@ -89,7 +96,7 @@ def test_evicted_and_cleared_prompts_are_computed(tmp_path: Path) -> None:
         assert 12 == controller.clear(tenant="them").result(10.0).num_blocks
         assert 0 == sum(loaded(rig, "theirs cleared", 1, cache_salt="them").values())
         assert FULL == sum(loaded(rig, "not theirs", 2).values())
-        rig.connector._half.half._engine.drain(10.0)
+        engine_of(rig).drain(10.0)
         controller.clear(tier="host").result(10.0)
         assert {"host_tokens": 0, "disk_tokens": FULL} == loaded(rig, "from disk", 2)
 
@@ -170,7 +177,7 @@ def test_a_hinted_session_is_brought_back_from_disk(tmp_path: Path) -> None:
         fill(rig, 3, 12)
         graph = kvtier.StepGraph({"coder": ["planner"], "writer": ["coder"]})
         controller.hint(kvtier.Workflow(graph, running=("planner",))).result(10.0)
-        rig.connector._half.half._engine.drain(10.0)
+        engine_of(rig).drain(10.0)
         assert {"host_tokens": FULL, "disk_tokens": 0} == loaded(rig, "next", 1)
         assert {"host_tokens": 0, "disk_tokens": FULL} == loaded(rig, "later", 2)
         with pytest.raises(kvtier.UnknownSessionError, match="session is 'stranger'"):

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import obstore
 import pytest
 
-from kvtier.errors import RemoteError
+from kvtier.errors import RemoteError, TierFormatError
 from kvtier.testing.fault_proxy import FaultProxy
 from kvtier.testing.remote import wait_for_probe
 from kvtier.testing.servers import S3Server
@@ -16,7 +17,9 @@ from kvtier.testing.tiers import NAMESPACE, TierContract, load, meta_of, store
 from kvtier.tiers.base import Tier
 from kvtier.tiers.object import ObjectAccess, ObjectClient
 from kvtier.tiers.object import client as object_client
+from kvtier.tiers.record import pack_text
 from kvtier.tiers.remote import RemoteSettings, RemoteTier
+from kvtier.tiers.remote.records import FORMAT_TITLE
 from kvtier.types import BlockMeta, Outcome, ProbeJob
 
 MIB = 1 << 20
@@ -117,6 +120,14 @@ def test_slow_cut_and_back(server: S3Server) -> None:
     finally:
         tier.close()
         proxy.close()
+
+
+def test_a_bucket_of_another_format_version(server: S3Server) -> None:
+    """Refused with both versions named."""
+    store = s3(server.endpoint).open()
+    obstore.put(store, "other/format", pack_text(FORMAT_TITLE, {"format": "7"}))
+    with pytest.raises(TierFormatError, match=r"s3://kvtier.* of format version 7, this kvtier reads version 1"):
+        open_tier(s3(server.endpoint), "other/")
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
-from kvtier.errors import RemoteError
+from kvtier.errors import RemoteError, TierFormatError
 from kvtier.testing.fault_proxy import FaultProxy
 from kvtier.testing.remote import wait_for_probe
 from kvtier.testing.servers import ValkeyServer
 from kvtier.testing.tiers import NAMESPACE, TierContract, assert_right_bytes, load, load_job, meta_of, store, store_job, wait_for
 from kvtier.tiers.base import Tier
 from kvtier.tiers.health import MAX_CONSECUTIVE_FAILURES
+from kvtier.tiers.record import pack_text
 from kvtier.tiers.redis import RedisClient
 from kvtier.tiers.redis.endpoint import RedisAccess
 from kvtier.tiers.remote import Deadline, RemoteSettings, RemoteTier
-from kvtier.tiers.remote.records import HEADER_BYTES, name_of
+from kvtier.tiers.remote.records import FORMAT_TITLE, HEADER_BYTES, name_of
 from kvtier.types import BlockMeta, Outcome, ProbeJob
 
 STALL_S = 0.3
@@ -159,6 +161,18 @@ def test_wrong_password(tmp_path: Path) -> None:
         tier.close()
     finally:
         server.kill()
+
+
+def test_another_format_version(server: ValkeyServer, tmp_path: Path) -> None:
+    """A store of another version is refused with both versions named, and left as it is."""
+    prefix = f"{tmp_path}/"
+    open_tier(server.unix_url, prefix).close()
+    with redis.Redis(unix_socket_path=str(server.socket_path)) as admin:
+        other = pack_text(FORMAT_TITLE, {"format": "7"})
+        admin.set(f"{prefix}format", other)
+        with pytest.raises(TierFormatError, match=rf"{server.socket_path}.* of format version 7, this kvtier reads version 1"):
+            open_tier(server.unix_url, prefix)
+        assert other == admin.get(f"{prefix}format")
 
 
 def test_out_of_memory(tmp_path: Path) -> None:

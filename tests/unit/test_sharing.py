@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvtier import Controller
 from kvtier.connectors.requests import DefaultSettings
 from kvtier.control.absent import ABSENT_S, AbsentKeys
+from kvtier.control.commands import Probe
 from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.probing import MAX_PROBES
 from kvtier.hashing import Namespace, request_root
@@ -22,9 +23,10 @@ from kvtier.testing.fake_requests import FakeRequest
 from kvtier.testing.fake_system import FakeSystem, FakeSystemOptions
 from kvtier.testing.planner_machine import chain
 from kvtier.testing.remote import PREFIX, MemoryClient, MemoryStore
-from kvtier.testing.sharing_machine import SharingPlannerMachine, TwoEnginesMachine
+from kvtier.testing.sharing_machine import SHARED, SharingPlannerMachine, TwoEnginesMachine
 from kvtier.tiers.remote import RemoteSettings, RemoteTier
-from kvtier.types import BlockKey, BlockMeta
+from kvtier.tiers.remote.records import key_of
+from kvtier.types import BlockKey, BlockMeta, Outcome
 
 
 class FewKnownMachine(SharingPlannerMachine):
@@ -188,6 +190,7 @@ def test_a_store_that_is_down_costs_nothing(fleet: Fleet) -> None:
     fleet.clients[1].is_down = False
     while not second.cache.verbs.online()["redis"]:
         second.cache.poll(0.01)
+    second.cache.poll()  # the planner hears of it
     assert NUM_BLOCKS * BLOCK_TOKENS == fleet.run(second, name="back").num_loaded_tokens
 
 
@@ -225,6 +228,86 @@ def test_other_namespaces_find_nothing(fleet: Fleet) -> None:
     second.cache._runner._shared_namespace = dataclasses.replace(NAMESPACE, model="other").digest
     assert 0 == fleet.run(second).num_loaded_tokens
     assert request_root(NAMESPACE.digest, [b"salt"]) != request_root(NAMESPACE.digest, [])
+
+
+def asked_machine() -> tuple[SharingPlannerMachine, list[BlockKey]]:
+    """A planner whose question for a prompt that others have stored is under way."""
+    machine = SharingPlannerMachine()
+    keys = chain(0, 4)
+    machine.store |= set(keys)
+    assert machine.planner.probe(keys, 0, PAGE_BYTES, 0.0)
+    machine.carry_on()
+    return machine, keys
+
+
+def test_an_answer_from_before_a_clear_is_not_used() -> None:
+    """What was asked before everything was forgotten does not bring it back; what is asked afterwards does."""
+    machine, keys = asked_machine()
+    machine.planner.clear({SHARED}, None)
+    machine.settle()
+    assert 0 == machine.planner.match(keys).hit_blocks
+    assert machine.planner.probe(keys, 0, PAGE_BYTES, 0.0)
+    machine.carry_on()
+    machine.settle()
+    assert 4 == machine.planner.match(keys).hit_blocks
+
+
+def test_a_value_of_another_length_is_no_hit() -> None:
+    """Nor is anything behind it."""
+    machine, keys = asked_machine()
+    (command,) = machine.queue
+    assert isinstance(command, Probe)
+    machine.planner.probed(command.job_id, [PAGE_BYTES, PAGE_BYTES + 1, PAGE_BYTES, PAGE_BYTES], 0.0)
+    assert 1 == machine.planner.match(keys).hit_blocks
+
+
+@pytest.mark.parametrize("outcome", [Outcome.MISS, Outcome.CORRUPT, Outcome.FAILED])
+def test_what_could_not_be_loaded_is_not_asked_for_at_once(outcome: Outcome) -> None:
+    """A block that is found and cannot be loaded (another key, say) must not cost every request a load."""
+    machine, keys = asked_machine()
+    machine.settle()
+    machine.planner.promote(keys, 0.0)
+    machine.carry_on()
+    (command,) = machine.queue
+    machine.do(command, lambda count: [outcome] * count)
+    assert 0 == machine.planner.match(keys).hit_blocks
+    assert not machine.planner.probe(keys, 0, PAGE_BYTES, 0.0)
+    assert machine.planner.probe(keys, 0, PAGE_BYTES, ABSENT_S)
+
+
+def test_several_shared_tiers_give_what_they_have(tmp_path: Path) -> None:
+    """A prompt whose beginning only one store holds and whose end only the other one does is loaded from both."""
+    stores = [MemoryStore(), MemoryStore()]
+
+    def system(number: int) -> FakeSystem:
+        (tmp_path / str(number)).mkdir()
+        settings = RemoteSettings(prefix=PREFIX, threads=2, retries=0)
+        tiers = [
+            RemoteTier(MemoryClient(store), name=name, settings=settings) for name, store in zip(("redis", "object"), stores, strict=True)
+        ]
+        options = FakeSystemOptions(host_blocks=40, num_engine_blocks=60)
+        return FakeSystem(tmp_path / str(number), NAMESPACE, options, tiers=tiers)
+
+    first, second = system(0), system(1)
+    try:
+        first.engine.submit("first", list(PROMPT), 2)
+        first.settle()
+        half = first.half
+        half.add_request("keys", PROMPT, num_prompt_tokens=len(PROMPT))
+        keys = half._requests["keys"].keys(NUM_BLOCKS, BLOCK_TOKENS)
+        half.request_finished("keys")
+        for store, gone in zip(stores, (keys[6:], keys[:4]), strict=True):
+            for name in list(store.values):
+                if (found := key_of(PREFIX, name)) and found[1] in gone:
+                    del store.values[name]
+        request = second.engine.submit("second", list(PROMPT), 2)
+        second.settle()
+        assert request.expected_output() == request.output
+        assert NUM_BLOCKS * BLOCK_TOKENS == request.num_loaded_tokens
+        assert (6, 4) == (second.cache.stats["redis.loaded_blocks"], second.cache.stats["object.loaded_blocks"])
+    finally:
+        first.close()
+        second.close()
 
 
 def test_blocks_of_a_tenant_among_blocks_of_nobody() -> None:

@@ -175,11 +175,13 @@ class KVTierConnector(KVConnectorBase_V1):
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if isinstance(kv_connector_metadata, KVTierMetadata):
+            self._side.enter_step()
             self._side.half.before_overwrite(kv_connector_metadata.message)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, KVTierMetadata)
+        self._side.enter_step()
         self._side.half.begin_step(connector_metadata.message)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -205,6 +207,7 @@ class KVTierConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> KVTierWorkerMetadata | None:
         report = self._side.half.report()
+        self._side.leave_step()
         return KVTierWorkerMetadata(report) if report else None
 
     # ---- both ---------------------------------------------------------------------------------------------------

@@ -1,13 +1,18 @@
-"""The two halves put together for vLLM: the scheduler's with the cache engine, a worker's with its copier."""
+"""The two halves put together for vLLM: the scheduler's with a cache engine or a daemon's cache, a worker's with its copier."""
 
 from __future__ import annotations
 
 import logging
+import os
+import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
 
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
+from kvtier.cache import Cache
 from kvtier.config import Config
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.recording import RecordingHalf, recorder_of
@@ -15,12 +20,17 @@ from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.vllm.blend_parts import blender_of
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
-from kvtier.connectors.vllm.movers import movers_of
+from kvtier.connectors.vllm.movers import Movers, movers_of
 from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.controller import Controller
 from kvtier.engine import CacheEngine
+from kvtier.errors import ConfigError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena, remove_stale
+from kvtier.serve.attachment import ServedArena
+from kvtier.serve.channel import Attaching
+from kvtier.serve.client import ServedCache
+from kvtier.serve.messages import Hello
 
 _LOG = logging.getLogger(__name__)
 _DIRECTORY, _PREFIX = "/dev/shm", "kvtier-"
@@ -35,7 +45,7 @@ def open_arena(path: str, config: Config) -> Arena:
 
 
 class SchedulerSide:
-    """Owns the cache engine and the scheduler half. One thread."""
+    """Owns the cache and the scheduler half. One thread. Where a daemon is named the cache is the daemon's."""
 
     def __init__(  # noqa: PLR0913 - by keyword
         self,
@@ -50,26 +60,22 @@ class SchedulerSide:
         blend: BlendParts | None = None,
     ) -> None:
         self.sizes = sizes
-        self._arena = open_arena(arena_path, config)
-        self._has_name = True
-        try:
-            engine = CacheEngine.open(
-                config,
-                namespace=namespace,
-                block_bytes=sizes.block_bytes,
-                arena=self._arena,
-                device_slots=pool_slots(config, sizes),
-                events=events or config.record.path is not None,
-            )
-        except BaseException:
-            self._arena.unlink()  # or an engine that does not start would leave its host memory taken
-            raise
+        self._arena: Arena | None = None
+        """this engine's own, as long as it has a name"""
+        wants_events = events or config.record.path is not None
+        engine: Cache
+        if config.daemon.socket is None:
+            engine = self._open_engine(config, namespace, arena_path, wants_events)
+            host_bytes = config.host.capacity_bytes
+        else:
+            engine = served = _attach(config, namespace, sizes, arena_path, wants_events)
+            host_bytes = served.welcome.arena_bytes
         geometry = Geometry(
             namespace=namespace.digest,
             block_tokens=sizes.block_tokens,
             engine_block_tokens=sizes.engine_block_tokens,
             num_workers=sizes.num_workers,
-            host_blocks=config.host.capacity_bytes // sizes.block_bytes,
+            host_blocks=host_bytes // sizes.block_bytes,
         )
         self.controller = Controller(engine, namespace=namespace, block_tokens=sizes.block_tokens, name=name)
         recorder = recorder_of(config, geometry, sizes.block_bytes)
@@ -83,16 +89,52 @@ class SchedulerSide:
 
     def forget_arena_name(self) -> None:
         """Takes the arena's name away once every worker has mapped it, so that a killed engine leaves nothing behind."""
-        if self._has_name and self.half.num_attached_workers >= self.sizes.num_workers:
+        if self._arena is not None and self.half.num_attached_workers >= self.sizes.num_workers:
             self._arena.unlink()
-            self._has_name = False
+            self._arena = None
 
     def close(self) -> None:
         """Writes down what is on its way and closes everything. Idempotent."""
-        if self._has_name:
+        if self._arena is not None:
             self._arena.unlink()
-            self._has_name = False
+            self._arena = None
         self.half.close()
+
+    def _open_engine(self, config: Config, namespace: Namespace, arena_path: str, wants_events: bool) -> CacheEngine:
+        self._arena = open_arena(arena_path, config)
+        try:
+            return CacheEngine.open(
+                config,
+                namespace=namespace,
+                block_bytes=self.sizes.block_bytes,
+                arena=self._arena,
+                device_slots=pool_slots(config, self.sizes),
+                events=wants_events,
+            )
+        except BaseException:
+            self._arena.unlink()  # or an engine that does not start would leave its host memory taken
+            raise
+
+
+def _attach(config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, wants_events: bool) -> ServedCache:
+    """A daemon's cache. Raises DaemonError where there is none, ConfigError for what only an engine's own cache can do."""
+    if config.gpu is not None:
+        raise ConfigError("daemon.socket is set and tiers[0].type is gpu; allowed with a daemon: host and what is below it")
+    if config.blend.enabled:
+        raise ConfigError("daemon.socket is set and blend.enabled is true; allowed with a daemon: false")
+    hello = Hello(
+        "scheduler",
+        os.path.basename(arena_path),
+        uuid.uuid4().hex,
+        asdict(namespace),
+        sizes.block_bytes,
+        sizes.block_tokens,
+        wants_events,
+    )
+    cache = ServedCache(Attaching(config.daemon, hello, sizes.num_workers))
+    if not cache.wait_until_usable(config.daemon.attach_timeout_s):
+        _LOG.warning("kvtier: not all workers have mapped the daemon's arena yet; until they have, everything is a miss")
+    return cache
 
 
 class WorkerSide:
@@ -101,7 +143,9 @@ class WorkerSide:
     def __init__(self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int) -> None:
         self._sizes = sizes
         self._num_blocks = num_blocks
-        self._arena = open_arena(arena_path, config)
+        self._name = os.path.basename(arena_path)
+        self._arena = open_arena(arena_path, config) if config.daemon.socket is None else None
+        self._served: ServedArena[Movers] | None = None
         self._half: WorkerHalf | None = None
         self._layer_indices: dict[str, int] = {}
         self._config = config
@@ -112,20 +156,41 @@ class WorkerSide:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
         layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
-        self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and views[0].device.type != "cpu")
-        pool_bytes = pool_slots(self._config, self._sizes) * self._sizes.part_bytes
-        movers = movers_of(
-            self._arena,
-            layout,
-            views,
-            layers=layers if self._by_layer else None,
-            pool_bytes=pool_bytes,
-            settings=self._config.connector,
-        )
+        device = views[0].device
+        self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and device.type != "cpu")
         rank = get_tensor_model_parallel_rank()
         part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
-        blender = blender_of(self._arena, self._num_blocks, self._sizes) if self._config.blend.enabled else None
-        self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer, blender=blender)
+        pool_bytes = pool_slots(self._config, self._sizes) * self._sizes.part_bytes
+        used_layers = layers if self._by_layer else None
+
+        def movers_for(arena: Arena) -> Movers:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return movers_of(arena, layout, views, layers=used_layers, pool_bytes=pool_bytes, settings=self._config.connector)
+
+        if self._arena is not None:
+            movers = movers_for(self._arena)
+            blender = blender_of(self._arena, self._num_blocks, self._sizes) if self._config.blend.enabled else None
+            self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer, blender=blender)
+        else:
+            self._half = WorkerHalf(None, None, part)
+            hello = Hello("worker", self._name, str(rank), {})
+            self._served = ServedArena(self._config.daemon, hello, self, movers_for)
+
+    def attach(self, arena: Arena, arena_id: str, prepared: Movers) -> None:
+        self.half.attach(arena, prepared.copier, loader=prepared.loader, storer=prepared.storer, arena_id=arena_id)
+
+    def detach(self) -> None:
+        self.half.detach()
+
+    def enter_step(self) -> None:
+        """Before anything of a step: a daemon's arena may be replaced here. Idempotent in a step."""
+        if self._served is not None:
+            self._served.enter()
+
+    def leave_step(self) -> None:
+        """After everything of a step."""
+        if self._served is not None:
+            self._served.leave()
 
     @property
     def half(self) -> WorkerHalf:
@@ -152,9 +217,12 @@ class WorkerSide:
 
     def close(self) -> None:
         """Waits for running copies. Idempotent."""
+        if self._served is not None:
+            self._served.close()
         if self._half is not None:
             self._half.close()
-        self._arena.close()
+        if self._arena is not None:
+            self._arena.close()
 
 
 def pool_slots(config: Config, sizes: BlockSizes) -> int:

@@ -1,0 +1,140 @@
+"""A worker's side of the daemon: maps its arena, lets go of it when the daemon is lost, and maps the next one, all in the background."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from kvtier.config import DaemonConfig
+from kvtier.errors import ArenaError, DaemonError
+from kvtier.memory.arena import Arena
+from kvtier.serve import messages
+from kvtier.serve.link import Link, LinkError, connect
+
+_LOG = logging.getLogger(__name__)
+RELEASE_S = 0.01
+"""how often a worker that is in the middle of a step is asked to let go of a lost arena"""
+
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+
+
+class ArenaUser(Protocol[T_contra]):
+    """Who copies to and from an arena that may be replaced."""
+
+    def attach(self, arena: Arena, arena_id: str, prepared: T_contra) -> None:
+        """From now on slots are in this arena. There was none before."""
+
+    def detach(self) -> None:
+        """Ends all copies and lets go of the arena."""
+
+
+class ServedArena(Generic[T]):
+    """A daemon's arena in one worker. ``enter`` and ``leave`` enclose each step of the worker, on its thread.
+
+    The connection lasts as long as the mapping: the daemon takes its end as the promise that this worker copies no more.
+
+    Args:
+        settings: the ``daemon`` section
+        hello: who the worker is
+        user: gets an arena at the beginning of a step; loses it there too, or between two steps
+        prepare: makes what the user needs for an arena, in the background
+    """
+
+    def __init__(self, settings: DaemonConfig, hello: messages.Hello, user: ArenaUser[T], prepare: Callable[[Arena], T]) -> None:
+        self._settings = settings
+        self._hello = hello
+        self._user = user
+        self._prepare = prepare
+        self._lock = threading.Lock()
+        self._ready: tuple[Arena, str, T] | None = None
+        """mapped, and not given to the user yet"""
+        self._is_attached = False
+        self._is_lost = False
+        self._is_in_step = False
+        self._link: Link | None = None
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvtier-arena", daemon=True)
+        self._thread.start()
+
+    def enter(self) -> None:
+        """A step begins: the user gets the arena that there is, and loses one that is lost. Idempotent in a step."""
+        with self._lock:
+            self._is_in_step = True
+            if self._is_lost:
+                self._release()
+            elif self._ready is not None:
+                self._user.attach(*self._ready)
+                self._ready, self._is_attached = None, True
+
+    def leave(self) -> None:
+        """A step has ended: the user may lose its arena until the next one begins."""
+        with self._lock:
+            self._is_in_step = False
+
+    def close(self) -> None:
+        """Lets go of the arena and the daemon. Idempotent."""
+        self._is_closed.set()
+        with self._lock:
+            if self._link is not None:
+                self._link.interrupt()
+            self._is_in_step = False
+        self._thread.join(self._settings.attach_timeout_s)
+
+    def _release(self) -> None:
+        self._ready = None
+        if self._is_attached:
+            self._user.detach()
+            self._is_attached = False
+        self._is_lost = False
+
+    def _run(self) -> None:
+        said = ""
+        while not self._is_closed.is_set():
+            try:
+                self._attach_once()
+            except (DaemonError, ArenaError, LinkError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    _LOG.info("kvtier: no arena yet: %s", error)
+            self._is_closed.wait(self._settings.reconnect_s)
+
+    def _attach_once(self) -> None:
+        """Maps the daemon's arena and keeps it until the daemon is lost and the user has let go of it."""
+        path = self._settings.socket
+        assert path is not None, "whoever attaches has a socket"
+        link = connect(path, self._hello, self._settings.attach_timeout_s)
+        try:
+            arena = Arena.open(link.welcome.arena_path, link.welcome.arena_bytes, huge_pages=True)
+            try:
+                if arena.created:  # the daemon died meanwhile
+                    arena.unlink()
+                    raise LinkError("the daemon is gone")
+                arena.prefault()
+                prepared = self._prepare(arena)
+                with self._lock:
+                    self._ready, self._link = (arena, link.welcome.arena_id, prepared), link
+                if not self._is_closed.is_set():
+                    link.tell(messages.Mapped())
+                    link.flush()
+                    link.wait_for_end()
+                self._wait_for_release()
+            finally:
+                arena.close()
+        finally:
+            with self._lock:
+                self._link = None
+            link.close()
+
+    def _wait_for_release(self) -> None:
+        with self._lock:
+            self._is_lost = True
+        while True:
+            with self._lock:
+                if not self._is_in_step and self._is_lost:
+                    self._release()
+                if not self._is_lost:
+                    return
+            self._is_closed.wait(RELEASE_S) if not self._is_closed.is_set() else threading.Event().wait(RELEASE_S)
