@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvtier.bench.report import Record, in_turns, publish, rates
-from kvtier.bench.servers import Store, start_stores
+from kvtier.bench.servers import STORES, Store, start_stores
 from kvtier.tiers.remote import RemoteSettings, RemoteTier
 from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, TransferJob
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds per figure (default: 7)")
     parser.add_argument("--batch-mib", type=int, default=128, help="MiB moved per round (default: 128)")
     parser.add_argument("--block-mib", type=int, nargs="+", default=[4, 32], help="MiB of one block (default: 4 32)")
-    parser.add_argument("--stores", nargs="+", default=["redis-unix", "redis-tcp", "s3"], help="redis-unix, redis-tcp, s3 (default: all)")
+    parser.add_argument("--stores", nargs="+", default=list(STORES), help=f"{', '.join(STORES)} (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,12 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtier.testing.servers import S3Server, ValkeyServer
+from kvtier.testing.servers import MooncakeMaster, S3Server, ValkeyServer
+from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
 from kvtier.tiers.object import ObjectAccess, ObjectClient
 from kvtier.tiers.redis import RedisAccess, RedisClient
-from kvtier.tiers.remote import RemoteClient
+from kvtier.tiers.remote import Deadline, RemoteClient
 
-STORES = ("redis-unix", "redis-tcp", "s3")
+STORES = ("redis-unix", "redis-tcp", "mooncake", "s3")
+
+
+_SEGMENT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,10 @@ def start_stores(stack: ExitStack, directory: Path, names: Sequence[str]) -> Ite
             raise ValueError(f"--stores: {name!r} is unknown; allowed: {', '.join(STORES)}")
         folder = directory / name
         folder.mkdir()
-        yield _s3(stack, folder) if name == "s3" else _redis(stack, folder, name)
+        if name == "mooncake":
+            yield _mooncake(stack, folder)
+        else:
+            yield _s3(stack, folder) if name == "s3" else _redis(stack, folder, name)
 
 
 def _redis(stack: ExitStack, folder: Path, name: str) -> Store:
@@ -65,6 +73,48 @@ def _s3(stack: ExitStack, folder: Path) -> Store:
     )
     raw = _RawObjects(access)
     return Store("s3", "object", lambda: ObjectClient(access), raw.put, raw.get, {"threads": 8, "batch_bytes": 1})
+
+
+def _mooncake(stack: ExitStack, folder: Path) -> Store:
+    """A master, and a member that gives memory, in this process; the tier and the raw transfers use a client of their own each."""
+    master = MooncakeMaster(folder).start()
+    stack.callback(master.kill)
+    place = master.url.partition("//")[2]
+    member = MooncakeClient(MooncakeAccess(master=place, segment_bytes=_SEGMENT_BYTES))
+    stack.callback(member.close)
+    member.ping(Deadline(60.0))
+    raw = _RawMooncake(place)
+    stack.callback(raw.close)
+    return Store("mooncake", "mooncake", lambda: MooncakeClient(MooncakeAccess(master=place)), raw.put, raw.get)
+
+
+class _RawMooncake:
+    """Mooncake's own put and get, on buffers that are registered once."""
+
+    def __init__(self, place: str) -> None:
+        self._client = MooncakeClient(MooncakeAccess(master=place))
+        self._client.ping(Deadline(60.0))
+        self._store = self._client._store
+        self._registered: set[tuple[int, int]] = set()
+
+    def put(self, name: str, buffer: memoryview) -> None:
+        self._store.remove(name, True)
+        statuses = self._store.batch_put_from([name], [self._address(buffer)], [len(buffer)])
+        assert [0] == statuses, statuses
+
+    def get(self, name: str, buffer: memoryview) -> None:
+        assert [len(buffer)] == self._store.batch_get_into([name], [self._address(buffer)], [len(buffer)])
+
+    def close(self) -> None:
+        """Leaves the store."""
+        self._client.close()
+
+    def _address(self, buffer: memoryview) -> int:
+        address = ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
+        if (address, len(buffer)) not in self._registered:
+            self._store.register_buffer(address, len(buffer))
+            self._registered.add((address, len(buffer)))
+        return address
 
 
 class _RawRedis:

@@ -176,13 +176,13 @@ class ValkeySentinel(Server):
 
 
 class MooncakeMaster(Server):
-    """The master of a Mooncake Store, on loopback; the memory is that of its clients. Reads keep blocks for half a second."""
+    """The master of a Mooncake Store, on loopback; the memory is that of its clients."""
 
     def __init__(self, directory: Path) -> None:
         self.port = free_port()
         binary = find_binary(("mooncake_master",), [Path(folder) / "mooncake" / "mooncake_master" for folder in sys.path])
         command = [binary, "-rpc_address", "127.0.0.1", "-rpc_port", str(self.port), "-metrics_port", str(free_port())]
-        super().__init__([*command, "-default_kv_lease_ttl", "500"], directory, lambda: can_connect(("127.0.0.1", self.port)))
+        super().__init__(command, directory, lambda: can_connect(("127.0.0.1", self.port)))
 
     @property
     def url(self) -> str:

@@ -23,5 +23,5 @@ def test_remote(tmp_path: Path) -> None:
 
 def test_an_unknown_store_is_named() -> None:
     """With what is allowed."""
-    with pytest.raises(ValueError, match="'redis' is unknown; allowed: redis-unix, redis-tcp, s3"):
+    with pytest.raises(ValueError, match="'redis' is unknown; allowed: redis-unix, redis-tcp, mooncake, s3"):
         main(["bench", "remote", "--stores", "redis"])

@@ -10,7 +10,7 @@ import struct
 
 import xxhash
 
-from kvtier.codecs import is_known_codec
+from kvtier.codecs import CodecId
 from kvtier.io import PAGE_BYTES, round_up_to_page
 from kvtier.tiers.record import FLAG_HAS_PARENT, NO_PARENT, RecordFields
 from kvtier.types import BlockKey
@@ -59,8 +59,8 @@ def is_row_intact(row: bytes) -> bool:
 def parse_row(row: bytes) -> RecordFields | str:
     """The record that an intact index row names, or why this version cannot read it."""
     key, parent, namespace, num_bytes, stored_bytes, sequence, codec_id, flags, _ = ENTRY.unpack_from(row, PLACE_BYTES)
-    if not is_known_codec(codec_id) or stored_bytes != num_bytes:
-        return f"codec {codec_id} is unknown"
+    if codec_id != CodecId.RAW or stored_bytes != num_bytes:
+        return f"codec {codec_id} is not for disks"
     place = int.from_bytes(row[:PLACE_BYTES], "big")
     has_parent = bool(flags & FLAG_HAS_PARENT)
     return RecordFields(BlockKey(key), BlockKey(parent) if has_parent else None, namespace, num_bytes, sequence, place, codec_id)
