@@ -97,8 +97,9 @@ def test_chunks_outlive_the_engine(tmp_path_factory: pytest.TempPathFactory, wor
 
 
 def test_in_processes_of_their_own(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
-    """Scheduler and worker in processes of their own."""
+    """Scheduler and worker in processes of their own, which vLLM spawns on a CPU, so that they have to be told."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "KVTIER_BLEND": "1"}
     expected = once(tmp_path_factory, worker_id, "blended_briefly")["answers"]
-    answers = run("blended_briefly", kvtier=blend(), environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})["answers"]
+    answers = run("blended_briefly", kvtier=blend(), environment=environment)["answers"]
     assert_same(expected, answers)
     assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)
