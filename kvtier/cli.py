@@ -34,6 +34,7 @@ BENCHMARKS = {
     "gpu": ("kvtier.bench.gpu", "copies between host memory and a GPU, beside large pinned copies"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
     "sharing": ("kvtier.bench.sharing", "time to first token of what another engine has prefilled, by the store between them"),
+    "policies": ("kvtier.bench.policies", "what eviction policies cost by themselves, and the memory of their books"),
     "remote": ("kvtier.bench.remote", "the tiers in remote stores beside raw transfers to the same servers"),
     "serve": ("kvtier.bench.serve", "what a daemon in between costs, beside a cache in the engine's process"),
     "tier": ("kvtier.bench.tier", "storing and loading through the engine facade beside the bare copy"),

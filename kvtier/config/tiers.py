@@ -67,7 +67,7 @@ class HostTierConfig(Section):
     capacity_bytes: Size = setting(
         REQUIRED, key="capacity", kind="size", allowed=f"more than 0: {SIZES}", about="Host memory for blocks, of all ranks together.", gt=0
     )
-    policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
+    policy: PolicyName = setting("default", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
     quotas: SizesByName = setting(
@@ -105,7 +105,7 @@ class DiskTierConfig(Section):
         about="Size of one log segment, the unit in which disk space is reclaimed. At least a block must fit.",
         validate_default=True,
     )
-    policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
+    policy: PolicyName = setting("default", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
     write: WriteMode = write_mode()

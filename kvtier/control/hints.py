@@ -181,6 +181,9 @@ class Hints:
     def _tool_call(self, hint: ToolCall, now: float) -> None:
         session = self._known(hint.session)
         session.tool, session.called_at = hint.tool, now
+        expected_s = self.tool_calls.typical_s(hint.tool) if hint.expected_s is None else hint.expected_s
+        if expected_s is not None:
+            self._planner.expect(session.keys, expected_s, now)
         benefit_s = self._estimates.compute_s(0, session.num_tokens) or MIN_BENEFIT_S
         share = max(1, len(session.keys)) / self._capacity_blocks
         ttl_s = self.tool_calls.best_ttl(hint.tool, benefit_s, share, hint.expected_s)
@@ -192,6 +195,7 @@ class Hints:
     def _next_use(self, name: str, at: float, now: float) -> None:
         """Keeps what is in host memory where that is worth it, and brings the rest in time."""
         session = self._known(name)
+        self._planner.expect(session.keys, at - now, now)
         share = max(1, len(session.keys)) / self._capacity_blocks
         benefit_s = self._estimates.compute_s(0, session.num_tokens) or MIN_BENEFIT_S
         load_s = (benefit_s if benefit_s < at - now else 0.0) + EARLY_S

@@ -93,6 +93,14 @@ class Planner:
             tier.residency.touch(tail_first, first.num_bytes, now)
             tier.touched(keys, self._books.index, now)
 
+    def expect(self, keys: Sequence[BlockKey], seconds: float, now: float) -> None:
+        """Tells the policies of host memory and the tiers below that somebody expects a prompt to be used in so many seconds."""
+        first = self._books.index.get(keys[0]) if keys else None
+        if first is not None:
+            tail_first = keys[::-1]
+            for residency in (self._books.host.residency, *(tier.residency for tier in self._books.lower)):
+                residency.expect(tail_first, first.num_bytes, seconds, now)
+
     def pin(self, keys: Sequence[BlockKey], deadline: float | None) -> int:
         """Keeps the leading run of ``keys`` where it is, until ``unpin`` or the deadline. Returns the pin's id."""
         return self._pins.add(Pin(self._hold(keys), deadline))

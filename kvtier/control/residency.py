@@ -72,6 +72,12 @@ class Residency:
             for key in keys:
                 self._expiry.touch(key, now)
 
+    def expect(self, keys: Sequence[BlockKey], num_bytes: int, seconds: float, now: float) -> None:
+        """Somebody expects blocks of one size and one tenant, the tail of their prompt first, to be used in so many seconds."""
+        policy = self._policy_of(keys, num_bytes)
+        if policy is not None:
+            policy.expect(keys, seconds, now)
+
     def remove(self, key: BlockKey, num_bytes: int) -> None:
         """Forgets a block; an absent one is fine. Pins on it stay and hold again when it comes back."""
         policy = self._policy_of((key,), num_bytes)

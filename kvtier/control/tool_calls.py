@@ -72,6 +72,10 @@ class ToolCalls:
             chances.append(seen / total)
         return chances
 
+    def typical_s(self, tool: str) -> float | None:
+        """A duration that half of a tool's calls do not exceed. None: nothing is known."""
+        return next((edge for edge, chance in zip(EDGES, self.chances(tool), strict=True) if chance >= 0.5), None)
+
     def best_ttl(self, tool: str, benefit_s: float, cost: float, expected_s: float | None = None) -> float:
         """How many seconds to keep the blocks from the call on; 0: not at all. ``cost``: the share of the tier that they take up."""
         best_s, best = 0.0, 0.0

@@ -23,6 +23,10 @@ class EvictionPolicy(Protocol):
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:
         """Marks blocks as used, in the given order. Absent keys are fine, and pinned blocks stay pinned."""
 
+    def expect(self, keys: Sequence[BlockKey], seconds: float, now: float) -> None:
+        """Somebody says that these blocks, of one prompt and its tail first, will be used in so many seconds. Most policies do not listen;
+        one that does finds out how much the word is worth. Absent keys are fine."""
+
     def remove(self, key: BlockKey) -> None:
         """Forgets a block, pinned or not; an absent key is fine."""
 

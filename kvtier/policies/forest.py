@@ -76,6 +76,9 @@ class Forest(Generic[N]):
     def victims(self, num_blocks: int, now: float, incoming: Sequence[BlockMeta] = ()) -> list[BlockKey]:
         raise NotImplementedError
 
+    def expect(self, keys: Sequence[BlockKey], seconds: float, now: float) -> None:
+        """Does not listen."""
+
     def insert(self, block: BlockMeta, now: float) -> None:
         key, parent_key = block.key, block.parent
         node = self._ghost_parents.pop(key, None) if self._ghost_parents else None

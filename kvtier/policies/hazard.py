@@ -3,7 +3,7 @@
 Reuse of KV is the return of conversations, agents and shared prefixes. How soon a block is used again depends on how it was used
 before: how often, how long apart, whether it continues a conversation, how long its prompt is. Blocks that were last used
 together (a *segment*) share these figures. The model (:mod:`~kvtier.policies.hazard_model`) learns for each class of them the
-probability of a use at each age, also from blocks that are not here (a compact ghost table), and gives Gittins' index: the best
+probability of a use at each age, also from blocks that are not here (:mod:`~kvtier.policies.ghosts`), and gives Gittins' index: the best
 ratio of the probability of a use to the time the place is held. The segment of the smallest index leaves first, its last block
 first; of each class only the least recently used segment is asked, because within a class age decides. A new block enters only
 where its index is not below that of the block that would leave.
@@ -19,17 +19,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
+from itertools import groupby
 from math import sqrt
 
-from kvtier.policies.forest import CANDIDATE, Forest, Node
+from kvtier.policies.ghosts import Ghosts
 from kvtier.policies.hazard_model import (
     NUM_CLASSES,
     HazardModel,
+    class_of_expectation,
     class_of_extension,
     class_of_first_use,
     class_of_reuse,
 )
-from kvtier.policies.segments import GhostTable, Segment, SegmentLog, runs_of
+from kvtier.policies.run_forest import Run, RunForest
+from kvtier.policies.segments import Segment, SegmentLog
 from kvtier.types import BlockKey, BlockMeta
 
 MAX_ANNOUNCED = 1 << 16
@@ -37,92 +40,122 @@ MAX_ANNOUNCED = 1 << 16
 _MAX_PROMPTS = 1000
 """the mean length of prompts is over about so many"""
 
-
-class HazardNode(Node):
-    """A block and the segment it is in."""
-
-    __slots__ = ("had_child", "segment")
-
-    def __init__(self, key: BlockKey) -> None:
-        super().__init__(key)
-        self.segment: Segment[HazardNode] | None = None
-        self.had_child = False
-        """some prompt went on behind it, so that another one branches off"""
+RunSegment = Segment[Run]
+Announced = tuple[RunSegment, bool]
+"""the segment of an admitted block, and whether its prompt went on behind it"""
+Part = tuple[RunSegment, int, bool]
+"""blocks in a row: their segment, how many, whether some prompt went on behind the last of them"""
 
 
-HazardSegment = Segment[HazardNode]
-Known = tuple[HazardSegment | None, bool]
-"""what is remembered of a block: its segment, and whether it had a child"""
-
-
-class HazardPolicy(Forest[HazardNode]):
+class HazardPolicy:
     """Evicts the leaf of the smallest Gittins index; turns away what is worth less than that.
 
+    Implements :class:`~kvtier.policies.base.EvictionPolicy`. Of one segment the leaf that became one last leaves first.
     ``capacity_blocks``: blocks that the tier holds; None: as many as there are when room is asked for.
     """
 
     __slots__ = (
         "_announced",
-        "_emptying",
+        "_forest",
         "_fresh",
+        "_fresh_keys",
         "_ghosts",
         "_log",
         "_mean_length",
         "_model",
         "_now",
-        "_num_declined",
         "_num_prompts",
         "_queues",
         "_ranking",
+        "num_declined",
     )
 
     def __init__(self, capacity_blocks: int | None = None) -> None:
-        super().__init__(HazardNode)
+        self._forest = RunForest(self._has_leaf)
         self._model = HazardModel()
-        self._log: SegmentLog[HazardNode] = SegmentLog()
-        self._ghosts = GhostTable(self._log)
+        self._log: SegmentLog[Run] = SegmentLog()
+        self._ghosts: Ghosts[Run] = Ghosts()
         self._resize(capacity_blocks or 0)
-        self._queues: list[list[tuple[int, HazardSegment]]] = [[] for _ in range(NUM_CLASSES)]
-        """per class the segments with leaves, a heap by id: the least recently used first"""
-        self._announced: dict[BlockKey, Known] = {}
-        self._fresh: list[tuple[HazardNode, Known]] = []
-        """unannounced blocks of one chain, the last one first, with what was remembered of them"""
-        self._ranking: list[tuple[float, int, HazardSegment]] | None = None
+        self._queues: list[list[tuple[int, RunSegment]]] = [[] for _ in range(NUM_CLASSES)]
+        """per class the segments with leaves, a heap by id: the least recently used first; some have no leaf any more"""
+        self._announced: dict[BlockKey, Announced] = {}
+        self._fresh: list[BlockMeta] = []
+        """blocks of one chain that came since the last call of another kind, the last one of the prompt first"""
+        self._fresh_keys: set[BlockKey] = set()
+        self._ranking: list[tuple[float, int, RunSegment]] | None = None
         """while victims are chosen: (index, id, segment) of the first segment of each class, a heap; some may be out of date"""
-        self._emptying: HazardSegment | None = None
-        """the segment that blocks are being evicted from"""
         self._mean_length = 0.0
         self._num_prompts = 0
-        self._num_declined = 0
+        self.num_declined = 0
         self._now = 0.0
 
-    @property
-    def num_declined(self) -> int:
-        return self._num_declined
+    def __len__(self) -> int:
+        return len(self._forest.runs) + len(self._fresh)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._forest.runs or key in self._fresh_keys
+
+    def insert(self, block: BlockMeta, now: float) -> None:
+        fresh = self._fresh
+        if fresh and (fresh[-1].parent != block.key or self._now != now):
+            self._settle()
+        self._now = now
+        self._fresh.append(block)
+        self._fresh_keys.add(block.key)
 
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:
-        """As the protocol has it; keys that are not here teach it nothing (``incoming`` does)."""
+        """As the protocol has it; keys that are not here teach it nothing (``incoming`` does), and one named twice counts once."""
         self._begin(now)
-        runs: list[tuple[HazardSegment, list[HazardNode]]] = []
-        segment: HazardSegment | None = None
-        nodes = self._nodes
-        for key in keys:
-            node = nodes.get(key)
-            if node is None:
+        path = list(dict.fromkeys(keys))
+        path.reverse()
+        forest = self._forest
+        segment: RunSegment | None = None
+        for old, runs in [(old, list(runs)) for old, runs in groupby(forest.along(path), _segment_of)]:
+            segment = self._used_again(old, sum(len(run.keys) for run in runs), segment)
+            for run in runs:
+                forest.give(run, segment)
+                forest.join(run)
+
+    def expect(self, keys: Sequence[BlockKey], seconds: float, now: float) -> None:
+        """Such blocks are of a class of their own by how soon they are expected; what becomes of them is learned of that class and of the
+        one they were in. What others used since the prompt's end was used is left alone, and so is what has a better index as it is."""
+        self._settle()
+        self._now = now
+        path = list(dict.fromkeys(keys))
+        path.reverse()
+        runs = self._forest.along(path)
+        if not runs:
+            return
+        class_id = class_of_expectation(seconds)
+        index, tip = self._model.index(class_id, 0.0), runs[-1].segment
+        for old, group in [(old, list(group)) for old, group in groupby(runs, _segment_of)]:
+            if old.time_s > tip.time_s or (old is not tip and self._model.index(old.class_id, now - old.time_s) >= index):
                 continue
-            if node.segment is not segment or segment is None:
-                segment = node.segment
-                assert segment is not None, "a block that is here has a segment"
-                run: list[HazardNode] = []
-                runs.append((segment, run))
-            run.append(node)
-        last: HazardSegment | None = None
-        for old, run in reversed(runs):
-            last = self._used_again(old, len(run), last)
-            for node in run:
-                node.segment = last
-                if not node.num_children:
-                    self._add_leaf(node)
+            segment = self._log.new(now)
+            segment.class_id = class_id
+            segment.origin = old.origin or old
+            segment.num_uses, segment.num_turns, segment.gap_s = old.num_uses, old.num_turns, old.gap_s
+            segment.num_blocks = segment.num_alive = sum(len(run.keys) for run in group)
+            if old.origin is not None:
+                old.num_blocks -= segment.num_blocks
+                old.num_alive -= segment.num_blocks
+            for run in group:
+                self._forest.give(run, segment)
+                self._forest.join(run)
+
+    def remove(self, key: BlockKey) -> None:
+        self._settle()
+        self._forest.remove(key)
+
+    def pin(self, key: BlockKey) -> None:
+        self._settle()
+        self._forest.pin(key)
+
+    def unpin(self, key: BlockKey, now: float) -> None:
+        self._settle()
+        self._forest.unpin(key)
+
+    # ---- leaving ------------------------------------------------------------------------------------------------
 
     def victims(self, num_blocks: int, now: float, incoming: Sequence[BlockMeta] = ()) -> list[BlockKey]:
         self._begin(now)
@@ -136,79 +169,49 @@ class HazardPolicy(Forest[HazardNode]):
         while len(chosen) < num_blocks and ranking:
             index, _, segment = ranking[0]
             queue = self._queues[segment.class_id]
-            if not queue or queue[0][1] is not segment or _leaf_of(segment) is None:
+            if not queue or queue[0][1] is not segment or not segment.leaves:
                 heappop(ranking)
-                self._rank_first(segment.class_id)
-            elif not self._evict_from(segment, index, num_blocks, offers, chosen):
-                self._num_declined += num_blocks - len(chosen)
+                continue
+            end = self._admitted(offers, index, len(chosen), num_blocks)
+            if end == len(chosen):
+                self.num_declined += num_blocks - end
                 break
-        self._ranking = self._emptying = None
+            run = segment.leaves[-1]
+            had_child, following = run.had_child, run.following
+            gone = self._forest.cut(run, min(len(run.keys), end - len(chosen)))
+            self._ghosts.put(gone, segment, had_child=had_child, following=following)
+            chosen += reversed(gone)
+            if not segment.leaves:
+                self._rank_first(segment.class_id)
+        self._ranking = None
         self._announce(incoming, offers, len(chosen))
         return chosen
 
-    def _evict_from(
-        self, segment: HazardSegment, index: float, num_blocks: int, offers: Sequence[HazardSegment], chosen: list[BlockKey]
-    ) -> bool:
-        """Evicts blocks of a segment, as many as it has and are asked for. False: what would come is worth less."""
-        self._emptying = segment
-        put = self._ghosts.put
-        offer: HazardSegment | None = None
-        for position in range(len(chosen), num_blocks):
-            if position < len(offers) and offers[position] is not offer:
-                offer = offers[position]
-                if index > self._model.index(offer.class_id, 0.0):
-                    return False
-            leaf = _leaf_of(segment)
-            if leaf is None:
-                break
-            segment.leaves.pop()
-            put(leaf.key, segment, had_child=leaf.had_child)
-            self._forget(leaf)
-            chosen.append(leaf.key)
-        return True
+    def _admitted(self, offers: Sequence[Part], index: float, position: int, num_blocks: int) -> int:
+        """Up to where, from ``position`` on, what comes is worth at least ``index``. Behind the end of the offers everything is."""
+        end = 0
+        for segment, count, _ in offers:
+            if end + count > position and index > self._model.index(segment.class_id, 0.0):
+                return min(num_blocks, max(end, position))
+            end += count
+        return num_blocks
 
     def _rank_first(self, class_id: int) -> None:
         """Ranks the least recently used segment of a class that has a leaf."""
         queue = self._queues[class_id]
-        while queue and _leaf_of(queue[0][1]) is None:
+        while queue and not queue[0][1].leaves:
             heappop(queue)[1].is_queued = False
         if queue and self._ranking is not None:
             segment_id, segment = queue[0]
             heappush(self._ranking, (self._model.index(class_id, self._now - segment.time_s), segment_id, segment))
 
-    def _add_leaf(self, node: HazardNode) -> None:
-        """A block may leave if it is a candidate."""
-        segment = node.segment
-        if segment is None or node.state != CANDIDATE:
-            return
-        segment.leaves.append(node)
+    def _has_leaf(self, segment: RunSegment) -> None:
+        """A segment has got a leaf."""
         if not segment.is_queued:
             segment.is_queued = True
             heappush(self._queues[segment.class_id], (segment.id, segment))
-
-    def _became_leaf(self, node: HazardNode) -> None:
-        segment = node.segment
-        if segment is not None and segment is self._emptying:
-            segment.leaves.append(node)
-            return
-        self._add_leaf(node)
-        if self._ranking is not None and segment is not None:
+        if self._ranking is not None:
             self._rank_first(segment.class_id)
-
-    def _removed(self, node: HazardNode) -> None:
-        """Nothing to do: leaves are looked at again before they are taken."""
-
-    def _came_back(self, node: HazardNode, now: float) -> None:
-        if not node.num_children:
-            self._add_leaf(node)
-
-    def _forget(self, node: HazardNode) -> None:
-        node.segment = None
-        Forest._forget(self, node)
-
-    def remove(self, key: BlockKey) -> None:
-        self._settle()
-        super().remove(key)
 
     # ---- learning -----------------------------------------------------------------------------------------------
 
@@ -218,11 +221,16 @@ class HazardPolicy(Forest[HazardNode]):
         self._log.advance(now, self._model)
         self._model.end_request()
 
-    def _used_again(self, old: HazardSegment, num_blocks: int, before: HazardSegment | None) -> HazardSegment:
+    def _used_again(self, old: RunSegment, num_blocks: int, before: RunSegment | None) -> RunSegment:
         """Blocks of a segment were used. Their new one: that of the blocks before them in the prompt, where it is of the same class."""
         age_s = max(0.0, self._now - old.time_s)
         self._model.reused(old.class_id, age_s, old.weight_of(num_blocks))
         old.num_alive -= num_blocks
+        if old.origin is not None:
+            origin = old.origin
+            age_s = max(0.0, self._now - origin.time_s)
+            self._model.reused(origin.class_id, age_s, origin.weight_of(num_blocks))
+            origin.num_alive -= num_blocks
         gap_s = age_s if old.gap_s < 0.0 else sqrt(max(age_s, 1e-3) * max(old.gap_s, 1e-3))
         num_uses = old.num_uses + 1
         class_id = class_of_reuse(num_uses, gap_s)
@@ -239,7 +247,7 @@ class HazardPolicy(Forest[HazardNode]):
         segment.num_alive += num_blocks
         return segment
 
-    def _used_first(self, num_blocks: int, before: HazardSegment | None, *, is_extension: bool, is_root: bool) -> HazardSegment:
+    def _used_first(self, num_blocks: int, before: RunSegment | None, *, is_extension: bool, is_root: bool) -> RunSegment:
         """Blocks that nothing is known of were used, behind blocks of ``before``."""
         if before is not None and before.num_uses == 1 and not is_root:
             # Whoever uses a prompt again touches it first: here the same prompt goes on.
@@ -258,55 +266,30 @@ class HazardPolicy(Forest[HazardNode]):
             segment.class_id = class_of_first_use(num_blocks / self._mean_length, is_branch=not is_root)
         return segment
 
-    def _offered(self, incoming: Sequence[BlockMeta]) -> list[HazardSegment]:
-        """The new segments of blocks that were used and are not here, in the order of the prompt."""
-        if not incoming:
-            return []
-        known = [self._recall(block.key) for block in incoming]
-        first_parent = incoming[0].parent
-        before, had_child = (None, False) if first_parent is None else self._find(first_parent)
-        out: list[HazardSegment] = []
-        position = 0
-        for old, count in runs_of([segment for segment, _ in known]):
-            if position:
-                had_child = known[position - 1][1]
-            if old is not None:
-                before = self._used_again(old, count, before)
+    def _used(self, keys: Sequence[BlockKey], parent: BlockKey | None) -> list[Part]:
+        """The segments of blocks in a row behind ``parent`` that were used now and are not here."""
+        out: list[Part] = []
+        before, had_child = (None, False) if parent is None else self._find(parent)
+        is_root = parent is None
+        for known in self._ghosts.take(keys):
+            if known.segment is not None and self._log.remembers(known.segment):
+                before = self._used_again(known.segment, known.num_blocks, before)
             else:
-                is_root = incoming[position].parent is None
-                before = self._used_first(count, before, is_extension=not had_child, is_root=is_root)
-            out += [before] * count
-            position += count
-        self._had_child(first_parent)
+                before = self._used_first(known.num_blocks, before, is_extension=not had_child, is_root=is_root)
+            had_child, is_root = known.had_child, False
+            num_joined = out.pop()[1] if out and out[-1][0] is before else 0
+            out.append((before, num_joined + known.num_blocks, had_child))
+        run = None if parent is None else self._forest.runs.get(parent)
+        if run is not None and run.keys[-1] == parent:
+            run.had_child = True
         return out
 
-    def _announce(self, incoming: Sequence[BlockMeta], offers: Sequence[HazardSegment], num_admitted: int) -> None:
-        """Admitted blocks will be inserted; the others are remembered as ghosts."""
-        announced = self._announced
-        last = len(incoming) - 1
-        for position, (block, segment) in enumerate(zip(incoming, offers, strict=True)):
-            if position < num_admitted:
-                announced[block.key] = (segment, position < last)
-            else:
-                self._ghosts.put(block.key, segment, had_child=position < last)
-        while len(announced) > MAX_ANNOUNCED:
-            del announced[next(iter(announced))]
-
-    def _recall(self, key: BlockKey) -> Known:
-        """What is remembered of a block that is not here; then it is forgotten."""
-        return (self._announced.pop(key, None) if self._announced else None) or self._ghosts.pop(key)
-
-    def _find(self, key: BlockKey) -> Known:
+    def _find(self, key: BlockKey) -> tuple[RunSegment | None, bool]:
         """What is known of the block before a new one."""
-        node = self._nodes.get(key)
-        if node is not None:
-            return node.segment, node.had_child
+        run = self._forest.runs.get(key)
+        if run is not None:
+            return run.segment, run.had_child or run.keys[-1] != key
         return self._announced.get(key) or (None, True)
-
-    def _had_child(self, key: BlockKey | None) -> None:
-        node = None if key is None else self._nodes.get(key)
-        if node is not None:
-            node.had_child = True
 
     def _resize(self, num_blocks: int) -> None:
         self._log.resize(num_blocks)
@@ -314,60 +297,55 @@ class HazardPolicy(Forest[HazardNode]):
 
     # ---- coming -------------------------------------------------------------------------------------------------
 
-    def insert(self, block: BlockMeta, now: float) -> None:
-        if self._fresh:
-            last = self._fresh[-1][0].parent
-            if self._now != now or last is None or last.key != block.key:
-                self._settle()
-        self._now = now
-        super().insert(block, now)
+    def _offered(self, incoming: Sequence[BlockMeta]) -> list[Part]:
+        """The new segments of blocks that want to come, which were used."""
+        if not incoming:
+            return []
+        keys = [block.key for block in incoming]
+        announced = self._announced
+        if announced:
+            for key in keys:
+                announced.pop(key, None)
+        return self._used(keys, incoming[0].parent)
 
-    def _came(self, node: HazardNode, now: float) -> None:
-        announced = self._announced.pop(node.key, None) if self._announced else None
-        if announced is None:
-            known = self._ghosts.pop(node.key)
-            node.had_child = known[1] or node.num_children > 0
-            self._fresh.append((node, known))
-            return
-        node.segment = announced[0]
-        node.had_child = announced[1] or node.num_children > 0
-        if node.parent is not None:
-            node.parent.had_child = True
-        if not node.num_children:
-            self._add_leaf(node)
+    def _announce(self, incoming: Sequence[BlockMeta], offers: Sequence[Part], num_admitted: int) -> None:
+        """Admitted blocks will be inserted; the others are remembered as ghosts."""
+        keys = [block.key for block in incoming]
+        announced = self._announced
+        first = 0
+        for segment, count, had_before in offers:
+            end = first + count
+            had_child = had_before or end < len(keys)
+            middle = min(end, max(first, num_admitted))
+            announced.update(dict.fromkeys(keys[first:middle], (segment, True)))
+            if middle == end > first:
+                announced[keys[end - 1]] = (segment, had_child)
+            if middle < end:
+                self._ghosts.put(keys[middle:end], segment, had_child=had_child)
+            first = end
+        while len(announced) > MAX_ANNOUNCED:
+            del announced[next(iter(announced))]
 
     def _settle(self) -> None:
-        """Blocks that came without an announcement get their segments, now that the block before the first of them is known."""
+        """Blocks that came since the last call get their places, those that were not announced their segments too."""
         if not self._fresh:
             return
-        fresh, self._fresh = self._fresh[::-1], []
-        parent = fresh[0][0].parent
-        before = None if parent is None else parent.segment
-        had_child = parent is None or before is None or parent.had_child
-        position = 0
-        for old, count in runs_of([known[0] for _, known in fresh]):
-            if position:
-                had_child = fresh[position - 1][1][1]
-            if old is not None:
-                before = self._used_again(old, count, before)
-            else:
-                before = self._used_first(count, before, is_extension=not had_child, is_root=position == 0 and parent is None)
-            for node, _ in fresh[position : position + count]:
-                node.segment = before
-            position += count
-        if parent is not None:
-            parent.had_child = True
-        for node, _ in fresh:
-            if not node.num_children:
-                self._add_leaf(node)
+        keys = [block.key for block in reversed(self._fresh)]
+        parent = self._fresh[-1].parent
+        self._fresh = []
+        self._fresh_keys.clear()
+        announced = self._announced
+        known = [announced.pop(key, None) for key in keys] if announced else [None] * len(keys)
+        first = 0
+        for what, group in groupby(known):
+            count = sum(1 for _ in group)
+            part = keys[first : first + count]
+            parts = self._used(part, parent) if what is None else [(what[0], count, what[1])]
+            for segment, length, had_child in parts:
+                self._forest.add(keys[first : first + length], parent, segment, had_child=had_child)
+                parent = keys[first + length - 1]
+                first += length
 
 
-def _leaf_of(segment: HazardSegment) -> HazardNode | None:
-    """The block that leaves first of a segment; what has ceased to be a leaf is dropped from its list."""
-    leaves = segment.leaves
-    while leaves:
-        node = leaves[-1]
-        if node.segment is segment and not node.num_children and node.state == CANDIDATE:
-            return node
-        leaves.pop()
-    return None
+def _segment_of(run: Run) -> RunSegment:
+    return run.segment

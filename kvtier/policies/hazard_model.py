@@ -20,8 +20,9 @@ all ages of a class: a bin takes in the stretch behind it as long as that pays a
 from __future__ import annotations
 
 import itertools
-import math
 from bisect import bisect_right
+from collections.abc import Sequence
+from math import log2, sqrt
 
 NUM_BINS = 40
 FIRST_EDGE_S = 0.5
@@ -31,8 +32,10 @@ NUM_COUNTS = 6
 NUM_GAPS = 15
 NUM_LENGTHS = 10
 _ROOT, _BRANCH, _EXTENSION, _KNOWN = 0, NUM_LENGTHS, 2 * NUM_LENGTHS, 2 * NUM_LENGTHS + NUM_COUNTS * NUM_GAPS
-NUM_CLASSES = _KNOWN + NUM_COUNTS * NUM_GAPS
-"""prompts that begin anew or branch off, by length; what prolongs a prompt, and what was used again, by count and gap"""
+_EXPECTED = _KNOWN + NUM_COUNTS * NUM_GAPS
+NUM_CLASSES = _EXPECTED + NUM_GAPS
+"""prompts that begin anew or branch off, by length; what prolongs a prompt, and what was used again, by count and gap; and what somebody
+expects to be used, by how soon"""
 
 SHRINK_CELL = 32.0
 """so many uses must a cell have seen for its own figures to count half"""
@@ -40,11 +43,14 @@ SHRINK_MARGIN = 8.0
 """the same for a row or column"""
 DECAY = 0.999
 REQUESTS_PER_DECAY = 64
+REQUESTS_PER_UPDATE = 2
+"""one class's indexes are computed anew every so many requests"""
 _MAX_SCALE = 1e100
 _MAX_CHANCE = 0.98
 _RATIO = (LAST_EDGE_S / FIRST_EDGE_S) ** (1.0 / (NUM_BINS - 1))
 EDGES_S = (0.0, *(FIRST_EDGE_S * _RATIO**power for power in range(NUM_BINS)))
 _INNER_EDGES = EDGES_S[1:-1]
+_WIDTHS_S = tuple(end - begin for begin, end in itertools.pairwise(EDGES_S))
 
 
 def bin_of(age_s: float) -> int:
@@ -54,7 +60,7 @@ def bin_of(age_s: float) -> int:
 
 def class_of_first_use(length: float, *, is_branch: bool) -> int:
     """``length``: blocks that the prompt adds, relative to the mean."""
-    bucket = int(math.log2(length) + NUM_LENGTHS // 2) if length > 0 else 0
+    bucket = int(log2(length) + NUM_LENGTHS // 2) if length > 0 else 0
     return (_BRANCH if is_branch else _ROOT) + max(0, min(NUM_LENGTHS - 1, bucket))
 
 
@@ -68,16 +74,23 @@ def class_of_reuse(num_uses: int, gap_s: float) -> int:
     return _KNOWN + _bucket_of_count(num_uses) * NUM_GAPS + _bucket_of_gap(gap_s)
 
 
+def class_of_expectation(seconds: float) -> int:
+    """What is said to be used in so many seconds."""
+    return _EXPECTED + _bucket_of_gap(seconds)
+
+
 def _bucket_of_count(count: int) -> int:
     return min(NUM_COUNTS, count.bit_length()) - 1
 
 
 def _bucket_of_gap(gap_s: float) -> int:
-    return 0 if gap_s < 1.0 else min(NUM_GAPS - 1, 1 + int(math.log2(gap_s)))
+    return 0 if gap_s < 1.0 else min(NUM_GAPS - 1, 1 + int(log2(gap_s)))
 
 
 def prior_chances(class_id: int) -> list[float]:
     """The probability of a use in each bin, of what came there, before anything was seen."""
+    if class_id >= _EXPECTED:
+        return _chances_of([_survival_of_expected(edge, 2.0 ** (class_id - _EXPECTED - 0.5)) for edge in EDGES_S])
     if class_id < _EXTENSION:
         uses, gap_s = 0.5, FIRST_GAP_S
     else:
@@ -85,21 +98,34 @@ def prior_chances(class_id: int) -> list[float]:
         uses = float(1 << bucket) / (2.0 if class_id < _KNOWN else 1.0)
         gap_s = 2.0 ** (gap - 0.5)
     ever = uses / (uses + 1.0)
-    survival = [1.0 - ever + ever * gap_s / (gap_s + edge) for edge in EDGES_S]
+    return _chances_of([1.0 - ever + ever * gap_s / (gap_s + edge) for edge in EDGES_S])
+
+
+def _survival_of_expected(age_s: float, expected_s: float) -> float:
+    """With even chances the word is good, and the use comes between half and twice the time; else as if nothing had been said."""
+    is_over = min(1.0, max(0.0, log2(age_s / expected_s) / 2.0 + 0.5)) if age_s > 0.0 else 0.0
+    return 0.5 * (1.0 - is_over) + 0.5 * FIRST_GAP_S / (FIRST_GAP_S + age_s)
+
+
+def _chances_of(survival: Sequence[float]) -> list[float]:
+    """The probability of a use in each bin from the share that is unused at its edges."""
     return [min(_MAX_CHANCE, 1.0 - after / before) for before, after in itertools.pairwise(survival)]
 
 
-def gittins(chances: list[float]) -> list[float]:
+def gittins(chances: Sequence[float]) -> list[float]:
     """The index at the beginning of each bin, in uses per second, from the probability of a use in each bin."""
     indexes = [0.0] * len(chances)
     later: list[tuple[float, float, float]] = []
     """stretches of bins behind the present one: (expected time, chance of a use, chance to outlive it), given that it is come to"""
     for position in range(len(chances) - 1, -1, -1):
         reward = chances[position]
-        cost = (EDGES_S[position + 1] - EDGES_S[position]) * (1.0 - reward / 2.0)
         alive = 1.0 - reward
-        while later and later[-1][1] * cost >= reward * later[-1][0]:
-            more_cost, more_reward, still_alive = later.pop()
+        cost = _WIDTHS_S[position] * (1.0 - reward / 2.0)
+        while later:
+            more_cost, more_reward, still_alive = later[-1]
+            if more_reward * cost < reward * more_cost:
+                break
+            later.pop()
             cost += alive * more_cost
             reward += alive * more_reward
             alive *= still_alive
@@ -118,6 +144,19 @@ class Sums:
         self.expected = [0.0] * NUM_BINS
 
 
+class _Seen:
+    """What was seen of one class, per bin."""
+
+    __slots__ = ("column", "hits", "prior", "risk", "row")
+
+    def __init__(self, prior: list[float], row: Sums, column: Sums) -> None:
+        self.prior = prior
+        self.row = row
+        self.column = column
+        self.hits = [0.0] * NUM_BINS
+        self.risk = [0.0] * NUM_BINS
+
+
 class HazardModel:
     """The statistics of all classes and their table of indexes. Pure.
 
@@ -128,23 +167,21 @@ class HazardModel:
     __slots__ = (
         "_classes",
         "_columns",
-        "_hits",
         "_next_class",
         "_num_requests",
         "_priors",
-        "_risk",
         "_rows",
         "_scale",
+        "_seen",
         "_squares",
         "_table",
         "_weights",
     )
 
     def __init__(self) -> None:
-        self._priors = [prior_chances(class_id) for class_id in range(NUM_CLASSES)]
-        self._table = [gittins(chances) for chances in self._priors]
-        self._hits: dict[int, list[float]] = {}
-        self._risk: dict[int, list[float]] = {}
+        self._priors = _PRIORS
+        self._table = list(_PRIOR_TABLE)
+        self._seen: dict[int, _Seen] = {}
         rows = {_row_of(class_id) for class_id in range(NUM_CLASSES)}
         columns = {_column_of(class_id) for class_id in range(NUM_CLASSES)}
         self._rows = {row: Sums() for row in sorted(rows)}
@@ -163,13 +200,25 @@ class HazardModel:
     def reused(self, class_id: int, age_s: float, weight: float) -> None:
         """Blocks were used again at an age."""
         position = bin_of(age_s)
-        self._add(class_id, position, weight, 1.0)
-        self._weights += weight * self._scale
-        self._squares += weight * weight * self._scale
+        seen = self._seen.get(class_id) or self._begin(class_id)
+        scaled = weight * self._scale
+        expected = scaled * seen.prior[position]
+        seen.risk[position] += scaled
+        seen.hits[position] += scaled
+        for sums in (seen.row, seen.column):
+            sums.expected[position] += expected
+            sums.hits[position] += scaled
+        self._weights += scaled
+        self._squares += weight * scaled
 
     def survived(self, class_id: int, position: int, weight: float) -> None:
         """Blocks left the bin at ``position`` unused."""
-        self._add(class_id, position, weight, 0.0)
+        seen = self._seen.get(class_id) or self._begin(class_id)
+        scaled = weight * self._scale
+        expected = scaled * seen.prior[position]
+        seen.risk[position] += scaled
+        seen.row.expected[position] += expected
+        seen.column.expected[position] += expected
 
     def end_request(self) -> None:
         """Brings part of the table up to date. Call it once a request."""
@@ -178,52 +227,47 @@ class HazardModel:
             self._scale /= DECAY
             if self._scale > _MAX_SCALE:
                 self._rescale()
-        if self._classes:
+        if self._classes and self._num_requests % REQUESTS_PER_UPDATE == 0:
             self._next_class = (self._next_class + 1) % len(self._classes)
             class_id = self._classes[self._next_class]
             self._table[class_id] = gittins(self.chances(class_id))
 
     def chances(self, class_id: int) -> list[float]:
         """The probability of a use in each bin, of what came there, as it is believed now."""
-        prior = self._priors[class_id]
-        if class_id not in self._hits:
-            return prior
-        hits, risk = self._hits[class_id], self._risk[class_id]
-        row, column = self._rows[_row_of(class_id)], self._columns[_column_of(class_id)]
+        seen = self._seen.get(class_id)
+        if seen is None:
+            return self._priors[class_id]
         # Weights differ, so a use counts as many as a typical one weighs.
         unit = self._scale * (self._squares / self._weights if self._weights else 1.0)
         cell, margin = SHRINK_CELL * unit, SHRINK_MARGIN * unit
         out: list[float] = []
-        for position, chance in enumerate(prior):
-            by_row = (row.hits[position] + margin) / (row.expected[position] + margin)
-            by_column = (column.hits[position] + margin) / (column.expected[position] + margin)
-            believed = min(_MAX_CHANCE, chance * math.sqrt(by_row * by_column))
-            out.append(min(_MAX_CHANCE, (hits[position] + cell * believed) / (risk[position] + cell)))
+        columns = zip(
+            seen.prior, seen.hits, seen.risk, seen.row.hits, seen.row.expected, seen.column.hits, seen.column.expected, strict=True
+        )
+        for chance, hits, risk, row_hits, row_expected, column_hits, column_expected in columns:
+            ratio = (row_hits + margin) / (row_expected + margin) * ((column_hits + margin) / (column_expected + margin))
+            believed = min(_MAX_CHANCE, chance * sqrt(ratio))
+            out.append(min(_MAX_CHANCE, (hits + cell * believed) / (risk + cell)))
         return out
 
     def sums_of(self, class_id: int) -> tuple[list[float], list[float]]:
         """Hits and risk of a class by bin, in the present scale."""
+        seen = self._seen.get(class_id)
         nothing = [0.0] * NUM_BINS
-        return list(self._hits.get(class_id, nothing)), list(self._risk.get(class_id, nothing))
+        return (nothing, list(nothing)) if seen is None else (list(seen.hits), list(seen.risk))
 
-    def _add(self, class_id: int, position: int, weight: float, hit: float) -> None:
-        risk = self._risk.get(class_id)
-        if risk is None:
-            risk = self._risk[class_id] = [0.0] * NUM_BINS
-            self._hits[class_id] = [0.0] * NUM_BINS
-            self._classes.append(class_id)
-        scaled = weight * self._scale
-        expected = scaled * self._priors[class_id][position]
-        risk[position] += scaled
-        self._hits[class_id][position] += scaled * hit
-        for sums in (self._rows[_row_of(class_id)], self._columns[_column_of(class_id)]):
-            sums.expected[position] += expected
-            sums.hits[position] += scaled * hit
+    def _begin(self, class_id: int) -> _Seen:
+        """The first that is seen of a class."""
+        self._classes.append(class_id)
+        seen = _Seen(self._priors[class_id], self._rows[_row_of(class_id)], self._columns[_column_of(class_id)])
+        self._seen[class_id] = seen
+        return seen
 
     def _rescale(self) -> None:
         factor = 1.0 / self._scale
         sums = [*self._rows.values(), *self._columns.values()]
-        for column in (*self._hits.values(), *self._risk.values(), *(s.hits for s in sums), *(s.expected for s in sums)):
+        of_classes = [column for seen in self._seen.values() for column in (seen.hits, seen.risk)]
+        for column in (*of_classes, *(s.hits for s in sums), *(s.expected for s in sums)):
             column[:] = [value * factor for value in column]
         self._weights *= factor
         self._squares *= factor
@@ -236,5 +280,11 @@ def _row_of(class_id: int) -> int:
 
 
 def _column_of(class_id: int) -> int:
-    """Classes of a column have the gap in common, or the length."""
+    """Classes of a column have the gap in common, or the length; what is expected is not compared with what is not."""
+    if class_id >= _EXPECTED:
+        return NUM_LENGTHS + NUM_GAPS
     return class_id % NUM_LENGTHS if class_id < _EXTENSION else NUM_LENGTHS + (class_id - _EXTENSION) % NUM_GAPS
+
+
+_PRIORS = tuple(prior_chances(class_id) for class_id in range(NUM_CLASSES))
+_PRIOR_TABLE = tuple(gittins(chances) for chances in _PRIORS)

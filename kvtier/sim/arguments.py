@@ -36,6 +36,20 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
         metavar="F[,F...]",
         help="sizes of host memory as shares of the trace's unique blocks (without --config: 0.001,0.01,0.05,0.1,0.2,0.5)",
     )
+    parser.add_argument(
+        "--hints",
+        type=lambda text: text.split(","),
+        default=["off"],
+        metavar="KIND[,KIND...]",
+        help="give hints, where the trace knows sessions: off, tool_call, next_use (default: off)",
+    )
+    parser.add_argument(
+        "--wrong-hints",
+        type=_shares,
+        default=[0.0],
+        metavar="F[,F...]",
+        help="shares of wrong hints, 0 to 1 (default: 0)",
+    )
     _add_machine(parser)
     parser.add_argument("--jobs", type=_positive, metavar="N", default=os.cpu_count() or 1, help="runs at the same time (default: CPUs)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write one record per run")
@@ -96,6 +110,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 def fractions(text: str) -> list[float]:
     """Shares of one, separated by commas."""
     return [_share(part) for part in text.split(",")]
+
+
+def _shares(text: str) -> list[float]:
+    return [_number(part, lambda value: 0 <= value <= 1, "a number from 0 to 1") for part in text.split(",")]
 
 
 def _share(text: str) -> float:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from kvtier.config import Config
 from kvtier.errors import ConfigError, TraceError
 from kvtier.policies import POLICIES
 from kvtier.sim.arguments import machine_of
+from kvtier.sim.hinting import HINT_KINDS, Agents
 from kvtier.sim.readers import detect_format, open_trace
 from kvtier.sim.report import markdown_of, table_of, write_markdown
 from kvtier.sim.runs import Run, Task, host_runs, replay_all
 from kvtier.sim.setup import Setup, TierSetup
-from kvtier.sim.trace import Trace
+from kvtier.sim.trace import NO_SESSION, Trace
 from kvtier.sim.verify import verify
 
 DEFAULT_FRACTIONS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
@@ -48,7 +50,9 @@ def simulate(options: argparse.Namespace) -> bool:
     for path in options.traces:
         trace = read_trace(path, options)
         runs = _runs(trace, config, policies, options, trace.block_tokens * machine.kv_bytes_per_token)
-        task = Task(trace, machine, options.engine_block_tokens)
+        runs = _with_hints(runs, trace, options)
+        agents = Agents(trace) if any(run.hints != "off" for run in runs) else None
+        task = Task(trace, machine, options.engine_block_tokens, agents)
         with progress_bar(trace.name, len(runs) * len(trace)) as progress:
             records += replay_all(task, runs, jobs=options.jobs, progress=progress)
     console().print(table_of(records))
@@ -119,6 +123,20 @@ def _runs(trace: Trace, config: Config | None, policies: Sequence[str], options:
         named = options.policy != "default"
         return [Run(base.with_policy(policy) if named else base) for policy in policies]
     return host_runs(trace, base, policies, fractions or DEFAULT_FRACTIONS)
+
+
+def _with_hints(runs: Sequence[Run], trace: Trace, options: argparse.Namespace) -> list[Run]:
+    """Each run with each kind of hints. Raises ValueError."""
+    for kind in options.hints:
+        if kind not in HINT_KINDS:
+            raise ValueError(f"--hints: {kind!r} is none; allowed: {', '.join(HINT_KINDS)}")
+    if set(options.hints) != {"off"} and not (trace.session != NO_SESSION).any():
+        raise ValueError(f"--hints: {trace.name} does not say which requests belong together")
+    out: list[Run] = []
+    for run in runs:
+        for kind in options.hints:
+            out += [replace(run, hints=kind, wrong_hints=wrong) for wrong in (options.wrong_hints if kind != "off" else (0.0,))]
+    return out
 
 
 def _drawing(path: Path | None) -> Callable[[Sequence[dict[str, Any]]], None]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kvtier.sim.report import name_of
+
 GIB = 1 << 30
 
 
@@ -18,8 +20,8 @@ def plot_hit_rates(path: Path, records: Sequence[dict[str, Any]]) -> None:
     panels = figure.subplots(1, len(traces), squeeze=False)
     for panel, trace in zip(panels[0], traces, strict=True):
         mine = sorted((record for record in records if record["trace"] == trace), key=lambda record: record["capacity_blocks"])
-        for policy in sorted({record["policy"] for record in mine}):
-            points = [(r["capacity_bytes"] / GIB, 100 * r["token_hit_rate"]) for r in mine if r["policy"] == policy]
+        for policy in sorted({name_of(record) for record in mine}):
+            points = [(r["capacity_bytes"] / GIB, 100 * r["token_hit_rate"]) for r in mine if name_of(r) == policy]
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=policy)
         best = {record["capacity_bytes"] / GIB: 100 * record["optimum_token_hit_rate"] for record in mine}
         panel.plot(list(best), list(best.values()), "k--", linewidth=1, label="optimum")

@@ -32,13 +32,21 @@ def table_of(records: Sequence[Record]) -> Table:
 def _cells(record: Record, *, has_disk: bool) -> list[str]:
     fraction = record["capacity_fraction"]
     block_bytes = record["capacity_bytes"] // record["capacity_blocks"]
-    cells = [record["trace"], record["policy"], "" if fraction is None else f"{100 * fraction:g} %", human(record["capacity_bytes"])]
+    cells = [record["trace"], name_of(record), "" if fraction is None else f"{100 * fraction:g} %", human(record["capacity_bytes"])]
     cells += [human(record["disk_capacity_blocks"] * block_bytes)] if has_disk else []
     cells += [percent(record["token_hit_rate"]), percent(record["share_of_optimum"]), percent(record["request_hit_rate"])]
     cells += [percent(record["disk_token_hit_rate"]), human(record["disk_written_bytes"])] if has_disk else []
     cells += [f"{record['host_evicted_blocks'] + record['disk_evicted_blocks']:,}"]
     cells += [" / ".join(f"{record[f'{name}_p{share}_s']:.2f}" for share in (50, 95, 99)) for name in ("ttft", "ttft_without")]
     return [*cells, f"{record['policy_us_per_request']:.0f} us"]
+
+
+def name_of(record: Record) -> str:
+    """A policy, and the hints it was given."""
+    if record["hints"] == "off":
+        return str(record["policy"])
+    wrong = f" ({record['wrong_hints']:.0%} wrong)" if record["wrong_hints"] else ""
+    return f"{record['policy']} + {record['hints']}{wrong}"
 
 
 def human(num_bytes: float) -> str:
@@ -57,14 +65,14 @@ def percent(share: float | None) -> str:
 def markdown_of(records: Sequence[Record]) -> str:
     """A table a trace: policies by size, each cell the token hit rate and its share of the optimum; and the means over all points."""
     sized = [record for record in records if record["capacity_fraction"] is not None]
-    policies = list(dict.fromkeys(record["policy"] for record in sized))
+    policies = list(dict.fromkeys(name_of(record) for record in sized))
     parts = []
     for trace in dict.fromkeys(record["trace"] for record in sized):
         of_trace = [record for record in sized if record["trace"] == trace]
         parts.append(_table_of_trace(trace, of_trace, policies))
     rows = []
     for policy in policies:
-        mine = [record for record in sized if record["policy"] == policy]
+        mine = [record for record in sized if name_of(record) == policy]
         costs = _mean(record["policy_us_per_request"] for record in mine)
         rows.append([f"`{policy}`", f"{100 * _mean_share(mine):.1f} %", f"{costs:.0f}"])
     head = ["policy", f"mean share of the optimum over {len(sized) // max(1, len(policies))} points", "us per request"]
@@ -76,7 +84,7 @@ def _table_of_trace(trace: str, records: Sequence[Record], policies: Iterable[st
     fractions = list(dict.fromkeys(record["capacity_fraction"] for record in records))
     rows = []
     for policy in policies:
-        mine = {record["capacity_fraction"]: record for record in records if record["policy"] == policy}
+        mine = {record["capacity_fraction"]: record for record in records if name_of(record) == policy}
         cells = [
             f"{100 * mine[f]['token_hit_rate']:.1f} ({100 * (mine[f]['share_of_optimum'] or 0):.1f})" if f in mine else ""
             for f in fractions

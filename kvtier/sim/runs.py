@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvtier.sim.hinting import Agents, Hinting, HintKind
 from kvtier.sim.model import Machine
 from kvtier.sim.optimum import Future, ideal_hits, look_ahead, optimal_hits, token_hit_rate
 from kvtier.sim.replay import PROGRESS_EVERY, Replay, Replayed, times_to_first_token
@@ -32,6 +33,9 @@ class Run:
 
     setup: Setup
     capacity_fraction: float | None = None
+    hints: HintKind = "off"
+    wrong_hints: float = 0.0
+    """share of the hints that is wrong"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class Task:
     trace: Trace
     machine: Machine
     engine_block_tokens: int = 16
+    agents: Agents | None = None
+    """who gives hints; None: nobody"""
 
 
 def host_runs(trace: Trace, base: Setup, policies: Sequence[str], fractions: Sequence[float]) -> list[Run]:
@@ -82,11 +88,20 @@ def replay(task: Task, run: Run, progress: Progress = lambda _more: None) -> dic
         done = now_done
 
     try:
-        replayed = Replay(task.trace, run.setup, task.machine, engine_block_tokens=task.engine_block_tokens).run(tell)
+        replayed = _replayed(task, run, tell)
     finally:
         if was_enabled:
             gc.enable()
     return record_of(task, run, replayed)
+
+
+def _replayed(task: Task, run: Run, tell: Callable[[int], None]) -> Replayed:
+    if run.hints == "off" or task.agents is None:
+        return Replay(task.trace, run.setup, task.machine, engine_block_tokens=task.engine_block_tokens).run(tell)
+    hinting = Hinting(task.trace, task.agents, run.hints, wrong=run.wrong_hints)
+    hinted = Replay(task.trace, run.setup, task.machine, engine_block_tokens=task.engine_block_tokens, observer=hinting)
+    hinting.attach(hinted.planner, task.machine, run.setup)
+    return hinted.run(tell)
 
 
 def record_of(task: Task, run: Run, done: Replayed) -> dict[str, Any]:
@@ -96,6 +111,8 @@ def record_of(task: Task, run: Run, done: Replayed) -> dict[str, Any]:
     record: dict[str, Any] = {
         "trace": trace.name,
         "policy": run.setup.host.policy,
+        "hints": run.hints,
+        "wrong_hints": run.wrong_hints,
         "capacity_fraction": run.capacity_fraction,
         "capacity_blocks": run.setup.host.capacity_blocks,
         "capacity_bytes": run.setup.host.capacity_blocks * size,

@@ -44,6 +44,8 @@ class Setup:
     max_in_flight_bytes: int = 256 << 20
     promote_wait_s: float = 2.0
     max_pinned_fraction: float = 0.5
+    max_kept_fraction: float = 0.25
+    """share of host memory that hints may keep (``control.max_pinned_fraction``)"""
     store_decode_blocks: bool = True
 
     @classmethod
@@ -58,6 +60,7 @@ class Setup:
             256 << 20 if disk is None else disk.max_in_flight_bytes,
             config.connector.promote_wait_s,
             config.connector.max_pinned_fraction,
+            config.control.max_pinned_fraction,
             config.connector.store_decode_blocks,
         )
 

@@ -11,7 +11,7 @@ from kvtier.types import BlockKey
 
 STRIDE = 17
 """one request in so many is timed; prime, so that it does not beat with what a policy does every 2^n requests"""
-_METHODS = ("insert", "touch", "remove", "pin", "unpin", "victims")
+_METHODS = ("insert", "touch", "expect", "remove", "pin", "unpin", "victims")
 
 
 class PolicyTimes:
@@ -53,6 +53,7 @@ class _TimedPolicy:
 
     insert: Callable[..., None]
     touch: Callable[..., None]
+    expect: Callable[..., None]
     remove: Callable[..., None]
     pin: Callable[..., None]
     unpin: Callable[..., None]

@@ -63,6 +63,9 @@ class NaivePolicy:
             if block in self.home:
                 self.used(block)
 
+    def expect(self, blocks: Sequence[int], seconds: float, now: float) -> None:
+        """As the protocol has it: nobody listens."""
+
     def remove(self, block: int) -> None:
         """As the protocol has it."""
         if block in self.home:
@@ -82,7 +85,7 @@ class NaivePolicy:
             self.pinned.discard(block)
             self.came_back(block)
 
-    def victims(self, count: int) -> list[int]:
+    def victims(self, count: int, now: float = 0.0, incoming: Sequence[int] = ()) -> list[int]:
         """As the protocol has it."""
         chosen: list[int] = []
         while len(chosen) < count:
@@ -202,9 +205,9 @@ class NaiveARC(NaivePolicy):
     def evicted(self, block: int) -> None:
         self.ghosts[self.home[block]].append(block)
 
-    def victims(self, count: int) -> list[int]:
+    def victims(self, count: int, now: float = 0.0, incoming: Sequence[int] = ()) -> list[int]:
         self.capacity = len(self.home)
-        chosen = super().victims(count)
+        chosen = super().victims(count, now)
         self.ghosts[1] = last(self.ghosts[1], self.capacity - self.size(1))
         self.ghosts[2] = last(self.ghosts[2], 2 * self.capacity - len(self.home) - len(self.ghosts[1]))
         return chosen
@@ -249,9 +252,9 @@ class NaiveS3FIFO(NaivePolicy):
         if self.home[block] == 1:
             self.ghosts.append(block)
 
-    def victims(self, count: int) -> list[int]:
+    def victims(self, count: int, now: float = 0.0, incoming: Sequence[int] = ()) -> list[int]:
         self.capacity = len(self.home)
-        chosen = super().victims(count)
+        chosen = super().victims(count, now)
         self.ghosts = last(self.ghosts, self.capacity - int(self.capacity * SMALL_FRACTION))
         return chosen
 

@@ -33,9 +33,9 @@ class NaiveLRU2(NaivePolicy):
     def evicted(self, block: int) -> None:
         self.ghosts.append((block, self.last_use[block]))
 
-    def victims(self, count: int) -> list[int]:
+    def victims(self, count: int, now: float = 0.0, incoming: Sequence[int] = ()) -> list[int]:
         capacity = len(self.home)
-        chosen = super().victims(count)
+        chosen = super().victims(count, now)
         self.ghosts = last(self.ghosts, capacity)
         return chosen
 
@@ -89,9 +89,9 @@ class NaiveGDSF(NaivePolicy):
         self.settle()
         super().remove(block)
 
-    def victims(self, count: int) -> list[int]:
+    def victims(self, count: int, now: float = 0.0, incoming: Sequence[int] = ()) -> list[int]:
         self.settle()
-        return super().victims(count)
+        return super().victims(count, now)
 
     def came_back(self, block: int) -> None:
         self.stamps[block] = self.age

@@ -36,7 +36,15 @@ def test_one_capacity_is_enough(tmp_path: Path) -> None:
     """A file with the host's capacity is complete; the rest has the documented defaults."""
     config = Config.load(write(tmp_path, HOST))
     expected = HostTierConfig.model_validate(
-        {"type": "host", "capacity": 8 << 30, "policy": "lru", "ttl": None, "ttl_mode": "sliding", "huge_pages": True, "numa_node": None}
+        {
+            "type": "host",
+            "capacity": 8 << 30,
+            "policy": "default",
+            "ttl": None,
+            "ttl_mode": "sliding",
+            "huge_pages": True,
+            "numa_node": None,
+        }
     )
     assert {} == config.host.quotas
     assert expected == config.host

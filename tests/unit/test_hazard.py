@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.policies import EvictionPolicy, HazardPolicy, LRUPolicy, hazard_model
+from kvtier.policies.ghosts import MAX_MERGED, MIN_BYTES, PIECE_BYTES, Ghosts, Known
 from kvtier.policies.hazard_model import (
     DECAY,
     EDGES_S,
@@ -23,7 +24,7 @@ from kvtier.policies.hazard_model import (
     gittins,
     prior_chances,
 )
-from kvtier.policies.segments import GhostTable, Segment, SegmentLog, runs_of
+from kvtier.policies.segments import Segment, SegmentLog
 from kvtier.types import BlockKey, BlockMeta
 
 CHANCES = st.lists(st.floats(0.0, 0.98), min_size=NUM_BINS, max_size=NUM_BINS)
@@ -187,25 +188,66 @@ class TestSegments:
         expected = [float(sum(2.0 for time_s in times if time_s <= now - EDGES_S[position + 1])) for position in range(NUM_BINS)]
         assert expected == model.sums_of(class_id)[1]
 
-    def test_ghosts_are_remembered_until_their_place_is_taken(self) -> None:
-        """Whoever comes later takes the place; what was there can not be seen to be used again, so it counts no more."""
-        log = SegmentLog[object]()
-        ghosts = GhostTable(log)
-        segment = log.new(1.0)
-        segment.num_blocks = segment.num_alive = 300_000
-        keys = [key_of(number) for number in range(300_000)]
-        for key in keys:
-            ghosts.put(key, segment, had_child=True)
-        found = [ghosts.pop(key) for key in keys]
-        known = [each for each in found if each[0] is not None]
-        assert {(segment, True)} == set(known)
-        assert segment.num_alive == len(known)
-        assert 50_000 < len(known) <= 1 << 16
 
-    def test_runs(self) -> None:
-        """Equal neighbours come together."""
-        one, two = Segment[object](1, 0.0), Segment[object](2, 0.0)
-        assert [(one, 2), (None, 1), (two, 1), (one, 1)] == runs_of([one, one, None, two, one])
+def segment_of(num_blocks: int) -> Segment[object]:
+    """A segment with so many blocks."""
+    segment = Segment[object](1, 0.0)
+    segment.num_blocks = segment.num_alive = num_blocks
+    return segment
+
+
+class TestGhosts:
+    """What is remembered of blocks that are not here."""
+
+    @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9))
+    def test_as_much_is_known_as_is_the_same(self, length: int, asked: int, common: int) -> None:
+        """A prompt that parts from a piece in its middle learns of what it shares, and the rest of the piece stays."""
+        common = min(common, length, asked)
+        ghosts, segment = Ghosts[object](), segment_of(length)
+        mine = [key_of("mine", n) for n in range(length)]
+        other = mine[:common] + [key_of("other", n) for n in range(asked - common)]
+        ghosts.put(mine, segment, had_child=False)
+
+        known = [Known(segment, common, common < length)] if common else []
+        assert known + ([Known(None, asked - common, False)] if asked > common else []) == ghosts.take(other)
+        rest = mine[common:]
+        assert ([Known(segment, len(rest), False)] if rest else []) == ghosts.take(rest)
+        assert [Known(None, length, False)] == ghosts.take(mine)
+
+    def test_what_left_before_it_is_taken_in(self) -> None:
+        """Blocks that leave from the end on, one by one, are one piece, up to a length; those of another segment are not taken in."""
+        ghosts, segment = Ghosts[object](), segment_of(2 * MAX_MERGED)
+        keys = [key_of(n) for n in range(MAX_MERGED + 2)]
+        following = None
+        for key in reversed(keys):
+            ghosts.put([key], segment, had_child=following is not None, following=following)
+            following = key
+        assert [Known(segment, MAX_MERGED + 1, False)] == ghosts.take(keys[1:])
+        assert [Known(segment, 1, True)] == ghosts.take(keys[:1])
+
+        ghosts.put(keys[1:2], segment, had_child=False)
+        ghosts.put(keys[:1], segment_of(1), had_child=True, following=keys[1])
+        assert [1, 1] == [known.num_blocks for known in ghosts.take(keys[:2])]
+
+    def test_the_oldest_are_forgotten(self) -> None:
+        """Memory is bounded; what is forgotten cannot be seen to be used again, so its segment counts it no more."""
+        ghosts, segment = Ghosts[object](), segment_of(300_000)
+        keys = [[key_of(number, n) for n in range(10)] for number in range(30_000)]
+        for piece in keys:
+            ghosts.put(piece, segment, had_child=True)
+        fit = MIN_BYTES // (PIECE_BYTES + 160)
+        assert 10 * fit == segment.num_alive == segment.num_blocks
+        assert [Known(None, 10, False)] == ghosts.take(keys[-fit - 1])
+        assert [Known(segment, 10, True)] == ghosts.take(keys[-fit])
+
+    def test_a_larger_tier_remembers_more(self) -> None:
+        """And never less again."""
+        ghosts, segment = Ghosts[object](), segment_of(300_000)
+        ghosts.resize(1_000_000)
+        ghosts.resize(0)
+        for number in range(30_000):
+            ghosts.put([key_of(number, n) for n in range(10)], segment, had_child=True)
+        assert 300_000 == segment.num_alive
 
 
 class TestPolicy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import invariant
 
 from kvtier.policies import (
     POLICIES,
@@ -20,7 +21,9 @@ from kvtier.policies import (
 )
 from kvtier.testing.policies import PolicyMachine, key_of, meta_of
 from kvtier.testing.policy_models import NaiveARC, NaiveFIFO, NaiveLRU, NaiveS3FIFO, NaiveSIEVE, parent_of
+from kvtier.testing.policy_models_hazard import NaiveHazard
 from kvtier.testing.policy_models_ranked import NaiveGDSF, NaiveLRU2
+from kvtier.types import KEY_BYTES, BlockKey
 
 
 class FIFOMachine(PolicyMachine):
@@ -60,7 +63,45 @@ class GDSFMachine(PolicyMachine):
 
 class HazardMachine(PolicyMachine):
     make = HazardPolicy
+    model = NaiveHazard
     has_admission = True
+
+    @invariant()
+    def order_is_that_of_the_model(self) -> None:
+        """All that decides is the same: segments and their leaves, whose block is whose, what is remembered, what was learned."""
+        assert isinstance(self.policy, HazardPolicy)
+        assert isinstance(self.naive, NaiveHazard)
+        assert self.naive.state() == state_of(self.policy)
+
+
+def state_of(policy: HazardPolicy) -> dict[str, object]:
+    """As :meth:`NaiveHazard.state`."""
+
+    def number(key: BlockKey) -> int:
+        return int.from_bytes(key, "little")
+
+    runs = policy._forest.runs
+    assert all(key in run.keys for key, run in runs.items())
+    return {
+        "segments": {
+            each.id: (each.time_s, each.class_id, each.num_uses, each.num_turns, each.gap_s, each.num_blocks, each.num_alive)
+            for each in policy._log._ring.values()
+        },
+        "leaves": {each.id: [number(run.keys[-1]) for run in each.leaves] for each in policy._log._ring.values()},
+        "blocks": {number(key): (run.segment.id, run.had_child or run.keys[-1] != key) for key, run in runs.items()},
+        "pieces": {
+            number(first): (
+                [number(BlockKey(piece.data[at : at + KEY_BYTES])) for at in range(0, len(piece.data), KEY_BYTES)],
+                piece.segment.id,
+                piece.had_child,
+            )
+            for first, piece in policy._ghosts._pieces.items()
+        },
+        "announced": {number(key): (segment.id, had_child) for key, (segment, had_child) in policy._announced.items()},
+        "fresh": [number(block.key) for block in policy._fresh],
+        "learned": {class_id: (seen.hits, seen.risk) for class_id, seen in policy._model._seen.items()},
+        "table": policy._model._table,
+    }
 
 
 TestFIFO = FIFOMachine.TestCase
