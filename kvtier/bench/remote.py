@@ -70,9 +70,9 @@ class Bench:
 
     def __init__(self, store: Store, block_bytes: int, num_blocks: int) -> None:
         settings = RemoteSettings(prefix=f"bench-{block_bytes}/", total_timeout_s=60.0, max_in_flight_bytes=1 << 40, **store.options)
-        self._tier = RemoteTier(store.open_client(), name=store.kind, settings=settings)
         self.num_bytes = block_bytes * num_blocks
         data = np.random.default_rng(5).integers(0, 255, (2, num_blocks, block_bytes), np.uint8)
+        self._tier = RemoteTier(store.open_client((data.ctypes.data, data.nbytes)), name=store.kind, settings=settings)
         self._out = [memoryview(block).cast("B") for block in data[0]]
         self._in = [memoryview(block).cast("B") for block in data[1]]
         self._metas = [BlockMeta(BlockKey(number.to_bytes(16, "big")), None, block_bytes) for number in range(num_blocks)]

@@ -29,7 +29,8 @@ class Store:
 
     name: str
     kind: str
-    open_client: Callable[[], RemoteClient]
+    open_client: Callable[[tuple[int, int]], RemoteClient]
+    """given the address and length of the memory that its blocks lie in"""
     raw_put: Callable[[str, memoryview], None]
     raw_get: Callable[[str, memoryview], None]
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +58,7 @@ def _redis(stack: ExitStack, folder: Path, name: str) -> Store:
     raw = _RawRedis(place)
     stack.callback(raw.close)
     access = RedisAccess(url=url, stall_timeout_s=30.0)
-    return Store(name, "redis", lambda: RedisClient(access), raw.put, raw.get)
+    return Store(name, "redis", lambda _: RedisClient(access), raw.put, raw.get)
 
 
 def _s3(stack: ExitStack, folder: Path) -> Store:
@@ -72,7 +73,7 @@ def _s3(stack: ExitStack, folder: Path) -> Store:
         request_timeout_s=60.0,
     )
     raw = _RawObjects(access)
-    return Store("s3", "object", lambda: ObjectClient(access), raw.put, raw.get, {"threads": 8, "batch_bytes": 1})
+    return Store("s3", "object", lambda _: ObjectClient(access), raw.put, raw.get, {"threads": 8, "batch_bytes": 1})
 
 
 def _mooncake(stack: ExitStack, folder: Path) -> Store:
@@ -85,7 +86,7 @@ def _mooncake(stack: ExitStack, folder: Path) -> Store:
     member.ping(Deadline(60.0))
     raw = _RawMooncake(place)
     stack.callback(raw.close)
-    return Store("mooncake", "mooncake", lambda: MooncakeClient(MooncakeAccess(master=place)), raw.put, raw.get)
+    return Store("mooncake", "mooncake", lambda memory: MooncakeClient(MooncakeAccess(master=place), memory=memory), raw.put, raw.get)
 
 
 class _RawMooncake:

@@ -106,13 +106,14 @@ class Daemon:
 
     def close(self) -> None:
         """Ends all sessions, writes down what is on its way, closes the tiers. Idempotent."""
-        for connection in list(self._connections.values()):
-            self._drop(connection, "the daemon ends")
-        self.node.close()
         if self._lock >= 0:
             with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()
+                self.path.unlink()  # nobody comes while the last blocks are written down
+            self._selector.unregister(self._listener)
             self._listener.close()
+            for connection in list(self._connections.values()):
+                self._drop(connection, "the daemon ends")
+            self.node.close()
             self._selector.close()
             self._woken.close()
             self._waker.close()

@@ -45,9 +45,12 @@ class Server:
         return self
 
     def freeze(self) -> None:
-        """Stops it without ending it: connections stay open and nothing answers."""
+        """Stops it without ending it: connections stay open and nothing answers. Waits until all its threads have stopped."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self._process.pid}/task")
+        while any((thread / "stat").read_text().rpartition(") ")[2][0] not in "Tt" for thread in threads.iterdir()):
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         """Lets it go on."""

@@ -293,7 +293,7 @@ class Rig:
 def host(capacity: str = "16MiB", **more: Any) -> dict[str, Any]:
     """Settings with host memory alone. Loads are not compared with computing, which takes no time here."""
     more["connector"] = {"load_or_recompute": "always", **more.get("connector", {})}
-    return {"tiers": [{"type": "host", "capacity": capacity, "huge_pages": False}], **more}
+    return {"tiers": [{"type": "host", "capacity": capacity, "policy": "lru", "huge_pages": False}], **more}
 
 
 def host_and_disk(path: Path, **more: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Rig:
         self.num_workers = num_workers
         self.arena = Arena.open(str(directory / "arena"), host_blocks * PAGE, huge_pages=False)
         self.arena.unlink()
-        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": host_blocks * PAGE}]})
+        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": host_blocks * PAGE, "policy": "lru"}]})
         self.cache = CacheEngine.open(
             config, namespace=NAMESPACE, block_bytes=PAGE, arena=self.arena, tiers=tiers, clock=lambda: self.now, events=True
         )

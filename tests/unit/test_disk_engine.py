@@ -44,7 +44,7 @@ class Cache:
     """An engine over a host memory of eight blocks and a real disk tier."""
 
     def __init__(self, directory: Path, io_engine: EngineKind) -> None:
-        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": HOST_BLOCKS * SLOT_BYTES}]})
+        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": HOST_BLOCKS * SLOT_BYTES, "policy": "lru"}]})
         self.arena = Arena.open(str(directory / f"arena-{time.monotonic_ns()}"), config.host.capacity_bytes)
         self.arena.prefault()
         self.arena.unlink()

@@ -153,6 +153,22 @@ class TestStatistics:
             model.survived(class_id, position, 1.0)
         assert pytest.approx(0.5, abs=0.01) == model.chances(class_id)[position]
 
+    def test_what_is_known_of_others_counts_where_nothing_is_known(self) -> None:
+        """More uses than believed raise the belief in the row (the same count) and the column (the same gap), and nowhere else."""
+        model = HazardModel()
+        position = bin_of(60.0)
+        for _ in range(500):
+            model.reused(class_of_reuse(2, 40.0), 60.0, 1.0)
+        for class_id, is_raised in (
+            (class_of_reuse(3, 700.0), True),
+            (class_of_reuse(20, 40.0), True),
+            (class_of_reuse(20, 700.0), False),
+        ):
+            model.survived(class_id, 0, 1e-6)  # so that something was seen of it
+            believed, prior = model.chances(class_id)[position], prior_chances(class_id)[position]
+            assert (believed > 1.5 * prior) == is_raised
+            assert is_raised or believed == pytest.approx(prior, rel=0.01)
+
     def test_scale_is_taken_out_when_it_is_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """When the weights of what is new become huge, all are divided, and nothing else changes."""
         class_id = class_of_reuse(2, 40.0)

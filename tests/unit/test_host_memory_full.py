@@ -38,7 +38,7 @@ def test_the_newest_prompts_stay(tmp_path: Path) -> None:
 
     Takes a second or two: three gigabytes are written and one is read.
     """
-    config = Config.from_mapping({"tiers": [{"type": "host", "capacity": CAPACITY}]})
+    config = Config.from_mapping({"tiers": [{"type": "host", "capacity": CAPACITY, "policy": "lru"}]})
     # A container may have next to no shared memory; a file does as well, only slower.
     folder = Path("/dev/shm") if shutil.disk_usage("/dev/shm").free > 2 * CAPACITY else tmp_path
     arena = Arena.open(str(folder / f"kvtier-test-{time.monotonic_ns()}"), CAPACITY)

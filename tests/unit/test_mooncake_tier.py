@@ -43,7 +43,7 @@ class Shared(MooncakeClient):
     """A client over the store of another one, which it leaves open."""
 
     def close(self) -> None:
-        self._questions.shutdown(wait=True)
+        self._release()
 
 
 def open_tier(member: MooncakeClient, master: MooncakeMaster, prefix: str, total_timeout_s: float = 20.0) -> RemoteTier:

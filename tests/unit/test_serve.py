@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 import kvtier
+from kvtier.cli import main
 from kvtier.config import Config
 from kvtier.errors import ControlError, DaemonError, QuotaError
 from kvtier.hashing import Namespace
@@ -221,6 +222,29 @@ def test_slots_of_a_dead_scheduler_wait_for_its_worker(served: Served) -> None:
     assert 0 == other.cache.match(keys_of(2, 1)).hit_blocks
 
 
+def test_an_engine_of_two_workers(served: Served) -> None:
+    """Nothing is copied before both have mapped the arena; a dead scheduler's slots wait for both to go."""
+    served.engine("other")
+    cache = ServedCache(Attaching(settings(served.path), hello("scheduler", "pair"), num_workers=2))
+    workers = [connect(served.path, hello("worker", "pair"), 5.0) for _ in range(2)]
+    workers[0].tell(messages.Mapped())
+    workers[0].flush()
+    assert not cache.wait_until_usable(0.3)
+    assert not cache.begin_store(keys_of(1, 4), 0).slots
+    workers[1].tell(messages.Mapped())
+    workers[1].flush()
+    assert cache.wait_until_usable(20.0)
+    assert 4 == len(cache.begin_store(keys_of(1, 4), 0).slots)
+    cache.close()
+    wait_for(lambda: served.thread.daemon._members["pair"].scheduler == 0)
+    workers[0].close()
+    wait_for(lambda: len(served.thread.daemon._members["pair"].workers) == 1)
+    assert {"stores": 1} == served.open()
+    workers[1].close()
+    wait_for(lambda: not served.open())
+    assert "pair" not in served.thread.daemon._members
+
+
 def test_copies_go_on_when_the_scheduler_comes_back(served: Served) -> None:
     """A session that was lost and found again: its copies count for nothing, and their slots are free once the worker has reported them."""
     engine = served.engine("engine", reconnect="10ms")
@@ -398,6 +422,35 @@ def test_a_peer_of_another_user_is_refused(served: Served, monkeypatch: pytest.M
     monkeypatch.setattr("kvtier.serve.daemon.peer_of", lambda _: (1, os.geteuid() + 1))
     with pytest.raises(DaemonError, match=r"closed the connection|reset|Broken pipe"):
         connect(served.path, hello("scheduler", "engine"), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("settings_of_file", "arguments", "reason"),
+    [
+        ({"tiers": [{"type": "host", "capacity": "1MiB"}]}, [], "daemon.socket is null and there is no --socket"),
+        ({"tiers": [{"type": "gpu", "capacity": "1MiB"}, {"type": "host", "capacity": "1MiB"}]}, ["--socket", "s"], "tiers[0].type is gpu"),
+        ({"tiers": []}, ["--socket", "s"], "there is no tier of type host"),
+        (
+            {"tiers": [{"type": "host", "capacity": "1MiB"}]},
+            ["--socket", "/proc/nothing/s"],
+            "the directory /proc/nothing of the daemon's socket",
+        ),
+        ({"tiers": [{"type": "host", "capacity": "1MiB"}]}, ["--socket", "x" * 120], "allowed: 107"),
+    ],
+)
+def test_what_the_command_line_refuses(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings_of_file: dict[str, Any],
+    arguments: list[str],
+    reason: str,
+) -> None:
+    """Exit status 2 and what is wrong, before anything is opened."""
+    monkeypatch.chdir(folder)
+    (folder / "kvtier.yaml").write_bytes(msgspec.json.encode(settings_of_file))
+    assert 2 == main(["serve", "--config", "kvtier.yaml", *arguments])
+    assert reason in capsys.readouterr().err
 
 
 # ---- hostile peers -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Survivor:
         self.engine.wait_until_usable()
         self.num_loaded = self.num_stored = 0
         self.longest_s = 0.0
-        """that the daemon kept it waiting in one step"""
+        """that a step took, copies and everything"""
         self.problem: BaseException | None = None
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run)
@@ -52,10 +52,11 @@ class Survivor:
         try:
             while not self._is_stopping:
                 keys = victim_keys(choose.randrange(NUM_PROMPTS))
+                start = time.monotonic()
                 self.engine.cache.promote(keys)
                 self.num_loaded += self.engine.load(keys)
                 self.num_stored += self.engine.store(keys)
-                self.longest_s = max(self.longest_s, self.engine.cache._channel._spent_s)
+                self.longest_s = max(self.longest_s, time.monotonic() - start)
                 time.sleep(0.001)
         except BaseException as error:  # noqa: BLE001 - thread boundary: the test raises it
             self.problem = error
@@ -126,6 +127,6 @@ def inspect(path: Path, survivor: Survivor) -> None:
     assert [1, 0] == [survivor.engine.cache.stats[name] for name in ("daemon.sessions", "daemon.lost")]
     assert survivor.num_loaded > 1000
     assert survivor.num_stored > 100
-    print(f"{survivor.num_loaded} blocks loaded, {survivor.num_stored} stored, longest wait {1000 * survivor.longest_s:.1f} ms")  # noqa: T201 - shown by pytest -s
+    print(f"{survivor.num_loaded} blocks loaded, {survivor.num_stored} stored, longest step {1000 * survivor.longest_s:.1f} ms")  # noqa: T201 - shown by pytest -s
     asking.close()
     survivor.engine.close()

@@ -63,6 +63,16 @@ def test_agents_of_a_session_are_told_apart_by_what_their_prompts_share() -> Non
     assert [2.0, 6.0, None, None, None] == agents.next_s
 
 
+@pytest.mark.parametrize(("shared", "is_same"), [(2, False), (3, True)])
+def test_an_agent_goes_on_with_half_of_its_prompt(shared: int, is_same: bool) -> None:
+    """Of six blocks, three are enough."""
+    builder = TraceBuilder(BLOCK)
+    builder.add(0.0, [1, 2, 3, 4, 5, 6], 6 * BLOCK, 1, session=0)
+    builder.add(1.0, [*range(1, shared + 1), 7, 8], (shared + 2) * BLOCK, 1, session=0)
+    names = Agents(builder.build("half")).names
+    assert (names[0] == names[1]) == is_same
+
+
 @pytest.mark.parametrize(("one", "other", "expected"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 6], 1), ([4], [5], 0)])
 def test_common_beginning(one: list[int], other: list[int], expected: int) -> None:
     """As many as are equal from the first on."""

@@ -23,6 +23,7 @@ _NOT_FOUND, _EXISTS = -704, -705
 _WRONG_SIZE = (-600, -800)
 """of a read; also of other mistakes, so the length is asked for"""
 _NO_ROOM = (-200, -1010)
+_HEADER_ROOM_BYTES = 1 << 16
 _MAX_WAITING_CALLS = 8
 """questions that were given up and have not come back"""
 _T = TypeVar("_T")
@@ -75,6 +76,9 @@ class MooncakeClient:
         self._num_waiting = 0
         self._questions = ThreadPoolExecutor(_MAX_WAITING_CALLS, "kvtier-mooncake")
         self._memory = memory
+        self._registered: list[_Place] = []
+        """memory that stays registered: host memory, and what headers pass through"""
+        self._header_rooms: list[bytearray] = []
         self._connecting = threading.Lock()
 
     def ping(self, deadline: Deadline) -> None:
@@ -84,9 +88,10 @@ class MooncakeClient:
 
     def put(self, items: Sequence[Put], deadline: Deadline) -> Iterator[Reply]:
         self._begin(deadline)
-        headers = bytearray(b"".join(item.header for item in items))
         views = [item.payload if not item.payload.readonly else memoryview(bytearray(item.payload)) for item in items]
         with contextlib.ExitStack() as stack:
+            headers = self._room_for_headers(stack, sum(len(item.header) for item in items))
+            headers[:] = b"".join(item.header for item in items)
             places = self._places(stack, headers, [len(item.header) for item in items], views)
             names = [item.name for item in items]
             statuses = self._store.batch_put_from_multi_buffers(names, *_columns(places))
@@ -94,16 +99,16 @@ class MooncakeClient:
 
     def get_into(self, items: Sequence[Get], deadline: Deadline) -> Iterator[Reply]:
         self._begin(deadline)
-        headers = bytearray(sum(len(item.header) for item in items))
         lengths = [len(item.header) for item in items]
         names = [item.name for item in items]
         with contextlib.ExitStack() as stack:
+            headers = self._room_for_headers(stack, sum(lengths))
             places = self._places(stack, headers, lengths, [item.payload for item in items])
             statuses = self._store.batch_get_into_multi_buffers(names, *_columns(places))
-        start = 0
-        for item in items:
-            item.header[:] = headers[start : start + len(item.header)]
-            start += len(item.header)
+            start = 0
+            for item in items:
+                item.header[:] = headers[start : start + len(item.header)]
+                start += len(item.header)
         return iter([self._get_reply(item, status, deadline) for item, status in zip(items, statuses, strict=True)])
 
     def sizes(self, names: Sequence[str], deadline: Deadline) -> list[int | None]:
@@ -131,9 +136,16 @@ class MooncakeClient:
 
     def close(self) -> None:
         self._is_aborted = True
-        self._questions.shutdown(wait=True)
+        self._release()
         if self._store is not None:
             self._store.close()
+
+    def _release(self) -> None:
+        """Takes back what the store was given."""
+        self._questions.shutdown(wait=True)
+        for address, _ in self._registered:
+            self._store.unregister_buffer(address)
+        self._registered.clear()
 
     def _begin(self, deadline: Deadline) -> None:
         if self._is_aborted:
@@ -157,6 +169,7 @@ class MooncakeClient:
             self._check(store.setup(access.local_host, access.metadata, *given, access.protocol, access.devices, access.master), "joining")
             if self._memory is not None:
                 self._check(store.register_buffer(*self._memory), "registering host memory")
+                self._registered.append(self._memory)
             self._store = store
 
     def _ask(self, question: Callable[[], _T], deadline: Deadline) -> _T:
@@ -177,11 +190,25 @@ class MooncakeClient:
         with self._lock:
             self._num_waiting -= 1
 
+    def _room_for_headers(self, stack: contextlib.ExitStack, num_bytes: int) -> memoryview:
+        """Memory that is registered already, for as long as the stack is open; more than is kept is registered for this call."""
+        if num_bytes > _HEADER_ROOM_BYTES:
+            return memoryview(bytearray(num_bytes))
+        with self._lock:
+            room = self._header_rooms.pop() if self._header_rooms else bytearray()
+        if not room:
+            room = bytearray(_HEADER_ROOM_BYTES)
+            place = ctypes.addressof((ctypes.c_char * len(room)).from_buffer(room)), len(room)
+            self._check(self._store.register_buffer(*place), "registering memory")
+            self._registered.append(place)
+        stack.callback(self._header_rooms.append, room)
+        return memoryview(room)[:num_bytes]
+
     def _places(
-        self, stack: contextlib.ExitStack, headers: bytearray, lengths: Sequence[int], payloads: Sequence[memoryview]
+        self, stack: contextlib.ExitStack, headers: memoryview, lengths: Sequence[int], payloads: Sequence[memoryview]
     ) -> list[list[_Place]]:
         """Where header and payload of each item lie, all of it registered for as long as the stack is open."""
-        position = self._register(stack, memoryview(headers)) if headers else 0
+        position = self._register(stack, headers) if headers else 0
         places = []
         for length, payload in zip(lengths, payloads, strict=True):
             parts = [(position, length), (self._register(stack, payload), len(payload)) if payload else (0, 0)]
@@ -193,8 +220,7 @@ class MooncakeClient:
         """The address of some bytes; what lies outside of the memory that is registered for good is registered for a while."""
         anchor = (ctypes.c_char * len(view)).from_buffer(view)
         address = ctypes.addressof(anchor)
-        start, length = self._memory or (0, 0)
-        if not start <= address <= address + len(view) <= start + length:
+        if not any(start <= address and address + len(view) <= start + length for start, length in self._registered):
             self._check(self._store.register_buffer(address, len(view)), "registering memory")
             stack.callback(lambda: (anchor, self._store.unregister_buffer(address)))
         else:

@@ -30,6 +30,8 @@ MULTIPART_BYTES = 64 << 20
 """from this size on an object is written in parts; that cannot be made conditional, so it is asked for first"""
 _PART_BYTES = 16 << 20
 _MAX_MESSAGE = 300
+_MAX_QUESTIONS = 64
+"""requests under way at once that ask for lengths: they are small, but a server counts them all the same"""
 _ABSENT_ERRORS = (NotFoundError, FileNotFoundError)
 _PRESENT_ERRORS = (AlreadyExistsError, PreconditionError, FileExistsError)
 _REFUSED_ERRORS = (UnauthenticatedError, PermissionDeniedError, PermissionError)
@@ -122,7 +124,10 @@ class ObjectClient:
             yield DONE
 
     def sizes(self, names: Sequence[str], deadline: Deadline) -> list[int | None]:
-        return list(self._each([self._size(name) for name in names], deadline))
+        found: list[int | None] = []
+        for start in range(0, len(names), _MAX_QUESTIONS):
+            found += self._each([self._size(name) for name in names[start : start + _MAX_QUESTIONS]], deadline)
+        return found
 
     def delete(self, names: Sequence[str], deadline: Deadline) -> None:
         list(self._each([self._delete(name) for name in names], deadline))
