@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -116,11 +117,13 @@ class ServedArena(Generic[T]):
                 prepared = self._prepare(arena)
                 with self._lock:
                     self._ready, self._link = (arena, link.welcome.arena_id, prepared), link
-                if not self._is_closed.is_set():
-                    link.tell(messages.Mapped())
-                    link.flush()
-                    link.wait_for_end()
-                self._wait_for_release()
+                try:
+                    if not self._is_closed.is_set():
+                        link.tell(messages.Mapped())
+                        link.flush()
+                        link.wait_for_end()
+                finally:
+                    self._wait_for_release()  # whatever has happened: the user may have the arena
             finally:
                 arena.close()
         finally:
@@ -137,4 +140,4 @@ class ServedArena(Generic[T]):
                     self._release()
                 if not self._is_lost:
                     return
-            self._is_closed.wait(RELEASE_S) if not self._is_closed.is_set() else threading.Event().wait(RELEASE_S)
+            time.sleep(RELEASE_S)

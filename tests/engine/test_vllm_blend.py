@@ -96,6 +96,7 @@ def test_chunks_outlive_the_engine(tmp_path_factory: pytest.TempPathFactory, wor
         assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)
 
 
+@pytest.mark.every_version
 def test_in_processes_of_their_own(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
     """Scheduler and worker in processes of their own, which vLLM spawns on a CPU, so that they have to be told."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "KVTIER_BLEND": "1"}
