@@ -152,10 +152,10 @@ class CacheEngine:
         lower = list(tiers) if tiers is not None else _open_tiers(config, arena, block_bytes)
         stats = Stats()
         space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
-        host = _residency("host", config.host.policy, config.host.ttl_s, config.host.ttl_mode)
+        host = _residency("host", config.policy_of(config.host), config.host.ttl_s, config.host.ttl_mode)
         planner = Planner(space, host, [_spec(tier, config) for tier in lower], stats, events=events)
         if config.gpu is not None and device_slots:
-            pool = _residency("gpu", config.gpu.policy, config.gpu.ttl_s, config.gpu.ttl_mode)
+            pool = _residency("gpu", config.policy_of(config.gpu), config.gpu.ttl_s, config.gpu.ttl_mode)
             planner.use_device_pool(DevicePool(device_slots, block_bytes, pool, stats))
         now = clock()
         for index, tier in enumerate(lower, start=1):
@@ -391,7 +391,7 @@ def _spec(tier: Tier, config: Config) -> LowerTierSpec:
         max_blocks = (lambda _: MAX_KNOWN_BLOCKS) if is_shared else tier.max_blocks
         return LowerTierSpec(_residency(tier.name, "lru", ttl_s, "fixed"), max_blocks, write, in_flight_bytes, is_shared=is_shared)
     assert isinstance(section, DiskTierConfig), "what is not shared is a disk"
-    residency = _residency(tier.name, section.policy, section.ttl_s, section.ttl_mode)
+    residency = _residency(tier.name, config.policy_of(section), section.ttl_s, section.ttl_mode)
     admission = None
     if section.admit == "second_use" or section.daily_writes_bytes is not None:
         admission = Admission(second_use=section.admit == "second_use", daily_bytes=section.daily_writes_bytes)

@@ -89,6 +89,12 @@ class Config(Section):
         """The tiers below host memory, fastest first."""
         return tuple(tier for tier in self.tiers if isinstance(tier, LowerTierConfig))
 
+    def policy_of(self, tier: GpuTierConfig | HostTierConfig | DiskTierConfig) -> str:
+        """The name of a tier's eviction policy: its own, or what ``auto`` stands for here."""
+        if tier.policy != "auto":
+            return tier.policy
+        return "default" if isinstance(tier, HostTierConfig) and not self.lower else "lru"
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a YAML file.

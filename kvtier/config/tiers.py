@@ -29,12 +29,12 @@ _PAGE_BYTES = 4096
 _MAX_SEGMENT_BYTES = 1 << 32
 _TTL_ABOUT = "A block is dropped this long after it was stored or used (see `ttl_mode`). null: never."
 _TTL_MODE_ABOUT = "From when `ttl` counts. `sliding`: the last use. `fixed`: the time of storing."
-PolicyName = Literal["default", "lru", "fifo", "arc", "lru2", "s3fifo", "sieve", "gdsf", "hazard"]
-_POLICY_NAMES = "`default`, `lru`, `fifo`, `arc`, `lru2`, `s3fifo`, `sieve`, `gdsf`, `hazard`"
+PolicyName = Literal["auto", "default", "lru", "fifo", "arc", "lru2", "s3fifo", "sieve", "gdsf", "hazard"]
+_POLICY_NAMES = "`auto`, `default`, `lru`, `fifo`, `arc`, `lru2`, `s3fifo`, `sieve`, `gdsf`, `hazard`"
 _POLICY_ABOUT = (
     "Which block leaves a full tier first. `lru`: the one unused for longest. `fifo`: the oldest. `hazard`: the one least likely to be "
     "used soon, as learned; new blocks worth less are not taken. `default`: the best over recorded workloads, now `hazard`. "
-    "The others are described under policies."
+    "`auto`: `default` where host memory has no tier below it, else `lru`. The others are described under policies."
 )
 _QUOTAS = "tenants and sizes, such as `{acme: 2GiB}`, together not more than `capacity`"
 
@@ -55,7 +55,7 @@ class GpuTierConfig(Section):
     capacity_bytes: Size = setting(
         REQUIRED, key="capacity", kind="size", allowed=f"more than 0: {SIZES}", about="Memory for blocks, on each GPU.", gt=0
     )
-    policy: PolicyName = setting("lru", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
+    policy: PolicyName = setting("auto", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
 
@@ -67,7 +67,7 @@ class HostTierConfig(Section):
     capacity_bytes: Size = setting(
         REQUIRED, key="capacity", kind="size", allowed=f"more than 0: {SIZES}", about="Host memory for blocks, of all ranks together.", gt=0
     )
-    policy: PolicyName = setting("default", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
+    policy: PolicyName = setting("auto", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
     quotas: SizesByName = setting(
@@ -105,7 +105,7 @@ class DiskTierConfig(Section):
         about="Size of one log segment, the unit in which disk space is reclaimed. At least a block must fit.",
         validate_default=True,
     )
-    policy: PolicyName = setting("default", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
+    policy: PolicyName = setting("auto", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
     ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
     write: WriteMode = write_mode()

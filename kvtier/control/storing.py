@@ -39,7 +39,8 @@ class Storing:
         anchored = books.anchor(anchor)
         blocks = BlockMeta.many([keys[p] for p in wanted], [keys[p - 1] if p else None for p in wanted], num_bytes)
         if may_evict:
-            room, num_declined = books.host.make_room(len(blocks), num_bytes, now, tenant, blocks)
+            # Where there are tiers below nothing is turned away: the way there leads through host memory.
+            room, num_declined = books.host.make_room(len(blocks), num_bytes, now, tenant, () if books.lower else blocks)
         else:
             room, num_declined = len(blocks), 0  # slots are opened as long as there are free ones
         entries = books.host.open_slots(blocks[:room], tenant)

@@ -54,8 +54,8 @@ class Setup:
         host, disk = config.host, config.disk
         slots = SlabAllocator.of_host(host.capacity_bytes, block_bytes).max_slots(block_bytes)
         return cls(
-            TierSetup(slots, host.policy, host.ttl_s, host.ttl_mode),
-            None if disk is None else TierSetup(disk.capacity_bytes // block_bytes, disk.policy, disk.ttl_s, disk.ttl_mode),
+            TierSetup(slots, config.policy_of(host), host.ttl_s, host.ttl_mode),
+            None if disk is None else TierSetup(disk.capacity_bytes // block_bytes, config.policy_of(disk), disk.ttl_s, disk.ttl_mode),
             "through" if disk is None else disk.write.value,
             256 << 20 if disk is None else disk.max_in_flight_bytes,
             config.connector.promote_wait_s,

@@ -39,7 +39,7 @@ def test_one_capacity_is_enough(tmp_path: Path) -> None:
         {
             "type": "host",
             "capacity": 8 << 30,
-            "policy": "default",
+            "policy": "auto",
             "ttl": None,
             "ttl_mode": "sliding",
             "huge_pages": True,
@@ -154,7 +154,7 @@ log_level: debug
         (HOST + "    ttl: 5m\n", ['yaml:4: tiers[0].ttl: "5m" is wrong', "did you mean 5ms or 5min?"]),
         (HOST + "    ttl: 900000d\n", ["yaml:4: tiers[0].ttl:", "hundred years"]),
         (HOST + "    ttl_mode: slide\n", ['yaml:4: tiers[0].ttl_mode: "slide" is wrong; allowed: sliding, fixed; did you mean sliding?']),
-        (HOST + "    policy: mru\n", ['yaml:4: tiers[0].policy: "mru" is wrong; allowed: default, lru, fifo, arc']),
+        (HOST + "    policy: mru\n", ['yaml:4: tiers[0].policy: "mru" is wrong; allowed: auto, default, lru, fifo, arc']),
         (
             HOST + "    polcy: lru\n",
             ['yaml:4: tiers[0].polcy: unknown key (value "lru"); did you mean policy?; allowed: type, capacity, policy'],
@@ -379,3 +379,20 @@ def test_the_guide_s_examples_are_valid(tmp_path: Path) -> None:
         Config.load(write(tmp_path, block))
     shown = re.findall(r"```text\n(.*?)\n```", guide, re.DOTALL)
     assert [refusal(tmp_path, HOST.replace("8GiB", "8G") + "    polcy: fifo\n")] == shown
+
+
+def test_what_auto_stands_for() -> None:
+    """The policy is the one that recorded workloads chose where host memory stands alone, and lru where tiers are stacked."""
+    host, disk, gpu = (
+        {"type": "host", "capacity": "8GiB"},
+        {"type": "disk", "path": "/x", "capacity": "9GiB"},
+        {"type": "gpu", "capacity": "1GiB"},
+    )
+    alone = Config.from_mapping({"tiers": [gpu, host]})
+    assert alone.gpu is not None
+    assert ("lru", "default") == (alone.policy_of(alone.gpu), alone.policy_of(alone.host))
+    stacked = Config.from_mapping({"tiers": [host, disk]})
+    assert stacked.disk is not None
+    assert ("lru", "lru") == (stacked.policy_of(stacked.host), stacked.policy_of(stacked.disk))
+    named = Config.from_mapping({"tiers": [{**host, "policy": "hazard"}, disk]})
+    assert "hazard" == named.policy_of(named.host)

@@ -276,13 +276,12 @@ def write_down(planner: Planner, now: float) -> None:
 
 
 def test_what_is_worth_less_is_not_admitted_and_is_no_refusal() -> None:
-    """A prompt used every second keeps host memory and disk; another one is turned away by both, counted by name, and nothing is broken."""
+    """A prompt used every second keeps host memory; another one is turned away, counted by name, and nothing is broken."""
     stats = Stats()
-    planner = make_planner(4, policy="hazard", disk_blocks=4, stats=stats)
+    planner = make_planner(4, policy="hazard", has_disk=False, stats=stats)
     hot = keys_of(1, 4)
     for second in range(100):
         store(planner, hot, now=float(second))
-        write_down(planner, float(second))
         planner.touch(hot, float(second))
     plan = planner.begin_store(keys_of(2, 3), 0, PAGE_BYTES, 100.5)
 
@@ -292,6 +291,24 @@ def test_what_is_worth_less_is_not_admitted_and_is_no_refusal() -> None:
     assert planner.match(hot).ready_blocks == 4
     assert planner.check() == []
     assert planner.leftovers()["pins"] == 0
+
+
+def test_host_memory_turns_nothing_away_that_a_tier_below_might_take() -> None:
+    """The way down leads through host memory: a full one makes room, and the disk decides for itself."""
+    stats = Stats()
+    planner = make_planner(4, policy="hazard", disk_blocks=4, stats=stats)
+    hot = keys_of(1, 4)
+    for second in range(100):
+        store(planner, hot, now=float(second))
+        write_down(planner, float(second))
+        planner.touch(hot, float(second))
+    store(planner, keys_of(2, 3), now=100.5)
+    write_down(planner, 101.0)
+
+    assert (stats["host.not_admitted_blocks"], stats["disk.not_admitted_blocks"]) == (0, 3)
+    assert 3 == planner.match(keys_of(2, 3)).ready_blocks
+    assert 4 == planner.match(hot).hit_blocks
+    assert planner.check() == []
 
 
 def test_a_promotion_is_never_turned_away() -> None:
