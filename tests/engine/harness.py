@@ -62,7 +62,7 @@ def _template() -> ForkServerContext:
 def host(capacity: str = "512MiB", **more: Any) -> Result:
     """kvtier's settings with host memory alone. ``more``: top-level keys. Whatever is there is loaded, however fast the engine is."""
     more["connector"] = {"load_or_recompute": "always", **more.get("connector", {})}
-    return {"tiers": [{"type": "host", "capacity": capacity, "policy": "lru"}], **more}
+    return {"tiers": [{"type": "host", "capacity": capacity}], **more}
 
 
 def host_and_disk(path: Path, capacity: str = "512MiB", **more: Any) -> Result:

@@ -140,6 +140,17 @@ def test_blocks_of_two_engine_blocks_in_a_host_too_small(alone: list[Result], tm
     assert loaded_tokens(result["rounds"][1])["disk_tokens"] > 0
 
 
+@pytest.mark.every_version
+def test_a_host_too_small_with_the_default_policy(alone: list[Result]) -> None:
+    """Host memory for few prompts and nothing below: what is worth less leaves or is turned away, and the tokens stay the same."""
+    result = run("repeat", kvtier=host("24MiB"), rounds=[False, False, True])
+    for answers in result["rounds"]:
+        assert_same(alone, answers)
+    counters = result["counters"]
+    assert counters.get("host.evicted_blocks", 0) + counters.get("host.not_admitted_blocks", 0) > 0
+    assert sum(loaded_tokens(result["rounds"][1]).values()) > 0
+
+
 def test_what_must_be_apart_stays_apart(alone: list[Result]) -> None:
     """Cache salts separate, requests can stay out, aborts leave the cache right, a reset forgets."""
     result = run("separated", kvtier=host())
