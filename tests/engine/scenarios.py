@@ -80,7 +80,9 @@ def metrics(llm: Any) -> dict[str, float]:
 
 
 def counters() -> dict[str, int]:
-    """kvtier's, those that are not zero."""
+    """kvtier's, those that are not zero; none where the engine is in a process of its own."""
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        return {}
     from kvtier import Controller  # noqa: PLC0415
 
     return {name: count for name, count in Controller.of().stats().result(60.0).counters.items() if count}
