@@ -136,7 +136,7 @@ def evictions(resident: Sequence[int], rounds: int) -> Iterator[Record]:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         generations = np.zeros(count, np.uint32).data
         space = HostSpace(SlabAllocator(count * PAGE_BYTES, 64 << 20), generations)
-        planner = Planner(space, Residency("host", lambda: create_policy("default"), None), [], Stats())
+        planner = Planner(space, Residency("host", lambda: create_policy("lru"), None), [], Stats())
         prompts = _prompts()
         while planner.num_blocks()["host"] + BLOCKS_PER_PROMPT <= count:
             _put(planner, next(prompts))

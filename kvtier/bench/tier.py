@@ -82,7 +82,8 @@ class Bench:
         self._arena = Arena.open(path, num_extents * EXTENT_BYTES)
         self._arena.prefault()
         self._arena.unlink()
-        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": num_extents * EXTENT_BYTES}]})
+        # A policy with admission would turn new prompts away; here all of them are to be stored.
+        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": num_extents * EXTENT_BYTES, "policy": "lru"}]})
         self._engine = CacheEngine.open(config, namespace=Namespace(model="bench"), block_bytes=block_bytes, arena=self._arena)
         while self._engine.is_growing:
             time.sleep(0.001)
