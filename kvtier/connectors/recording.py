@@ -34,7 +34,7 @@ def recorder_of(config: Config, geometry: Geometry, block_bytes: int) -> Recorde
         "engine_block_tokens": geometry.engine_block_tokens,
         "block_bytes": block_bytes,
         "host_blocks": SlabAllocator.of_host(host.capacity_bytes, block_bytes).max_slots(block_bytes),
-        "host_policy": host.policy,
+        "host_policy": config.policy_of(host),
         "host_ttl_s": host.ttl_s,
         "host_ttl_mode": host.ttl_mode,
         "disk_bytes": 0 if disk is None else disk.capacity_bytes,

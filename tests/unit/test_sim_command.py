@@ -104,7 +104,7 @@ def test_a_configuration(trace: Path, tmp_path: Path) -> None:
     config.write_text("tiers:\n  - {type: host, capacity: 1GiB, policy: fifo}\n  - {type: disk, path: nowhere, capacity: 8GiB}\n")
     assert 0 == cli.main(["simulate", str(trace), "--config", str(config), "--json", str(out), "--jobs", "1"])
     (record,) = json.loads(out.read_text())
-    assert ("fifo", "default", None) == (record["policy"], record["disk_policy"], record["capacity_fraction"])
+    assert ("fifo", "lru", None) == (record["policy"], record["disk_policy"], record["capacity_fraction"])
     assert (16, 128) == (record["capacity_blocks"], record["disk_capacity_blocks"])
     assert record["disk_token_hit_rate"] > 0
     assert 0 < record["disk_written_bytes"] <= 8 << 30
