@@ -323,3 +323,15 @@ def test_a_promotion_is_never_turned_away() -> None:
         planner.touch(hot, float(second))
     assert planner.match(hot).ready_blocks == 4
     assert planner.promote(cold, 101.0) == 4
+
+
+def test_blocks_that_leave_before_they_are_written_are_all_counted() -> None:
+    """Host memory makes room for new blocks at once; what was not written down by then is lost to the disk, and counted block by block."""
+    stats = Stats()
+    planner = make_planner(4, stats=stats)
+    store(planner, keys_of(1, 4))
+    store(planner, keys_of(2, 4))
+    assert (4, 4) == (stats["disk.skipped_blocks"], stats["host.evicted_blocks"])
+    write_down(planner, 1.0)
+    assert {"host": 4, "disk": 4} == planner.num_blocks()
+    assert 0 == planner.match(keys_of(1, 4)).hit_blocks
