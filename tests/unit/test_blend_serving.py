@@ -307,19 +307,24 @@ def test_too_few_chunks_are_computed(make: Callable[..., System]) -> None:
     system.close()
 
 
-def test_a_failed_blend_is_reported_and_ends(make: Callable[..., System]) -> None:
-    """All blocks from the first one that was not there count as failed; leases end."""
-    system = make()
+def begun_blend(system: System, *, num_computed_tokens: int) -> tuple[StepMessage, list[int]]:
+    """The step that puts the second of two prompts of the same documents together, and the engine blocks of that prompt."""
     documents = [document(1, 9), document(2, 8)]
     tokens, spans = joined(documents, SYSTEM, [1, 2])
     system.serve("first", tokens, spans=spans)
     tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
     system.add("second", tokens, spans=spans)
-    matched = system.half.match("second", len(tokens), 4)
+    matched = system.half.match("second", len(tokens), num_computed_tokens)
     block_ids = system.blocks(len(tokens))
     assert matched.num_tokens is not None
     system.half.allocated("second", block_ids, matched.num_tokens)
-    message = system.half.build_step([ScheduledRequest("second", block_ids, len(tokens))])
+    return system.half.build_step([ScheduledRequest("second", block_ids, len(tokens))]), block_ids
+
+
+def test_a_failed_blend_is_reported_and_ends(make: Callable[..., System]) -> None:
+    """All blocks from the first one that was not there count as failed; leases end."""
+    system = make()
+    message, block_ids = begun_blend(system, num_computed_tokens=4)
     (job,) = message.blends
     report = WorkerReport()
     assert set(block_ids[1:5]) == BlendSteps(None, lambda: None).blend([job], set(), report)
@@ -335,16 +340,7 @@ def test_a_failed_blend_is_reported_and_ends(make: Callable[..., System]) -> Non
 def test_slots_with_other_tenants_are_lost(make: Callable[..., System]) -> None:
     """A chunk whose slot has got a new tenant is never used, nor written to."""
     system = make()
-    documents = [document(1, 9), document(2, 8)]
-    tokens, spans = joined(documents, SYSTEM, [1, 2])
-    system.serve("first", tokens, spans=spans)
-    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
-    system.add("second", tokens, spans=spans)
-    matched = system.half.match("second", len(tokens), 0)
-    block_ids = system.blocks(len(tokens))
-    assert matched.num_tokens is not None
-    system.half.allocated("second", block_ids, matched.num_tokens)
-    message = system.half.build_step([ScheduledRequest("second", block_ids, len(tokens))])
+    message, _ = begun_blend(system, num_computed_tokens=0)
     (job,) = message.blends
     chunk = job.chunks[0]
     stale = BlendJob(
