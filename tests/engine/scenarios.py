@@ -6,7 +6,10 @@ import atexit
 import gc
 import json
 import os
+import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,6 +290,19 @@ SCENARIOS = {
 }
 
 
+def _run(settings: dict[str, Any]) -> dict[str, Any]:
+    """The result of a scenario; its engine is gone by then."""
+    if settings["scenario"] == "refusals":
+        return refusals(settings)
+    from tests.engine.blend_scenarios import BLEND_SCENARIOS  # noqa: PLC0415 - it uses this module
+
+    llm = make_engine(settings)
+    result: dict[str, Any] = {**SCENARIOS, **BLEND_SCENARIOS}[settings["scenario"]](llm, settings)
+    del llm
+    gc.collect()
+    return result
+
+
 def main(out: Path, log: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:
     """Runs a scenario in this process, which does nothing else: all that it says goes to ``log``."""
     os.setsid()
@@ -294,14 +310,12 @@ def main(out: Path, log: Path, settings: dict[str, Any], environment: dict[str, 
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    if settings["scenario"] == "refusals":
-        result = refusals(settings)
-    else:
-        from tests.engine.blend_scenarios import BLEND_SCENARIOS  # noqa: PLC0415 - it uses this module
-
-        llm = make_engine(settings)
-        result = {**SCENARIOS, **BLEND_SCENARIOS}[settings["scenario"]](llm, settings)
-        del llm
-        gc.collect()
+    try:
+        result = _run(settings)
+    except BaseException:  # the boundary of this process: it would wait for the engine's processes, which wait for it
+        traceback.print_exc()
+        sys.stderr.flush()
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+        raise
     out.write_text(json.dumps(result))
     atexit._run_exitfuncs()  # a forked process ends without them
