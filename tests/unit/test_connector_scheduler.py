@@ -829,7 +829,7 @@ def test_an_error_becomes_the_safe_answer(tmp_path: Path, monkeypatch: pytest.Mo
     """Whatever the cache raises: no hit, nothing stored, nothing held; counted each time, logged once per kind."""
     rig = Rig(tmp_path, strict=False)
     rig.add("a", prompt(1, 16))
-    break_cache(rig, monkeypatch, "match", "touch", "begin_store", "poll", "reset", "take_events", "unpin", "close")
+    break_cache(rig, monkeypatch, "match", "touch", "begin_stores", "poll", "reset", "take_events", "unpin", "close")
     assert [0, 0] == [rig.match("a", 16) for _ in range(2)]
     rig.allocate("a", 4)
     assert () == rig.build(a=16).stores
