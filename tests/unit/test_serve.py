@@ -463,7 +463,12 @@ def test_the_stores_of_a_step_are_one_question(served: Served, monkeypatch: pyte
     asked: list[messages.Frame] = []
     channel = engine.cache._channel
     call = channel.call
-    monkeypatch.setattr(channel, "call", lambda make, kind: call(lambda number: asked.append(frame := make(number)) or frame, kind))
+
+    def noted(make: Callable[[int], messages.Frame], kind: Any) -> Any:
+        asked.append(make(0))
+        return call(lambda number: msgspec.structs.replace(asked[-1], call=number), kind)
+
+    monkeypatch.setattr(channel, "call", noted)
     orders = [StoreOrder(keys_of(prompt, 2), 0) for prompt in range(1, 6)]
     plans = engine.cache.begin_stores([*orders, orders[0]])
     assert [2, 2, 2, 2, 2, 0] == [len(plan.slots) for plan in plans]
