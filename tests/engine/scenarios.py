@@ -71,6 +71,7 @@ def generate(llm: Any, texts: list[str], params: dict[str, Any] | None = None) -
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": [next(iter(step.values())).logprob for step in output.outputs[0].logprobs],
             "cached": output.num_cached_tokens,
+            "prompt_tokens": len(output.prompt_token_ids),
             "loaded": (output.kv_transfer_params or {}).get("kvtier"),
         }
         for output in outputs
