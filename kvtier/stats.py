@@ -29,6 +29,11 @@ _LOWER: Mapping[str, str] = {
     "offline": "times {} was taken offline",
 }
 
+_ENCRYPTED: Mapping[str, str] = {
+    "other_key_records": "values in {} that were encrypted with another key, or not at all",
+    "forged_records": "values in {} whose encryption was not that of the key they named",
+}
+
 _REMOTE: Mapping[str, str] = {
     "timeouts": "calls of {} that missed a deadline",
     "connect_errors": "connections to {} that failed or broke",
@@ -41,8 +46,6 @@ _REMOTE: Mapping[str, str] = {
     "shared_loads": "loads that needed no read of {} of their own",
     "damaged_records": "values in {} that were not whole",
     "foreign_records": "values in {} that were not the block asked for",
-    "other_key_records": "values in {} that were encrypted with another key, or not at all",
-    "forged_records": "values in {} whose encryption was not that of the key they named",
     "failed_removals": "blocks that stayed in {} although they were removed",
     "probes": "times {} was asked what it has of a prompt",
     "probed_blocks": "blocks found in {} that way",
@@ -53,7 +56,7 @@ def _of_lower_tiers() -> dict[str, str]:
     """The counters of every kind of tier below host memory."""
     found = {}
     for tier, place in _PLACES.items():
-        names = _LOWER if tier == "disk" else {**_LOWER, **_REMOTE}
+        names = {**_LOWER, **_ENCRYPTED} if tier == "disk" else {**_LOWER, **_ENCRYPTED, **_REMOTE}
         found.update({f"{tier}.{name}": text.format(place) for name, text in names.items()})
     return found
 
