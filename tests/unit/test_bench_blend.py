@@ -108,6 +108,29 @@ def test_a_file_of_rows_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "hops, 15%: 1 questions of 1 sets, of 3 that were asked full prefill answers 1" in printed
     assert "KL 0.100 [0.100, 0.100]  of cacheblend, alone's 0.250" in printed
+    command = [
+        "bench",
+        "blend",
+        "--report-only",
+        "--rows",
+        str(tmp_path / "rows"),
+        "--ratio",
+        "0.15",
+        "0.5",
+        "--json",
+        str(tmp_path / "json"),
+    ]
+    assert 0 == main(command)
+    figures = {
+        (item["name"], item["params"].get("method"), item["params"].get("recompute")): (item["value"], item["limit"])
+        for item in json.loads((tmp_path / "json").read_text())["records"]
+    }
+    assert (pytest.approx(1 / 3), None) == figures["answered by full prefill", None, None]
+    assert (0.1, None) == figures["mean KL", "combined, prefix", 0.15]
+    assert (9.0, None) == figures["mean KL", "combined, prefix", 0.5]
+    assert (0.25, 0.5) == figures["KL of plain CacheBlend's", "combined, prefix", 0.15]
+    assert (1.0, 0.93) == figures["answers retained", "combined, prefix", 0.15]
+    assert not any(method == "full" for _, method, _ in figures)
 
 
 def test_without_a_model_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

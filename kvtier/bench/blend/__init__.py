@@ -16,16 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtier.bench.blend.summary import FULL, by_variant, paired
+from kvtier.bench.blend.records import BASELINE, records
+from kvtier.bench.blend.summary import FULL, Row, by_variant, of_ratio, paired
 from kvtier.bench.blend.tasks import TASKS, DocumentSet, make_set
+from kvtier.bench.report import publish
 
 if TYPE_CHECKING:
     from kvtier.bench.blend.quality import Case, Encode
     from kvtier.blend.model import BlendModel
 
-__all__ = ["BASELINE", "add_arguments", "report", "run"]
+__all__ = ["add_arguments", "report", "run"]
 
-BASELINE = "cacheblend, alone"
 OVERLAPS = {"retained": "retained", "f1": "F1", "rouge_l": "Rouge-L"}
 
 
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     rows = _read(args.rows)
     for ratio in args.ratio:
         report(rows, ratio)
+    if args.json is not None:
+        publish("kvtier bench blend", list(records(rows, args.ratio)), args.json)
     return 0
 
 
@@ -123,9 +126,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def report(rows: Sequence[dict[str, Any]], ratio: float) -> None:
+def report(rows: Sequence[Row], ratio: float) -> None:
     """Prints a table for each task at one ratio, each figure with its 95 % interval, and which share full prefill answers."""
-    rows = [row for row in rows if row["ratio"] in (0.0, ratio) or row["variant"] == FULL]
+    rows = of_ratio(rows, ratio)
     for task in TASKS:
         table = by_variant(rows, task)
         full = table.pop(FULL, None)

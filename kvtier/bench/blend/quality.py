@@ -16,7 +16,7 @@ import torch
 from kvtier.bench.blend.answers import Begun, Gold, answer_all, compare, gold_of, with_room, write_all, write_anew
 from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.summary import FULL
-from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Question, make_set
+from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Question, make_set, neutral_document
 from kvtier.bench.blend.variants import Variant
 from kvtier.blend.blender import blend
 from kvtier.blend.chunks import Anchor, anchor_of
@@ -60,7 +60,7 @@ class Primer:
     """The document that primed entries are computed behind, after the system prompt; for all sets."""
 
     def __init__(self, model: BlendModel, encode: Encode) -> None:
-        self.token_ids = [*encode(SYSTEM), *encode(make_set(OTHERS).documents[0])]
+        self.token_ids = [*encode(SYSTEM), *encode(neutral_document())]
         self.kv, _ = full_prefill(model, torch.tensor(self.token_ids, device=model.device))
 
 

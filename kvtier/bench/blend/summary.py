@@ -73,6 +73,11 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
     return table
 
 
+def of_ratio(rows: Sequence[Row], ratio: float) -> list[Row]:
+    """Those of one ratio, with full reuse and full prefill to compare with."""
+    return [row for row in rows if row["ratio"] in (0.0, ratio) or row["variant"] == FULL]
+
+
 def paired(rows: Sequence[Row], task: str, variant: str, baseline: str) -> Estimate | None:
     """The quotient of two variants' mean KL over the same questions; ``None`` where they share none."""
     values: defaultdict[tuple[int, int], dict[str, float]] = defaultdict(dict)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 TASKS = ("single", "hops", "border", "prose")
+NUM_WORDS = 160
 NUM_SINGLE = 6
 NUM_HOPS = 12
 
@@ -116,7 +117,7 @@ class DocumentSet:
     questions: tuple[Question, ...]
 
 
-def make_set(number: int, *, num_documents: int = 6, words_per_document: int = 160) -> DocumentSet:
+def make_set(number: int, *, num_documents: int = 6, words_per_document: int = NUM_WORDS) -> DocumentSet:
     """The set of this number."""
     chance = random.Random(f"kvtier {number}")
     passages = list(_passages(words_per_document))
@@ -164,14 +165,28 @@ def _insert(body: str, facts: Sequence[str], chance: random.Random) -> str:
     return " ".join(sentences)
 
 
+def neutral_document() -> str:
+    """Text of the same kind that is in no set, with no facts in it."""
+    left = [words for passages, words in _topics(NUM_WORDS) if not passages]
+    return " Document 100. " + " ".join([word for words in left for word in words][: NUM_WORDS + 40])
+
+
 def _passages(num_words: int) -> Iterator[str]:
     """Runs of prose from the reference, each of about so many words."""
+    for passages, _ in _topics(num_words):
+        yield from passages
+
+
+def _topics(num_words: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Of each topic of the reference: runs of its prose of about so many words, and the words that are left."""
     for name in sorted(topics):
         paragraphs = [" ".join(part.split()) for part in topics[name].split("\n\n")]
         prose = [part for part in paragraphs if len(part) > 80 and part[0].isupper() and part.endswith(".") and "::" not in part]
+        passages: list[str] = []
         words: list[str] = []
         for part in prose:
             words += part.split()
             if len(words) >= num_words:
-                yield " ".join(words[: num_words + 40])
+                passages.append(" ".join(words[: num_words + 40]))
                 words = []
+        yield passages, words

@@ -29,8 +29,14 @@ class Variant:
     label: str
     method: SelectionMethod
     entries: str
-    """alone; prefix: behind the system prompt; primed: behind the system prompt and one document that is always the same and never
-    in the prompt; or from prompts that were served: reordered, the same documents in another order; mixed, each behind other documents"""
+    """How they were computed.
+
+    * alone: behind nothing
+    * prefix: behind the system prompt
+    * primed: behind the system prompt and one neutral document that is always the same and in no prompt
+    * reordered: in a prompt that was served, of the same documents in another order
+    * mixed: the same, each behind other documents
+    """
     needs_question: bool = False
     is_reuse: bool = False
     """nothing is computed, whatever the ratio"""
