@@ -23,16 +23,15 @@ from kvtier.control.residency import Residency
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hashing import Namespace
 from kvtier.io import round_up_to_page
+from kvtier.lower_tiers import open_lower_tiers
 from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
 from kvtier.policies import create_policy
-from kvtier.remote_tiers import open_remote
 from kvtier.sharing import Sharing
 from kvtier.stats import Stats
 from kvtier.tiers.base import SharedTier, Tier
-from kvtier.tiers.disk import DiskTier
 from kvtier.transfer import TransferRunner
-from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StorePlan
+from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StoreOrder, StorePlan
 from kvtier.verbs import Verbs
 
 __all__ = ["EXTENT_BYTES", "BlockEvent", "CacheEngine"]
@@ -149,7 +148,7 @@ class CacheEngine:
         # Nothing is handed out before the arena has prepared it: see _grow.
         slab = SlabAllocator.of_host(capacity_bytes, block_bytes, limit_bytes=0)
         arena = arena or _own_arena(config)
-        lower = list(tiers) if tiers is not None else _open_tiers(config, arena, block_bytes)
+        lower = list(tiers) if tiers is not None else open_lower_tiers(config, arena, block_bytes)
         stats = Stats()
         space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
         host = _residency("host", config.policy_of(config.host), config.host.ttl_s, config.host.ttl_mode)
@@ -203,14 +202,19 @@ class CacheEngine:
         self._planner.end_load(job_id, failed, self._clock(), partial=partial)
 
     def begin_store(self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True) -> StorePlan:
-        """Slots for those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far.
+        """Slots for a :class:`~kvtier.types.StoreOrder` of these fields."""
+        return self.begin_stores([StoreOrder(keys, first, tenant, may_evict)])[0]
 
-        ``tenant``: whose blocks they are. Blocks of one tenant must never continue those of another one. ``may_evict=False``: only
-        what is free is used, nobody leaves.
-        """
-        plan = self._planner.begin_store(keys, first, self.block_bytes, self._clock(), tenant, may_evict=may_evict)
+    def begin_stores(self, orders: Sequence[StoreOrder]) -> list[StorePlan]:
+        """Slots for several, one after the other; ends behind the first that is ``broken``, which is to be asked again before the rest."""
+        now, num_bytes = self._clock(), self.block_bytes
+        plans: list[StorePlan] = []
+        for order in orders:
+            plans.append(self._planner.begin_store(order.keys, order.first, num_bytes, now, order.tenant, may_evict=order.may_evict))
+            if plans[-1].broken:
+                break
         self._runner.run()
-        return plan
+        return plans
 
     def commit_store(self, job_id: int, failed: Collection[int] = ()) -> None:
         """The slots of a store hold their blocks, except those at the indexes ``failed`` and what follows them."""
@@ -341,44 +345,6 @@ def _own_arena(config: Config) -> Arena:
 def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Residency:
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=ttl_mode == "sliding")
     return Residency(name, lambda: create_policy(policy), expiry)
-
-
-def _open_tiers(config: Config, arena: Arena, block_bytes: int) -> list[Tier]:
-    opened: list[Tier] = []
-    try:
-        for section in config.lower:
-            if isinstance(section, DiskTierConfig):
-                opened.append(_open_disk(section, config, arena, block_bytes))
-            else:
-                opened.append(open_remote(section, (arena.address, arena.capacity_bytes)))
-    except BaseException:
-        for tier in opened:
-            tier.close()
-        raise
-    return opened
-
-
-def _open_disk(disk: DiskTierConfig, config: Config, arena: Arena, block_bytes: int) -> Tier:
-    tier = DiskTier(
-        disk.path,
-        disk.capacity_bytes,
-        segment_bytes=disk.segment_bytes,
-        direct_io=disk.direct_io,
-        io_engine=disk.io_engine,
-        queue_depth=disk.queue_depth,
-        io_threads=disk.io_threads,
-        max_in_flight_bytes=disk.max_in_flight_bytes,
-        durable=disk.durable,
-        memory=(arena.address, arena.capacity_bytes),
-    )
-    if not tier.max_blocks(block_bytes):
-        tier.close()
-        least = round_up_to_page(block_bytes) + 2 * PAGE_BYTES
-        raise ConfigError(
-            f"tiers[{config.tiers.index(disk)}].segment: {disk.segment_bytes} bytes hold no block; one block of this model has "
-            f"{block_bytes} bytes. Allowed: at least {least} bytes, and a directory whose segments are as large, or an empty one"
-        )
-    return tier
 
 
 def _spec(tier: Tier, config: Config) -> LowerTierSpec:

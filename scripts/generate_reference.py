@@ -134,6 +134,7 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "engine.py",
             "cache.py",
+            "lower_tiers.py",
             "remote_tiers.py",
             "transfer.py",
             "sharing.py",

@@ -51,12 +51,13 @@ class ConnectorConfig(Section):
         allowed="`auto`, `always`",
         about="Whether blocks are loaded that the engine would compute faster. `auto`: not, once both were measured. `always`: load.",
     )
-    gpu_copy: Literal["auto", "dma", "bulk", "staged"] = setting(
+    gpu_copy: Literal["auto", "dma", "bulk", "staged", "direct"] = setting(
         "auto",
         kind="name",
-        allowed="`auto`, `dma`, `bulk`, `staged`",
+        allowed="`auto`, `dma`, `bulk`, `staged`, `direct`",
         about="How blocks are copied to and from a GPU. `auto`: for each direction and size the way that was the fastest at start. "
-        "`dma`: the copy engines alone. `bulk`: a kernel straight to host memory (Hopper and later). `staged`: a kernel and a buffer.",
+        "`dma`: the copy engines alone. `bulk`: a kernel straight to host memory (Hopper and later). `staged`: a kernel and a buffer. "
+        "`direct`: a kernel that needs neither.",
     )
     copy_threads: int = setting(
         2,

@@ -15,7 +15,7 @@ from kvtier.config import BlendConfig
 from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
 from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
-from kvtier.connectors.requests import BlendPlan, BlendState, ConnectorSettings, Geometry, Matched, Request, RequestIdentity
+from kvtier.connectors.requests import BlendPlan, BlendState, ConnectorSettings, Geometry, Matched, Request, RequestIdentity, end_of_wait
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import request_root
 from kvtier.types import SlotRef
@@ -232,7 +232,7 @@ class Blending:
                 is_coming = is_coming or found.pending or promised > found.ready_blocks
         now = self._clock()
         if state.deadline is None:
-            state.deadline = now + self._settings.promote_wait_s
+            state.deadline = end_of_wait(now, self._settings.promote_wait_s)
         return is_coming and now < state.deadline
 
     def _order(self, request: Request, state: BlendState, plan: BlendPlan, block_ids: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ import pytest
 import kvtier
 from kvtier.cli import main
 from kvtier.config import Config
+from kvtier.engine import CacheEngine
 from kvtier.errors import ControlError, DaemonError, QuotaError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena_file import PAGE_BYTES
@@ -27,7 +28,7 @@ from kvtier.serve.client import ServedCache
 from kvtier.serve.daemon import Daemon
 from kvtier.serve.link import connect
 from kvtier.testing.daemons import BLOCK_BYTES, DaemonProcess, DaemonThread, EngineWithoutModel, hello, payload_of, settings
-from kvtier.types import BlockKey, PrefixMatch
+from kvtier.types import BlockKey, PrefixMatch, StoreOrder
 
 HOST_BLOCKS = 64
 
@@ -453,6 +454,51 @@ def test_what_the_command_line_refuses(
     assert reason in capsys.readouterr().err
 
 
+# ---- the stores of a step ------------------------------------------------------------------------------------------------
+
+
+def test_the_stores_of_a_step_are_one_question(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many orders travel in one frame, each gets its own answer; more than a frame holds travel in several."""
+    engine = served.engine("a")
+    asked: list[messages.Frame] = []
+    channel = engine.cache._channel
+    call = channel.call
+
+    def noted(make: Callable[[int], messages.Frame], kind: Any) -> Any:
+        asked.append(make(0))
+        return call(lambda number: msgspec.structs.replace(asked[-1], call=number), kind)
+
+    monkeypatch.setattr(channel, "call", noted)
+    orders = [StoreOrder(keys_of(prompt, 2), 0) for prompt in range(1, 6)]
+    plans = engine.cache.begin_stores([*orders, orders[0]])
+    assert [2, 2, 2, 2, 2, 0] == [len(plan.slots) for plan in plans]
+    assert 10 == len({ref.slot for plan in plans for ref in plan.slots})
+    assert [messages.BeginStores] == [type(frame) for frame in asked]
+    for order, plan in zip(orders, plans, strict=False):
+        engine.write(order.keys, plan.slots)
+        engine.cache.commit_store(plan.job_id)
+    assert [2] * 5 == [engine.load(order.keys) for order in orders]
+    asked.clear()
+    monkeypatch.setattr(messages, "MAX_KEYS", 7)
+    plans = engine.cache.begin_stores([StoreOrder(keys_of(prompt, 2), 0) for prompt in range(10, 15)])
+    assert [2, 2, 1] == [len(frame.stores) for frame in asked if isinstance(frame, messages.BeginStores)]
+    assert [2] * 5 == [len(plan.slots) for plan in plans]
+    for plan in plans:
+        engine.cache.abort_store(plan.job_id)
+
+
+def test_what_follows_a_broken_store_is_asked_again(served: Served) -> None:
+    """A store behind a block that is nowhere ends the answer, in a daemon as in the engine's process: orders keep their order."""
+    engine = served.engine("a")
+    orders = [StoreOrder(keys_of(1, 2), 0), StoreOrder(keys_of(2, 2), 1), StoreOrder(keys_of(3, 2), 0)]
+    embedded = CacheEngine.open(served.config, namespace=Namespace(model="test"), block_bytes=BLOCK_BYTES)
+    for cache in (engine.cache, embedded):
+        plans = cache.begin_stores(orders)
+        assert [False, True] == [plan.broken for plan in plans]
+        cache.abort_store(plans[0].job_id)
+    embedded.close()
+
+
 # ---- hostile peers -------------------------------------------------------------------------------------------------------
 
 
@@ -471,8 +517,10 @@ HOSTILE: dict[str, bytes] = {
     "two Hellos": encoded(HELLO, HELLO),
     "strange namespace": encoded(hello("scheduler", "hostile", namespace={"color": "red"})),
     "half a key": encoded(HELLO, messages.Match(1, b"123")),
-    "a key twice": encoded(HELLO, messages.BeginStore(1, 1, b"", KEY * 2, "", True)),
-    "a store of nothing": encoded(HELLO, messages.BeginStore(1, 1, KEY, b"", "", True)),
+    "a key twice": encoded(HELLO, messages.BeginStores(1, (messages.Store(1, b"", KEY * 2, "", True),))),
+    "a store of nothing": encoded(HELLO, messages.BeginStores(1, (messages.Store(1, KEY, b"", "", True),))),
+    "no store": encoded(HELLO, messages.BeginStores(1, ())),
+    "two stores of one number": encoded(HELLO, messages.BeginStores(1, (messages.Store(1, b"", KEY, "", True),) * 2)),
     "an end without a beginning": encoded(HELLO, messages.EndLoad(7, (), ())),
     "the other kind of end": encoded(HELLO, messages.BeginLoad(1, 1, KEY), messages.EndStore(1, (), False)),
     "blocks that a load does not have": encoded(HELLO, messages.BeginLoad(1, 1, KEY), messages.EndLoad(1, (5,), ())),
