@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from kvtier.config.fields import (
     ON_OFF,
     SIZES,
@@ -73,14 +75,24 @@ class BlendConfig(Section):
     enabled: bool = setting(
         False, kind="boolean", allowed="`true`, `false`", about="Whether requests may reuse chunks (`kv_transfer_params`, key `blend`)."
     )
+    boundaries: Literal["request", "messages", "auto"] = setting(
+        "request",
+        kind="name",
+        allowed="`request`, `messages`, `auto`",
+        about="Where the chunks of a request's prompt begin and end, where the request does not say. `request`: it has to say. `messages`: "
+        "with the messages of the chat. `auto`: wherever chunks lie that earlier requests named.",
+    )
     method: Literal["none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined"] = setting(
         "combined",
         kind="name",
         allowed="`none`, `cacheblend`, `epic`, `prophetkv`, `cachecraft`, `combined`",
         about="How the tokens of chunks are chosen that are computed anew, where a request does not say.",
     )
-    ratio: float = setting(
-        0.15, kind="number", allowed="0 to 1", about="Which share of them that is, where a request does not say.", ge=0, le=1
+    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = setting(
+        0.15,
+        kind="number, or `auto`",
+        allowed="0 to 1, `auto`",
+        about="Which share of them that is, where a request does not say. `auto`: as many as the method's scores say, 5 % to 30 %.",
     )
     min_reuse: float = setting(
         0.5,
