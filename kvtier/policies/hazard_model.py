@@ -3,8 +3,8 @@
 **Statistics.** A class is a kind of use (below); time since the last use, the *age*, falls into bins that grow by the same
 factor. Per class and bin two sums are kept: *hits*, the weight of what was used again in that bin, and *risk*, the weight of all
 that came to that bin and left it again, used or not. Their ratio is the Kaplan-Meier estimate of the probability ``q`` of a use
-within the bin. Where little has been seen it is shrunk towards a prior, which is scaled by what was seen in the class's row
-(equal counts) and column (equal gaps).
+within the bin. Where little has been seen it is shrunk towards a prior, which is scaled by what was seen of all classes, and beyond that of
+the class's row (equal counts) and column (equal gaps), each in the bin and two on either side of it.
 
 **Prior.** Not fitted to anything. If uses come at a constant but unknown rate (Jeffreys-like ignorance of scale), then after a
 gap ``g`` the next one comes later than ``a`` with probability ``g / (g + a)`` (Lomax, the Gamma-Poisson predictive of shape 1),
