@@ -26,8 +26,10 @@ from kvtier.io import round_up_to_page
 from kvtier.lower_tiers import open_lower_tiers
 from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
+from kvtier.memory.slot_table import SlotTable
 from kvtier.policies import create_policy
 from kvtier.sharing import Sharing
+from kvtier.slot_recorder import SlotRecorder
 from kvtier.stats import Stats
 from kvtier.tiers.base import SharedTier, Tier
 from kvtier.transfer import TransferRunner
@@ -64,6 +66,7 @@ class EngineParts:
     stats: Stats
     estimates: Estimates
     hints: Hints
+    recorder: SlotRecorder | None = None
 
 
 class CacheEngine:
@@ -88,6 +91,7 @@ class CacheEngine:
         self._slab = parts.slab
         self._space = parts.space
         self._tiers = parts.tiers
+        self._recorder = parts.recorder
         self._clock = clock
         self.verbs = Verbs(
             self._planner,
@@ -105,6 +109,7 @@ class CacheEngine:
         self._attachment: Attachment | None = None
         self._closed = False
         self._grow()
+        self._adopt()
 
     @classmethod
     def open(  # noqa: PLR0913 - by keyword
@@ -114,6 +119,7 @@ class CacheEngine:
         namespace: Namespace,
         block_bytes: int,
         arena: Arena | None = None,
+        slots: SlotTable | None = None,
         device_slots: int = 0,
         events: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -127,6 +133,7 @@ class CacheEngine:
             namespace: what the blocks belong to; its digest is echoed in every record.
             block_bytes: bytes of one block over all layers and ranks.
             arena: host memory, owned by the caller; made (and owned) here where it is None.
+            slots: the table of that arena, kept true and owned here; the blocks that are in it already are verified and taken over.
             device_slots: blocks that fit into each worker's pool in device memory, where the configuration asks for one.
             events: whether ``take_events`` is going to be called.
             clock: seconds that do not go backwards.
@@ -138,13 +145,7 @@ class CacheEngine:
             ArenaError: host memory cannot be had.
             TierError: a tier cannot be opened.
         """
-        capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
-        if capacity_bytes < round_up_to_page(block_bytes):
-            raise ConfigError(
-                f"tiers[{config.tiers.index(config.host)}].capacity: {config.host.capacity_bytes} bytes hold no block; "
-                f"one block of this model has {block_bytes} bytes. "
-                f"Allowed: at least {round_up_to_page(block_bytes)} bytes; some thousand blocks are sensible"
-            )
+        capacity_bytes = _host_bytes(config, block_bytes)
         # Nothing is handed out before the arena has prepared it: see _grow.
         slab = SlabAllocator.of_host(capacity_bytes, block_bytes, limit_bytes=0)
         arena = arena or _own_arena(config)
@@ -156,6 +157,7 @@ class CacheEngine:
         if config.gpu is not None and device_slots:
             pool = _residency("gpu", config.policy_of(config.gpu), config.gpu.ttl_s, config.gpu.ttl_mode)
             planner.use_device_pool(DevicePool(device_slots, block_bytes, pool, stats))
+        recorder = space.registry = None if slots is None else SlotRecorder(slots, arena, stats)
         now = clock()
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
@@ -165,7 +167,7 @@ class CacheEngine:
         capacity_blocks = slab.max_slots(block_bytes)
         max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
         hints = Hints(planner, estimates, stats, max_blocks=max_blocks, capacity_blocks=capacity_blocks)
-        parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints)
+        parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints, recorder)
         return cls(parts, block_bytes=block_bytes, clock=clock)
 
     def match(self, keys: Iterable[BlockKey]) -> PrefixMatch:
@@ -232,6 +234,9 @@ class CacheEngine:
         if self._closed:
             raise ClosedError("this CacheEngine is closed")
         self._grow()
+        if self._recorder is not None:
+            for job_id, is_right in self._recorder.take_verified():
+                self._planner.commit_store(job_id, () if is_right else (0,), self._clock())
         self._runner.poll(self._clock(), timeout_s)
         if self._attachment is not None:
             self._attachment.serve()
@@ -300,8 +305,8 @@ class CacheEngine:
         return self._planner.num_blocks()
 
     def leftovers(self) -> dict[str, int]:
-        """Plans, leases, pins and transfers that have not ended."""
-        return self._planner.leftovers()
+        """Plans, leases, pins, transfers and checksums that have not ended."""
+        return {**self._planner.leftovers(), "checksums": 0 if self._recorder is None else self._recorder.num_waiting}
 
     def check(self) -> list[Damage]:
         """Verifies the books of the control plane and the arena. Empty = healthy."""
@@ -317,13 +322,38 @@ class CacheEngine:
             self._attachment.close()
         for tier in self._tiers:
             tier.close()
+        if self._recorder is not None:
+            self._recorder.close()
         self._arena.close()
+
+    def _adopt(self) -> None:
+        """Has the blocks verified that an earlier process left in the arena; ``poll`` makes them hits one after the other."""
+        if self._recorder is None:
+            return
+        for slot, found in list(self._recorder.left()):
+            job_id = self._planner.adopt(found.meta, found.tenant, slot)
+            if job_id is None:
+                self._recorder.vacated(slot)
+            else:
+                self._recorder.verify(job_id, slot, found)
 
     def _grow(self) -> None:
         """Lets the allocator use what the arena has prepared since."""
         if self._space.growing or self._slab.limit_bytes < self._arena.ready_bytes:
             self._slab.set_limit(self._arena.ready_bytes)
         self._space.growing = self._arena.ready_bytes < self._arena.capacity_bytes and self._arena.reserve_error is None
+
+
+def _host_bytes(config: Config, block_bytes: int) -> int:
+    """The capacity of host memory, in whole pages. Raises ConfigError where it holds no block."""
+    capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
+    if capacity_bytes < round_up_to_page(block_bytes):
+        raise ConfigError(
+            f"tiers[{config.tiers.index(config.host)}].capacity: {config.host.capacity_bytes} bytes hold no block; "
+            f"one block of this model has {block_bytes} bytes. "
+            f"Allowed: at least {round_up_to_page(block_bytes)} bytes; some thousand blocks are sensible"
+        )
+    return capacity_bytes
 
 
 def _set_quotas(planner: Planner, config: Config, now: float) -> None:

@@ -6,7 +6,7 @@ from kvtier.config import Config, DiskTierConfig
 from kvtier.errors import ConfigError
 from kvtier.io import PAGE_BYTES, round_up_to_page
 from kvtier.memory.arena import Arena
-from kvtier.remote_tiers import open_remote
+from kvtier.remote_tiers import open_remote, open_sealer
 from kvtier.tiers.base import Tier
 from kvtier.tiers.disk import DiskTier
 
@@ -44,6 +44,7 @@ def _open_disk(disk: DiskTierConfig, config: Config, arena: Arena, block_bytes: 
         max_in_flight_bytes=disk.max_in_flight_bytes,
         durable=disk.durable,
         memory=(arena.address, arena.capacity_bytes),
+        sealer=open_sealer(disk),
     )
     if not tier.max_blocks(block_bytes):
         tier.close()

@@ -139,6 +139,7 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
             "remote_tiers.py",
             "transfer.py",
             "sharing.py",
+            "slot_recorder.py",
             "verbs.py",
             "controller.py",
             "controlled.py",

@@ -44,6 +44,7 @@ LAYERS: Mapping[str, int] = {
     "kvtier.lower_tiers": 4,
     "kvtier.remote_tiers": 4,
     "kvtier.sharing": 4,
+    "kvtier.slot_recorder": 4,
     "kvtier.verbs": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,

@@ -190,6 +190,7 @@ def _measured(outputs: Any) -> dict[str, Any]:
         "waited_s": outputs[0].metrics.scheduled_ts - outputs[0].metrics.queued_ts,
         "last_s": [output.metrics.last_token_ts - started for output in outputs],
         "loaded_tokens": sum(each.get("disk_tokens", 0) for each in said),
+        "host_tokens": sum(each.get("host_tokens", 0) for each in said),
         "blended": [each.get("blend", {}).get("tokens", 0) for each in said],
     }
 

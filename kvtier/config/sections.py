@@ -159,6 +159,13 @@ class DaemonConfig(Section):
         about="How long an engine waits before it tries again to reach a daemon that was lost.",
         gt=0,
     )
+    adopt: bool = setting(
+        True,
+        kind="boolean",
+        allowed="`true`, `false`",
+        about="Whether a daemon takes over the host memory of one that died. Then each block that is stored is read once more, for a "
+        "checksum. false: host memory begins empty.",
+    )
     attach_timeout_s: Duration = setting(
         30.0,
         key="attach_timeout",

@@ -307,8 +307,8 @@ class Request:
 
 
 def end_of_wait(now: float, promote_wait_s: float) -> float:
-    """When to stop waiting so that it lasts no longer than it may: whether it is over is looked at only when the engine asks."""
-    return now + promote_wait_s - min(LOOK_S, promote_wait_s / 4)
+    """When to stop waiting so that it delays a request by no more than it may: the engine is to ask once more, and to load what came."""
+    return now + promote_wait_s - min(max(LOOK_S, promote_wait_s / 20), promote_wait_s / 4)
 
 
 def make_request(

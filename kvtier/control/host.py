@@ -85,6 +85,7 @@ class HostMemory:
         for entry in entries:
             entry.busy &= ~HOST
             entry.readable |= HOST
+        self._space.filled(entries)
         if blocks:
             self.residency.insert(blocks, now)
         if self.events is not None:

@@ -15,7 +15,7 @@ import yaml
 from kvtier.serve.channel import Attaching
 from kvtier.serve.client import ServedCache
 from kvtier.testing.daemons import DaemonProcess, hello, settings
-from tests.engine.harness import Result, assert_same, host_and_disk, loaded_tokens, run, start
+from tests.engine.harness import Result, assert_same, host, host_and_disk, loaded_tokens, run, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 NEARLY_ALL = 1500
@@ -32,11 +32,12 @@ def alone() -> list[Result]:
 class Machine:
     """One daemon, which can be started again, and the settings that it and its engines read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, has_disk: bool = True) -> None:
         (folder / "run").mkdir(mode=0o700)
         self.folder = folder
         self.socket = folder / "run" / "socket"
-        self.settings = host_and_disk(folder / "tier", daemon={"socket": str(self.socket), "reconnect": "100ms", "deadline": "2s"})
+        section = {"socket": str(self.socket), "reconnect": "100ms", "deadline": "2s"}
+        self.settings = host_and_disk(folder / "tier", daemon=section) if has_disk else host(daemon=section)
         self._config = folder / "kvtier.yaml"
         self._config.write_text(yaml.dump(self.settings))
         self.daemon = self.start()
@@ -124,6 +125,34 @@ def test_a_daemon_that_is_killed_and_started_again(alone: list[Result], machine:
     assert 0 == loaded[1], loaded
     assert loaded[2] > NEARLY_ALL, loaded
     assert loaded[4] > NEARLY_ALL, loaded
+
+
+def test_a_killed_daemon_leaves_its_host_memory_to_the_next(alone: list[Result], tmp_path: Path) -> None:
+    """Without a disk: what a real engine stored in the host memory of a daemon that was killed, it loads from the next one."""
+    machine = Machine(tmp_path, has_disk=False)
+
+    def start_again() -> None:
+        machine.start()
+        time.sleep(2.0)
+
+    def act() -> None:
+        wait_for((machine.folder / "done-0").exists)
+        wait_for(lambda: not machine.open())
+        machine.between_rounds(0, machine.daemon.kill)
+        machine.between_rounds(1, start_again)
+        machine.between_rounds(2, lambda: None)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    try:
+        result = run("interrupted", kvtier=machine.settings, folder=str(machine.folder), num_rounds=3, timeout_s=400.0)
+    finally:
+        machine.daemon.close()
+    loaded = [loaded_tokens(answers)["host_tokens"] for answers in result["rounds"]]
+    for answers in result["rounds"]:
+        assert_same(alone, answers)
+    assert 0 == loaded[1], loaded
+    assert loaded[2] > NEARLY_ALL, loaded
 
 
 NUM_KILLS = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from kvtier.serve.channel import Attaching
 from kvtier.serve.client import ServedCache
 from kvtier.serve.daemon import Daemon
 from kvtier.serve.link import connect
+from kvtier.serve.node import Node
 from kvtier.testing.daemons import BLOCK_BYTES, DaemonProcess, DaemonThread, EngineWithoutModel, hello, payload_of, settings
 from kvtier.types import BlockKey, PrefixMatch, StoreOrder
 
@@ -276,6 +278,93 @@ def test_two_engines_of_one_name(served: Served) -> None:
 
 
 # ---- a daemon that dies ------------------------------------------------------------------------------------------------
+
+
+def start_daemon(folder: Path, **more: Any) -> DaemonProcess:
+    config_file = folder / "kvtier.yaml"
+    config_file.write_bytes(msgspec.json.encode(config_of(folder) | more))
+    return DaemonProcess(config_file, folder / "socket")
+
+
+def open_in(folder: Path) -> dict[str, int]:
+    """What is open in the books of a daemon in a process of its own."""
+    with contextlib.closing(ServedCache(Attaching(settings(folder / "socket", deadline="5s"), hello("control")))) as asking:
+        return {name: count for name, count in asking.verbs.snapshot({}, {}).open.items() if count}
+
+
+def left_in_memory(folder: Path) -> list[str]:
+    """Files of the daemons of a socket."""
+    prefix = Node(Config.from_mapping(config_of(folder)), folder / "socket")._prefix
+    return sorted(name.removeprefix(prefix) for name in os.listdir("/dev/shm") if name.startswith(prefix))
+
+
+@pytest.mark.parametrize("lets_go", ["at once", "later", "never"])
+def test_a_killed_daemon_leaves_its_host_memory_to_the_next(folder: Path, lets_go: str) -> None:
+    """kill -9: the next one has every block whose checksum was known, verified, once no worker has the memory mapped; one that never lets
+    go costs the blocks, after 5 s.
+    """
+    daemon = start_daemon(folder)
+    engine = EngineWithoutModel(folder / "socket", "engine", reconnect="10ms", deadline="5s")
+    engine.wait_until_usable()
+    keys = keys_of(1, 8)
+    engine.store(keys)
+    engine.store(keys_of(2, 8))
+    engine.cache.verbs.clear((0,), None)
+    engine.store(keys)
+    wait_for(lambda: not open_in(folder))
+    uncommitted = engine.cache.begin_store(keys_of(3, 4), 0)
+    daemon.kill()
+    old = engine.arena
+    assert old is not None
+    engine.arena = None
+    if lets_go == "at once":
+        old.close()
+    daemon = start_daemon(folder)
+    timer = threading.Timer(1.0, old.close) if lets_go == "later" else None
+    if timer is not None:
+        timer.start()
+    assert PrefixMatch(0, 0) == engine.cache.match(keys)
+    wait_for(lambda: polled(engine)._channel.is_open)
+    engine.attach_worker()
+    engine.wait_until_usable()
+    engine.cache.commit_store(uncommitted.job_id)
+    wait_for(lambda: not open_in(folder))
+    num_kept = 0 if lets_go == "never" else 8
+    assert [num_kept, 0, 0] == [engine.cache.match(keys_of(prompt, 8)).ready_blocks for prompt in (1, 2, 3)]
+    assert num_kept == engine.load(keys)
+    engine.store(keys_of(4, 30))
+    assert 30 == engine.load(keys_of(4, 30))
+    if lets_go == "never":
+        old.close()
+    engine.close()
+    daemon.close()
+    assert [] == [name for name in left_in_memory(folder) if not name.endswith(old.path[-16:])]
+
+
+def test_host_memory_of_another_model_is_not_taken_over(folder: Path) -> None:
+    """Nor with ``adopt: false``; what was left is removed."""
+    for more, num_kept in (({}, 8), ({"daemon": {"adopt": False}}, 0)):
+        daemon = start_daemon(folder)
+        engine = EngineWithoutModel(folder / "socket", "engine")
+        engine.wait_until_usable()
+        engine.store(keys_of(1, 8))
+        wait_for(lambda: not open_in(folder))
+        daemon.kill()
+        engine.close()
+        daemon = start_daemon(folder, **more)
+        engine = EngineWithoutModel(folder / "socket", "engine")
+        engine.wait_until_usable()
+        wait_for(lambda: not open_in(folder))
+        assert num_kept == engine.cache.match(keys_of(1, 8)).ready_blocks
+        engine.close()
+        daemon.kill()
+    daemon = start_daemon(folder)
+    other = ServedCache(Attaching(settings(folder / "socket"), hello("scheduler", "other", namespace={"model": "other"})))
+    assert 2 == len(left_in_memory(folder)), "an arena and its table, both new"
+    assert {"host": 0} == dict(other.num_blocks())
+    other.close()
+    daemon.close()
+    assert [] == left_in_memory(folder)
 
 
 def test_a_restarted_daemon_has_what_was_on_disk(folder: Path) -> None:
