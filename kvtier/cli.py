@@ -33,6 +33,7 @@ BENCHMARKS = {
     "disk": ("kvtier.bench.disk", "the disk tier beside the disk it lies on"),
     "gpu": ("kvtier.bench.gpu", "copies between host memory and a GPU, beside large pinned copies"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
+    "faults": ("kvtier.bench.faults", "what a store that goes wrong adds to a request"),
     "sharing": ("kvtier.bench.sharing", "time to first token of what another engine has prefilled, by the store between them"),
     "policies": ("kvtier.bench.policies", "what eviction policies cost by themselves, and the memory of their books"),
     "remote": ("kvtier.bench.remote", "the tiers in remote stores beside raw transfers to the same servers"),

@@ -23,16 +23,17 @@ from kvtier.control.residency import Residency
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hashing import Namespace
 from kvtier.io import round_up_to_page
+from kvtier.lower_tiers import open_lower_tiers
 from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
+from kvtier.memory.slot_table import SlotTable
 from kvtier.policies import create_policy
-from kvtier.remote_tiers import open_remote
 from kvtier.sharing import Sharing
+from kvtier.slot_recorder import SlotRecorder
 from kvtier.stats import Stats
 from kvtier.tiers.base import SharedTier, Tier
-from kvtier.tiers.disk import DiskTier
 from kvtier.transfer import TransferRunner
-from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StorePlan
+from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StoreOrder, StorePlan
 from kvtier.verbs import Verbs
 
 __all__ = ["EXTENT_BYTES", "BlockEvent", "CacheEngine"]
@@ -65,6 +66,7 @@ class EngineParts:
     stats: Stats
     estimates: Estimates
     hints: Hints
+    recorder: SlotRecorder | None = None
 
 
 class CacheEngine:
@@ -89,6 +91,7 @@ class CacheEngine:
         self._slab = parts.slab
         self._space = parts.space
         self._tiers = parts.tiers
+        self._recorder = parts.recorder
         self._clock = clock
         self.verbs = Verbs(
             self._planner,
@@ -106,6 +109,7 @@ class CacheEngine:
         self._attachment: Attachment | None = None
         self._closed = False
         self._grow()
+        self._adopt()
 
     @classmethod
     def open(  # noqa: PLR0913 - by keyword
@@ -115,6 +119,7 @@ class CacheEngine:
         namespace: Namespace,
         block_bytes: int,
         arena: Arena | None = None,
+        slots: SlotTable | None = None,
         device_slots: int = 0,
         events: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -128,6 +133,7 @@ class CacheEngine:
             namespace: what the blocks belong to; its digest is echoed in every record.
             block_bytes: bytes of one block over all layers and ranks.
             arena: host memory, owned by the caller; made (and owned) here where it is None.
+            slots: the table of that arena, kept true and owned here; the blocks that are in it already are verified and taken over.
             device_slots: blocks that fit into each worker's pool in device memory, where the configuration asks for one.
             events: whether ``take_events`` is going to be called.
             clock: seconds that do not go backwards.
@@ -139,17 +145,11 @@ class CacheEngine:
             ArenaError: host memory cannot be had.
             TierError: a tier cannot be opened.
         """
-        capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
-        if capacity_bytes < round_up_to_page(block_bytes):
-            raise ConfigError(
-                f"tiers[{config.tiers.index(config.host)}].capacity: {config.host.capacity_bytes} bytes hold no block; "
-                f"one block of this model has {block_bytes} bytes. "
-                f"Allowed: at least {round_up_to_page(block_bytes)} bytes; some thousand blocks are sensible"
-            )
+        capacity_bytes = _host_bytes(config, block_bytes)
         # Nothing is handed out before the arena has prepared it: see _grow.
         slab = SlabAllocator.of_host(capacity_bytes, block_bytes, limit_bytes=0)
         arena = arena or _own_arena(config)
-        lower = list(tiers) if tiers is not None else _open_tiers(config, arena, block_bytes)
+        lower = list(tiers) if tiers is not None else open_lower_tiers(config, arena, block_bytes)
         stats = Stats()
         space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
         host = _residency("host", config.policy_of(config.host), config.host.ttl_s, config.host.ttl_mode)
@@ -157,6 +157,7 @@ class CacheEngine:
         if config.gpu is not None and device_slots:
             pool = _residency("gpu", config.policy_of(config.gpu), config.gpu.ttl_s, config.gpu.ttl_mode)
             planner.use_device_pool(DevicePool(device_slots, block_bytes, pool, stats))
+        recorder = space.registry = None if slots is None else SlotRecorder(slots, arena, stats)
         now = clock()
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
@@ -166,7 +167,7 @@ class CacheEngine:
         capacity_blocks = slab.max_slots(block_bytes)
         max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
         hints = Hints(planner, estimates, stats, max_blocks=max_blocks, capacity_blocks=capacity_blocks)
-        parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints)
+        parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints, recorder)
         return cls(parts, block_bytes=block_bytes, clock=clock)
 
     def match(self, keys: Iterable[BlockKey]) -> PrefixMatch:
@@ -203,14 +204,19 @@ class CacheEngine:
         self._planner.end_load(job_id, failed, self._clock(), partial=partial)
 
     def begin_store(self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True) -> StorePlan:
-        """Slots for those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far.
+        """Slots for a :class:`~kvtier.types.StoreOrder` of these fields."""
+        return self.begin_stores([StoreOrder(keys, first, tenant, may_evict)])[0]
 
-        ``tenant``: whose blocks they are. Blocks of one tenant must never continue those of another one. ``may_evict=False``: only
-        what is free is used, nobody leaves.
-        """
-        plan = self._planner.begin_store(keys, first, self.block_bytes, self._clock(), tenant, may_evict=may_evict)
+    def begin_stores(self, orders: Sequence[StoreOrder]) -> list[StorePlan]:
+        """Slots for several, one after the other; ends behind the first that is ``broken``, which is to be asked again before the rest."""
+        now, num_bytes = self._clock(), self.block_bytes
+        plans: list[StorePlan] = []
+        for order in orders:
+            plans.append(self._planner.begin_store(order.keys, order.first, num_bytes, now, order.tenant, may_evict=order.may_evict))
+            if plans[-1].broken:
+                break
         self._runner.run()
-        return plan
+        return plans
 
     def commit_store(self, job_id: int, failed: Collection[int] = ()) -> None:
         """The slots of a store hold their blocks, except those at the indexes ``failed`` and what follows them."""
@@ -228,6 +234,9 @@ class CacheEngine:
         if self._closed:
             raise ClosedError("this CacheEngine is closed")
         self._grow()
+        if self._recorder is not None:
+            for job_id, is_right in self._recorder.take_verified():
+                self._planner.commit_store(job_id, () if is_right else (0,), self._clock())
         self._runner.poll(self._clock(), timeout_s)
         if self._attachment is not None:
             self._attachment.serve()
@@ -296,8 +305,8 @@ class CacheEngine:
         return self._planner.num_blocks()
 
     def leftovers(self) -> dict[str, int]:
-        """Plans, leases, pins and transfers that have not ended."""
-        return self._planner.leftovers()
+        """Plans, leases, pins, transfers and checksums that have not ended."""
+        return {**self._planner.leftovers(), "checksums": 0 if self._recorder is None else self._recorder.num_waiting}
 
     def check(self) -> list[Damage]:
         """Verifies the books of the control plane and the arena. Empty = healthy."""
@@ -313,13 +322,38 @@ class CacheEngine:
             self._attachment.close()
         for tier in self._tiers:
             tier.close()
+        if self._recorder is not None:
+            self._recorder.close()
         self._arena.close()
+
+    def _adopt(self) -> None:
+        """Has the blocks verified that an earlier process left in the arena; ``poll`` makes them hits one after the other."""
+        if self._recorder is None:
+            return
+        for slot, found in list(self._recorder.left()):
+            job_id = self._planner.adopt(found.meta, found.tenant, slot)
+            if job_id is None:
+                self._recorder.vacated(slot)
+            else:
+                self._recorder.verify(job_id, slot, found)
 
     def _grow(self) -> None:
         """Lets the allocator use what the arena has prepared since."""
         if self._space.growing or self._slab.limit_bytes < self._arena.ready_bytes:
             self._slab.set_limit(self._arena.ready_bytes)
         self._space.growing = self._arena.ready_bytes < self._arena.capacity_bytes and self._arena.reserve_error is None
+
+
+def _host_bytes(config: Config, block_bytes: int) -> int:
+    """The capacity of host memory, in whole pages. Raises ConfigError where it holds no block."""
+    capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
+    if capacity_bytes < round_up_to_page(block_bytes):
+        raise ConfigError(
+            f"tiers[{config.tiers.index(config.host)}].capacity: {config.host.capacity_bytes} bytes hold no block; "
+            f"one block of this model has {block_bytes} bytes. "
+            f"Allowed: at least {round_up_to_page(block_bytes)} bytes; some thousand blocks are sensible"
+        )
+    return capacity_bytes
 
 
 def _set_quotas(planner: Planner, config: Config, now: float) -> None:
@@ -341,44 +375,6 @@ def _own_arena(config: Config) -> Arena:
 def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Residency:
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=ttl_mode == "sliding")
     return Residency(name, lambda: create_policy(policy), expiry, expires_by_policy=ttl_mode == "auto")
-
-
-def _open_tiers(config: Config, arena: Arena, block_bytes: int) -> list[Tier]:
-    opened: list[Tier] = []
-    try:
-        for section in config.lower:
-            if isinstance(section, DiskTierConfig):
-                opened.append(_open_disk(section, config, arena, block_bytes))
-            else:
-                opened.append(open_remote(section, (arena.address, arena.capacity_bytes)))
-    except BaseException:
-        for tier in opened:
-            tier.close()
-        raise
-    return opened
-
-
-def _open_disk(disk: DiskTierConfig, config: Config, arena: Arena, block_bytes: int) -> Tier:
-    tier = DiskTier(
-        disk.path,
-        disk.capacity_bytes,
-        segment_bytes=disk.segment_bytes,
-        direct_io=disk.direct_io,
-        io_engine=disk.io_engine,
-        queue_depth=disk.queue_depth,
-        io_threads=disk.io_threads,
-        max_in_flight_bytes=disk.max_in_flight_bytes,
-        durable=disk.durable,
-        memory=(arena.address, arena.capacity_bytes),
-    )
-    if not tier.max_blocks(block_bytes):
-        tier.close()
-        least = round_up_to_page(block_bytes) + 2 * PAGE_BYTES
-        raise ConfigError(
-            f"tiers[{config.tiers.index(disk)}].segment: {disk.segment_bytes} bytes hold no block; one block of this model has "
-            f"{block_bytes} bytes. Allowed: at least {least} bytes, and a directory whose segments are as large, or an empty one"
-        )
-    return tier
 
 
 def _spec(tier: Tier, config: Config) -> LowerTierSpec:

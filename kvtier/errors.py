@@ -110,6 +110,8 @@ class RefusalReason(enum.Enum):
     RATIO = "ratio"
     MODEL = "model"
     METHOD = "method"
+    BOUNDARIES = "boundaries"
+    """its messages were to be the chunks, and nobody knows what a message of this model begins with"""
     FORMAT = "format"
     """what was asked is not a mapping with the right keys and kinds of values"""
     OFF = "off"

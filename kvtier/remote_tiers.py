@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtier.config import MooncakeTierConfig, ObjectTierConfig, RedisTierConfig
+from kvtier.codecs import Sealer
+from kvtier.config import DiskTierConfig, MooncakeTierConfig, ObjectTierConfig, RedisTierConfig
 from kvtier.errors import ConfigError
 from kvtier.tiers.remote import RemoteClient, RemoteSettings, RemoteTier
-from kvtier.tiers.remote.records import Sealer
 
 AnyRemoteConfig = RedisTierConfig | MooncakeTierConfig | ObjectTierConfig
 
@@ -30,7 +30,7 @@ def open_remote(section: AnyRemoteConfig, memory: tuple[int, int] | None = None)
         must_answer=section.required,
         **options,
     )
-    sealer = _sealer(section)
+    sealer = open_sealer(section)
     client = _client(section, memory)
     return RemoteTier(client, name=section.type, settings=settings, sealer=sealer)
 
@@ -93,7 +93,11 @@ def _object(section: ObjectTierConfig) -> RemoteClient:
     return ObjectClient(access)
 
 
-def _sealer(section: AnyRemoteConfig) -> Sealer | None:
+def open_sealer(section: AnyRemoteConfig | DiskTierConfig) -> Sealer | None:
+    """What encrypts the blocks of a tier; None where it has no key.
+
+    Raises ConfigError: the key cannot be read or is none, or the extra is not installed.
+    """
     text = section.encryption_key()
     if text is None:
         return None

@@ -29,6 +29,11 @@ _LOWER: Mapping[str, str] = {
     "offline": "times {} was taken offline",
 }
 
+_ENCRYPTED: Mapping[str, str] = {
+    "other_key_records": "values in {} that were encrypted with another key, or not at all",
+    "forged_records": "values in {} whose encryption was not that of the key they named",
+}
+
 _REMOTE: Mapping[str, str] = {
     "timeouts": "calls of {} that missed a deadline",
     "connect_errors": "connections to {} that failed or broke",
@@ -41,8 +46,6 @@ _REMOTE: Mapping[str, str] = {
     "shared_loads": "loads that needed no read of {} of their own",
     "damaged_records": "values in {} that were not whole",
     "foreign_records": "values in {} that were not the block asked for",
-    "other_key_records": "values in {} that were encrypted with another key, or not at all",
-    "forged_records": "values in {} whose encryption was not that of the key they named",
     "failed_removals": "blocks that stayed in {} although they were removed",
     "probes": "times {} was asked what it has of a prompt",
     "probed_blocks": "blocks found in {} that way",
@@ -53,7 +56,7 @@ def _of_lower_tiers() -> dict[str, str]:
     """The counters of every kind of tier below host memory."""
     found = {}
     for tier, place in _PLACES.items():
-        names = _LOWER if tier == "disk" else {**_LOWER, **_REMOTE}
+        names = {**_LOWER, **_ENCRYPTED} if tier == "disk" else {**_LOWER, **_ENCRYPTED, **_REMOTE}
         found.update({f"{tier}.{name}": text.format(place) for name, text in names.items()})
     return found
 
@@ -66,6 +69,9 @@ COUNTERS: Mapping[str, str] = {
     "host.evicted_blocks": "blocks evicted from host memory",
     "host.not_admitted_blocks": "blocks not stored because what host memory has is worth more",
     "host.expired_blocks": "blocks whose time to live in host memory ended",
+    "host.adopted_blocks": "blocks in the host memory of a daemon that died, verified and taken over by the next one",
+    "host.damaged_blocks": "blocks in the host memory of a daemon that died that failed verification",
+    "host.unrecorded_blocks": "blocks in host memory that the next daemon would not find, should this one die",
     "store.refused_blocks": "blocks not stored because no slot could be freed",
     "store.aborted_blocks": "blocks whose copy into the arena failed or was given up",
     "load.failed_blocks": "blocks whose copy to the engine failed; the engine recomputes them",

@@ -68,8 +68,9 @@ class TransferRunner:
                 for probe in shared.take_probes():
                     self._running[index - 1] -= 1
                     self._probed(shared, probe, now)
-            for event, count in shared.take_events().items():
-                self._stats.add(f"{shared.name}.{event}", count)
+        for tier in self._tiers:
+            for event, count in tier.take_events().items():
+                self._stats.add(f"{tier.name}.{event}", count)
         self._watch_health()
         self.run()
 

@@ -10,7 +10,7 @@ with a capacity.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -158,6 +158,18 @@ class PrefixMatch:
     hit_blocks: int
     ready_blocks: int
     pending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOrder:
+    """What one request wants stored: those of ``keys[first:]`` that host memory lacks; ``keys`` is the prompt's whole chain so far."""
+
+    keys: Sequence[BlockKey]
+    first: int
+    tenant: str = ""
+    """whose blocks they are; blocks of one tenant must never continue those of another one"""
+    may_evict: bool = True
+    """False: only what is free is used, nobody leaves"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ COMMANDS: Mapping[str, str] = {
     "copy": "kvtier bench copy",
     "disk": "kvtier bench disk",
     "tier": "kvtier bench tier",
-    "sharing": "kvtier bench sharing --model .cache/smollm2 --rounds 3 --paths redis-unix redis-tcp mooncake s3",
+    "sharing": "kvtier bench sharing --model .cache/smollm2 --rounds 3",
+    "faults": "kvtier bench faults --model .cache/smollm2",
     "gpu": "make gpu-check",
 }
 """Benchmarks in the order of the page, and what measures them."""

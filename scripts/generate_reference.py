@@ -134,9 +134,11 @@ STRUCTURE: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "engine.py",
             "cache.py",
+            "lower_tiers.py",
             "remote_tiers.py",
             "transfer.py",
             "sharing.py",
+            "slot_recorder.py",
             "verbs.py",
             "controller.py",
             "controlled.py",

@@ -41,8 +41,10 @@ LAYERS: Mapping[str, int] = {
     "kvtier.controller": 4,
     "kvtier.engine": 4,
     "kvtier.job": 4,
+    "kvtier.lower_tiers": 4,
     "kvtier.remote_tiers": 4,
     "kvtier.sharing": 4,
+    "kvtier.slot_recorder": 4,
     "kvtier.verbs": 4,
     "kvtier.transfer": 4,
     "kvtier.machine": 4,
@@ -147,11 +149,11 @@ PURE_MAY_IMPORT = ("kvtier.memory.slab", "kvtier.memory.leases", *PURE)
 RESERVED: Mapping[str, Sequence[str]] = {
     "kvtier.connectors.vllm": (),
     "kvtier.connectors": ("kvtier.bench", "kvtier.testing"),
-    "kvtier.tiers.disk": ("kvtier.engine", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
+    "kvtier.tiers.disk": ("kvtier.lower_tiers", "kvtier.cli", "kvtier.bench", "kvtier.testing"),
     "kvtier.blend": ("kvtier.connectors", "kvtier.bench", "kvtier.testing"),
     "kvtier.copy": ("kvtier.blend", "kvtier.connectors", "kvtier.bench", "kvtier.machine", "kvtier.testing"),
     "kvtier.serve": ("kvtier.cli", "kvtier.connectors", "kvtier.bench", "kvtier.testing"),
-    "kvtier.testing": ("kvtier.bench.serve", "kvtier.bench.servers", "kvtier.bench.sharing"),
+    "kvtier.testing": ("kvtier.bench.faults", "kvtier.bench.serve", "kvtier.bench.servers", "kvtier.bench.sharing"),
     "kvtier.bench": (),
 }
 """part -> who outside of it may import it, where the layers alone allow more: what serves one engine, one disk or only tests stays apart"""

@@ -28,6 +28,8 @@ RATIO = 0.15
 LIMIT = 0.35
 METHODS = ("epic", "cacheblend", "prophetkv", "combined")
 OTHERS_METHOD = "combined"
+OTHER_RATIOS = (0.0, 0.05, 0.3, 0.5)
+"""with that method, for the curve"""
 NUM_OTHERS = 4
 OTHERS_TOKENS = 48
 TIERS = [{"type": "host", "capacity": "1GiB"}]
@@ -57,22 +59,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def first_tokens(ask: Any, rounds: int) -> Iterator[Record]:
-    """Every method by turns with full prefill, on the same prompts."""
-    times: dict[str, list[float]] = {name: [] for name in ("computed", *METHODS)}
+    """Every method, and one with every ratio, by turns with full prefill on the same prompts."""
+    cases = [("computed", 1.0), *((name, RATIO) for name in METHODS), *((OTHERS_METHOD, ratio) for ratio in OTHER_RATIOS)]
+    times: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
     for number in range(rounds):
-        for name, seconds in times.items():
+        for (name, ratio), seconds in times.items():
             ids, spans = _prompt(number)
-            options = COMPUTED if name == "computed" else _options(spans, name)
+            options = COMPUTED if name == "computed" else _options(spans, name, ratio)
             answer = ask([ids], [options])
             _check(answer, 0 if name == "computed" else 1)
             seconds.append(answer["ttft_s"])
     params = {"tokens": NUM_CHUNKS * CHUNK_TOKENS + NUM_SYSTEM_TOKENS + QUESTION_TOKENS}
-    yield record("time to first token, computed", params, times["computed"], "ms")
-    for name in METHODS:
-        more = {**params, "ratio": RATIO}
-        yield record(f"time to first token, {name}", more, times[name], "ms")
-        share = statistics.median(times[name]) / statistics.median(times["computed"])
-        yield Record(f"of computing, {name}", more, share, "ratio", 0.0, LIMIT, share / LIMIT)
+    computed = times.pop(cases[0])
+    yield record("time to first token, computed", params, computed, "ms")
+    for (name, ratio), seconds in times.items():
+        more = {**params, "ratio": ratio}
+        yield record(f"time to first token, {name}", more, seconds, "ms")
+        share = statistics.median(seconds) / statistics.median(computed)
+        limit = LIMIT if ratio == RATIO else None
+        yield Record(f"of computing, {name}", more, share, "ratio", 0.0, limit, None if limit is None else share / limit)
 
 
 def others(ask: Any, rounds: int) -> Iterator[Record]:
@@ -121,8 +126,8 @@ def _tokens(seed: object, number: int) -> list[int]:
     return [chance.randrange(1000, 40_000) for _ in range(number)]
 
 
-def _options(spans: list[list[int]], method: str) -> dict[str, Any]:
-    return {"store": False, "blend": {"spans": spans, "method": method, "ratio": RATIO}}
+def _options(spans: list[list[int]], method: str, ratio: float = RATIO) -> dict[str, Any]:
+    return {"store": False, "blend": {"spans": spans, "method": method, "ratio": ratio}}
 
 
 def _check(answer: dict[str, Any], num_blended: int) -> None:

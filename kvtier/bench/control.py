@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes. Returns the exit status."""
-    records = [*lookups(args.rounds), *steps(args.rounds), *evictions(args.resident, args.rounds)]
+    records = [*lookups(args.rounds), *strangers(args.rounds), *steps(args.rounds), *evictions(args.resident, args.rounds)]
     records += disk_evictions(args.resident, args.rounds, args.directory)
     publish("kvtier bench control", records, args.json)
     return 0
@@ -96,6 +96,22 @@ def lookups(rounds: int) -> Iterator[Record]:
             yield record("lookup, all hit, pin and unpin", work, times, "ms", peers=peer.rounds("pin", rounds).time("pin", "ms"))
             times = time_rounds(no_hit, rounds=rounds)
             yield record("lookup, no hit", work, times, "us", peers=peer.rounds("no hit", rounds).time("no hit", "us"))
+
+
+def strangers(rounds: int) -> Iterator[Record]:
+    """What a tenant could learn from the time of a lookup: a prompt that another tenant has, by turns with one that nobody has."""
+    tokens = np.random.default_rng(8).integers(0, 49_152, (2, PROMPT_TOKENS)).tolist()
+    with _engine(PROMPT_TOKENS // STEP_BLOCK_TOKENS + 1) as engine:
+        _store(engine, KeyChain(b"a" * 16, STEP_BLOCK_TOKENS).update(tokens[0], PROMPT_TOKENS))
+
+        def look(prompt: list[int]) -> float:
+            chain = KeyChain(b"b" * 16, STEP_BLOCK_TOKENS)
+            return _seconds(lambda: engine.match(chain.iter(prompt, PROMPT_TOKENS)))
+
+        there, nowhere = in_turns([lambda: look(tokens[0]), lambda: look(tokens[1])], 40 * rounds)
+    work = {"tokens": PROMPT_TOKENS, "block_tokens": STEP_BLOCK_TOKENS}
+    yield record("lookup by a stranger, another tenant has it", work, there, "us")
+    yield record("lookup by a stranger, nobody has it", work, nowhere, "us")
 
 
 def steps(rounds: int, num_requests: int = 64) -> Iterator[Record]:

@@ -30,9 +30,11 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-ARGUMENTS = {"dtype": "bfloat16", "block_size": 32, "max_model_len": 4096, "max_num_seqs": 8, "enable_prefix_caching": False}
+ARGUMENTS = {"block_size": 32, "max_model_len": 4096, "max_num_seqs": 8, "enable_prefix_caching": False}
 LIMITS = {(3600, "host"): 0.02, (3600, "disk"): 0.04, (900, "host"): 0.08, (900, "disk"): None}
 OVERHEAD_LIMIT = 1.03
+FORGET: list[list[int]] = []
+"""in place of prompts: the engine forgets what it has in host memory and what it knows of other tiers"""
 ENGINE_STARTS = 2
 
 
@@ -112,14 +114,17 @@ def prompt_of(num_tokens: int, number: int) -> list[int]:
 
 
 @contextmanager
-def open_engine(model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, **more: Any) -> Iterator[Any]:
+def open_engine(
+    model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, dtype: str = "bfloat16", **more: Any
+) -> Iterator[Any]:
     """An engine in a process of its own; yields a function from prompts, and kvtier's options of each, to what was measured.
 
-    ``tiers``: kvtier's; None: without it. ``more``: other settings of kvtier.
+    ``tiers``: kvtier's; None: without it. ``more``: other settings of kvtier. ``dtype``: with float32 the tokens, too, can be compared.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, model, directory, tiers, more), daemon=True)
+    settings = None if tiers is None else {"tiers": list(tiers), **more}
+    process = context.Process(target=_serve, args=(theirs, model, directory, dtype, settings), daemon=True)
     process.start()
     theirs.close()
 
@@ -144,15 +149,17 @@ def open_engine(model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] 
         process.join(60.0)
 
 
-def _serve(pipe: Connection, model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, settings: Mapping[str, Any]) -> None:
+def _serve(pipe: Connection, model: str, directory: Path, dtype: str, settings: Mapping[str, Any] | None) -> None:
     with (directory / "engines.log").open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     from vllm import LLM, SamplingParams  # noqa: PLC0415 - only this process needs it
     from vllm.config import KVTransferConfig  # noqa: PLC0415
 
-    more = {} if tiers is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(tiers, settings))}
-    llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, **more)
+    from kvtier.controller import Controller  # noqa: PLC0415
+
+    more = {} if settings is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(settings))}
+    llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, dtype=dtype, **more)
 
     def sampling(options: Any, max_tokens: int) -> SamplingParams:
         extra = None if options is None else {"kv_transfer_params": {"kvtier": options}}
@@ -162,6 +169,10 @@ def _serve(pipe: Connection, model: str, directory: Path, tiers: Sequence[Mappin
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         prompts, options, max_tokens = asked
+        if prompts == FORGET:
+            Controller.of().clear(tier="all").result(60.0)
+            pipe.send({})
+            continue
         start = time.perf_counter()
         wanted = [sampling(each, max_tokens) for each in options]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
@@ -174,9 +185,12 @@ def _measured(outputs: Any) -> dict[str, Any]:
     said = [(output.kv_transfer_params or {}).get("kvtier", {}) for output in outputs]
     started = min(output.metrics.queued_ts for output in outputs)
     return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "ttft_s": outputs[0].metrics.first_token_latency,
+        "waited_s": outputs[0].metrics.scheduled_ts - outputs[0].metrics.queued_ts,
         "last_s": [output.metrics.last_token_ts - started for output in outputs],
         "loaded_tokens": sum(each.get("disk_tokens", 0) for each in said),
+        "host_tokens": sum(each.get("host_tokens", 0) for each in said),
         "blended": [each.get("blend", {}).get("tokens", 0) for each in said],
     }
 
@@ -186,11 +200,11 @@ def own_tiers(directory: Path) -> list[dict[str, Any]]:
     return [{"type": "host", "capacity": "2GiB"}, {"type": "disk", "path": str(directory / "tier"), "capacity": "4GiB"}]
 
 
-def _transfer_settings(tiers: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _transfer_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kv_connector": "KVTierConnector",
         "kv_connector_module_path": "kvtier.connectors.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"tiers": list(tiers), **settings},
+        "kv_connector_extra_config": dict(settings),
     }

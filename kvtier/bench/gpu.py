@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,18 +22,15 @@ import numpy as np
 from kvtier.bench.report import Record, publish
 from kvtier.copy.cuda_calibrate import calibrate
 from kvtier.copy.cuda_choice import DIRECTIONS, Direction, Way
-from kvtier.copy.cuda_copier import bind_ways, open_lanes, upload_segments
-from kvtier.copy.cuda_params import MAX_BLOCKS, paged_copy
-from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, Launch
-from kvtier.copy.cuda_ways import COPY_THREADS, Batch, Bound, CopySettings, CopyWay, Lane, Staging
+from kvtier.copy.cuda_copier import DEVICE_BLOCKS, bind_ways, open_lanes, upload_segments
+from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent
+from kvtier.copy.cuda_ways import Batch, Bound, CopySettings, CopyWay, DirectCopies, Lane, Staging
 from kvtier.layout import Segment
 
 PIECE_BYTES = (4 << 10, 6 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 PIECES_PER_BLOCK = 32
 TOTAL_BYTES = 256 << 20
 ARROWS = {"load": "host to GPU", "store": "GPU to host"}
-GATHER_BLOCKS = 256
-"""thread blocks of the gather on the device, which nothing runs beside"""
 BOTH_LIMIT = 80.0
 """stated target for both directions at once, in GB/s; the limit measured in the run stands beside it"""
 
@@ -137,7 +134,14 @@ class GpuBench:
         """Pages into contiguous memory on the device, as into a pool there, against a copy of as many bytes on the device."""
         for piece_bytes in PIECE_BYTES:
             with self._work(piece_bytes) as work:
-                cases: Cases = {"limit": [self._on_device], "gather": [functools.partial(self._gather, work)]}
+                bound = replace(
+                    work.bound,
+                    settings=CopySettings(num_blocks=DEVICE_BLOCKS),
+                    arena_address=self._device.address + self._total,
+                    is_on_device=True,
+                )
+                gather = functools.partial(self._submit, DirectCopies(bound), work.batch, "store")
+                cases: Cases = {"limit": [self._on_device], "gather": [gather]}
                 rates = self._rates(cases, work.num_bytes)
                 yield _record("gather on the device", {"piece_bytes": piece_bytes}, rates["gather"], statistics.median(rates["limit"]))
 
@@ -200,14 +204,6 @@ class GpuBench:
     def _plain(self, stream: int, to: int, source: int) -> DeviceEvent:
         self.runtime.copy(stream, np.array([to], np.uint64), np.array([source], np.uint64), np.array([self._total], np.int64))
         return self.runtime.record(stream)
-
-    def _gather(self, work: _Work) -> DeviceEvent:
-        target = self._device.address + self._total
-        for start in range(0, len(work.batch), MAX_BLOCKS):
-            part = work.batch.part(start, start + MAX_BLOCKS)
-            params = paged_copy(work.bound.table, target, part.block_ids, part.offsets, to_paged=False)
-            self.runtime.launch(self._engine, Launch("paged_copy", params, GATHER_BLOCKS, COPY_THREADS))
-        return self.runtime.record(self._engine)
 
 
 def beside_a_matrix_product(bench: GpuBench, *, size: int = 8192, products: int = 20, rounds: int = 7) -> Iterator[Record]:

@@ -7,8 +7,9 @@ cryptographic hash of all its tokens. So a false match costs time and never wron
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from kvtier.types import BlockKey
 
 HEAD_TOKENS = 16
 """of a chunk are hashed to find it; shorter chunks are found only where the caller says"""
+MIN_MESSAGE_TOKENS = 64
+"""shorter messages of a chat are not worth a chunk"""
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -77,6 +80,17 @@ def separated_spans(token_ids: Sequence[int], separator: Sequence[int]) -> list[
         position += len(pattern)
         previous_end = position
     return spans
+
+
+def message_spans(token_ids: Sequence[int], turn_markers: Collection[int]) -> tuple[int, list[Span]]:
+    """The messages of a chat that are chunks, and the length of the first one, which is what they lie behind.
+
+    A message goes from a marker to the next one. The last two are no chunks: what is asked, and the beginning of the answer. Nor are
+    those of less than ``MIN_MESSAGE_TOKENS``.
+    """
+    starts = [position for position, token in enumerate(token_ids) if token in turn_markers]
+    spans = [Span(start, end) for start, end in itertools.pairwise(starts[1:-1]) if end - start >= MIN_MESSAGE_TOKENS]
+    return (starts[1] if len(starts) > 1 else 0), spans
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,18 +63,11 @@ class AdaptiveRatio:
         return max(bounds[0], min(bounds[1], needed))
 
 
-def hidden_ratio(load_s: float, prefill_s: float, minimum: float) -> float:
-    """The share that computes in the time of loading: what hides under it costs no time to first token.
-
-    ``load_s``: seconds to load the chunks' KV; ``prefill_s``: seconds to compute all of it.
-    """
-    check_ratio("minimum", minimum)
-    if prefill_s <= 0:
-        return 1.0
-    return max(minimum, min(1.0, load_s / prefill_s))
-
-
 def check_ratio(name: str, value: float) -> None:
     """Raises BlendRefusedError where the value is not a share."""
     if not 0 <= value <= 1:  # false for NaN as well
         raise BlendRefusedError(RefusalReason.RATIO, f"{name} is {value}; [0, 1] is allowed")
+
+
+AUTO_RATIO = AdaptiveRatio(mass=0.6, minimum=0.05, maximum=0.3)
+"""what ``ratio: auto`` means"""

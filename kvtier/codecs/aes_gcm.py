@@ -12,12 +12,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from kvtier.codecs import KEY_ID_BYTES, overhead_of
+from kvtier.codecs import KEY_ID_BYTES, TAG_BYTES, overhead_of
 from kvtier.codecs import CodecId as _CodecId
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
-TAG_BYTES = 16
 _HEX_DIGITS = 2 * KEY_BYTES
 
 assert overhead_of(_CodecId.AES_GCM) == NONCE_BYTES + TAG_BYTES
@@ -36,7 +35,9 @@ def parse_key(text: str) -> bytes:
 
 
 class Cipher:
-    """Seals payloads with one key and opens what was sealed with it. Thread-safe. ``repr`` shows the key's id alone.
+    """Seals payloads with one key and opens what was sealed with it: a :class:`~kvtier.codecs.Sealer`. Thread-safe.
+
+    ``repr`` shows the key's id alone.
 
     Each namespace has a key of its own, derived by HKDF (RFC 5869), and each payload a random nonce; by chance two nonces of one namespace
     agree with a probability of 2^-33 after four thousand million payloads, which is when a key should be replaced.
@@ -55,16 +56,21 @@ class Cipher:
         return f"Cipher({self.key_id.hex()})"
 
     def seal(self, payload: memoryview, namespace: bytes, context: bytes) -> bytearray:
-        """Nonce, encrypted payload and tag. ``context`` must be the same when it is opened; it is not part of the result."""
         sealed = bytearray(NONCE_BYTES + len(payload) + TAG_BYTES)
-        nonce = sealed[:NONCE_BYTES] = os.urandom(NONCE_BYTES)
-        self._aead(namespace).encrypt_into(nonce, payload, context, memoryview(sealed)[NONCE_BYTES:])
+        sealed[:NONCE_BYTES] = self.seal_into(payload, memoryview(sealed)[NONCE_BYTES:], namespace, context)
         return sealed
 
+    def seal_into(self, payload: memoryview, room: memoryview, namespace: bytes, context: bytes) -> bytes:
+        nonce = os.urandom(NONCE_BYTES)
+        self._aead(namespace).encrypt_into(nonce, payload, context, room)
+        return nonce
+
     def open_into(self, sealed: memoryview, payload: memoryview, namespace: bytes, context: bytes) -> bool:
-        """Writes what was sealed to ``payload``, which is undefined where the answer is False: it was not sealed so."""
+        return self.open_with(bytes(sealed[:NONCE_BYTES]), sealed[NONCE_BYTES:], payload, namespace, context)
+
+    def open_with(self, nonce: bytes, room: memoryview, payload: memoryview, namespace: bytes, context: bytes) -> bool:
         try:
-            self._aead(namespace).decrypt_into(bytes(sealed[:NONCE_BYTES]), sealed[NONCE_BYTES:], context, payload)
+            self._aead(namespace).decrypt_into(nonce, room, context, payload)
         except InvalidTag:
             return False
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
@@ -22,11 +21,9 @@ from kvtier.config.fields import (
     setting,
     write_mode,
 )
-from kvtier.errors import ConfigError
+from kvtier.config.secrets import FILE, VARIABLE, key_file, key_variable, one_key, only_one, read_secret
 
 _TIMEOUT = "more than 0: `2s`, `500ms`, or seconds"
-_VARIABLE = "null, or the name of an environment variable"
-_FILE = "null, or the path of a file; `~`, `$NAME` and `${NAME}` are expanded"
 
 
 class RemoteTierConfig(Section):
@@ -56,14 +53,10 @@ class RemoteTierConfig(Section):
     )
     threads: int = setting(4, kind="integer", allowed="a whole number from 1 to 64", about="Calls under way at once.", ge=1, le=64)
     max_in_flight_bytes: Size = max_in_flight("Bytes on their way to the store at once; more is not stored.")
-    encryption_key_env: str | None = setting(
-        None,
-        kind="name",
-        allowed=_VARIABLE,
-        about="The variable that holds a key (32 bytes as 64 hexadecimal digits or in Base64) to encrypt blocks with, by AES-256-GCM. "
-        "null: blocks are stored as they are.",
-    )
-    encryption_key_file: ExpandedPath | None = setting(None, kind="path", allowed=_FILE, about="The file that holds the key, instead.")
+    encryption_key_env: str | None = key_variable()
+    encryption_key_file: ExpandedPath | None = key_file()
+
+    _one_key = field_validator("encryption_key_file")(one_key)
 
     @field_validator("prefix")
     @classmethod
@@ -72,14 +65,9 @@ class RemoteTierConfig(Section):
             raise ValueError("not the beginning of names")
         return prefix
 
-    @field_validator("encryption_key_file")
-    @classmethod
-    def _one_key(cls, encryption_key_file: object, info: ValidationInfo) -> object:
-        return _only_one(encryption_key_file, info.data.get("encryption_key_env"), "encryption_key_env")
-
     def encryption_key(self) -> str | None:
         """Read now. Raises ConfigError where the variable or file is not there."""
-        return _secret(self.type, "encryption_key", self.encryption_key_env, self.encryption_key_file)
+        return read_secret(self.type, "encryption_key", self.encryption_key_env, self.encryption_key_file)
 
     @property
     def server_ttl_s(self) -> float | None:
@@ -98,10 +86,10 @@ class RedisTierConfig(RemoteTierConfig):
         about="The server; with `cluster` any node of it, with `sentinel` the sentinels: `redis://HOST:PORT,HOST:PORT/DB`.",
     )
     username: str | None = setting(None, kind="text", allowed="null, or a name", about="The user (ACL). null: the server's default user.")
-    password_env: str | None = setting(None, kind="name", allowed=_VARIABLE, about="The variable that holds the password.")
-    password_file: ExpandedPath | None = setting(None, kind="path", allowed=_FILE, about="The file that holds the password, instead.")
+    password_env: str | None = setting(None, kind="name", allowed=VARIABLE, about="The variable that holds the password.")
+    password_file: ExpandedPath | None = setting(None, kind="path", allowed=FILE, about="The file that holds the password, instead.")
     ca_file: ExpandedPath | None = setting(
-        None, kind="path", allowed=_FILE, about="Certificates that vouch for the server. null: the system's."
+        None, kind="path", allowed=FILE, about="Certificates that vouch for the server. null: the system's."
     )
     cluster: bool = setting(False, kind="boolean", allowed="`true`, `false`", about="Whether `url` names a node of a cluster.")
     sentinel: str | None = setting(
@@ -152,7 +140,7 @@ class RedisTierConfig(RemoteTierConfig):
     @field_validator("password_file")
     @classmethod
     def _one_password(cls, password_file: object, info: ValidationInfo) -> object:
-        return _only_one(password_file, info.data.get("password_env"), "password_env")
+        return only_one(password_file, info.data.get("password_env"), "password_env")
 
     @property
     def server_ttl_s(self) -> float | None:
@@ -161,7 +149,7 @@ class RedisTierConfig(RemoteTierConfig):
 
     def password(self) -> str | None:
         """Read now. Raises ConfigError where the variable or file is not there."""
-        return _secret("redis", "password", self.password_env, self.password_file)
+        return read_secret("redis", "password", self.password_env, self.password_file)
 
 
 class ObjectTierConfig(RemoteTierConfig):
@@ -181,8 +169,8 @@ class ObjectTierConfig(RemoteTierConfig):
     access_key: str | None = setting(
         None, kind="text", allowed="null, or a name", about="The access key's id of S3. null: as the environment says."
     )
-    secret_key_env: str | None = setting(None, kind="name", allowed=_VARIABLE, about="The variable that holds the access key's secret.")
-    secret_key_file: ExpandedPath | None = setting(None, kind="path", allowed=_FILE, about="The file that holds it, instead.")
+    secret_key_env: str | None = setting(None, kind="name", allowed=VARIABLE, about="The variable that holds the access key's secret.")
+    secret_key_file: ExpandedPath | None = setting(None, kind="path", allowed=FILE, about="The file that holds it, instead.")
     threads: int = setting(16, kind="integer", allowed="a whole number from 1 to 64", about="Requests under way at once.", ge=1, le=64)
     total_timeout_s: Duration = setting(
         20.0, key="total_timeout", kind="duration", allowed=_TIMEOUT, about="For one request, with all its attempts.", gt=0
@@ -205,12 +193,12 @@ class ObjectTierConfig(RemoteTierConfig):
 
     @field_validator("secret_key_file")
     @classmethod
-    def _one_secret(cls, secret_key_file: object, info: ValidationInfo) -> object:
-        return _only_one(secret_key_file, info.data.get("secret_key_env"), "secret_key_env")
+    def _oneread_secret(cls, secret_key_file: object, info: ValidationInfo) -> object:
+        return only_one(secret_key_file, info.data.get("secret_key_env"), "secret_key_env")
 
     def secret_key(self) -> str | None:
         """Read now. Raises ConfigError where the variable or file is not there."""
-        return _secret("object", "secret_key", self.secret_key_env, self.secret_key_file)
+        return read_secret("object", "secret_key", self.secret_key_env, self.secret_key_file)
 
 
 class MooncakeTierConfig(RemoteTierConfig):
@@ -246,23 +234,3 @@ class MooncakeTierConfig(RemoteTierConfig):
     def master(self) -> str:
         """As ``host:port``."""
         return self.url.partition("://")[2]
-
-
-def _only_one(file: object, variable: object, name: str) -> object:
-    if file is not None and variable is not None:
-        raise ValueError(f"{name} is given too; keep one")
-    return file
-
-
-def _secret(tier: str, name: str, variable: str | None, file: os.PathLike[str] | None) -> str | None:
-    if variable is not None:
-        if variable not in os.environ:
-            raise ConfigError(f"tier {tier}: {name}_env: the environment variable {variable} is not set")
-        return os.environ[variable]
-    if file is None:
-        return None
-    try:
-        with open(file, encoding="utf-8") as content:
-            return content.read().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"tier {tier}: {name}_file: {os.fspath(file)}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None

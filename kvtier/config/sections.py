@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from kvtier.config.fields import (
     ON_OFF,
     SIZES,
@@ -49,12 +51,13 @@ class ConnectorConfig(Section):
         allowed="`auto`, `always`",
         about="Whether blocks are loaded that the engine would compute faster. `auto`: not, once both were measured. `always`: load.",
     )
-    gpu_copy: Literal["auto", "dma", "bulk", "staged"] = setting(
+    gpu_copy: Literal["auto", "dma", "bulk", "staged", "direct"] = setting(
         "auto",
         kind="name",
-        allowed="`auto`, `dma`, `bulk`, `staged`",
+        allowed="`auto`, `dma`, `bulk`, `staged`, `direct`",
         about="How blocks are copied to and from a GPU. `auto`: for each direction and size the way that was the fastest at start. "
-        "`dma`: the copy engines alone. `bulk`: a kernel straight to host memory (Hopper and later). `staged`: a kernel and a buffer.",
+        "`dma`: the copy engines alone. `bulk`: a kernel straight to host memory (Hopper and later). `staged`: a kernel and a buffer. "
+        "`direct`: a kernel that needs neither.",
     )
     copy_threads: int = setting(
         2,
@@ -72,14 +75,24 @@ class BlendConfig(Section):
     enabled: bool = setting(
         False, kind="boolean", allowed="`true`, `false`", about="Whether requests may reuse chunks (`kv_transfer_params`, key `blend`)."
     )
+    boundaries: Literal["request", "messages", "auto"] = setting(
+        "request",
+        kind="name",
+        allowed="`request`, `messages`, `auto`",
+        about="Where the chunks of a request's prompt begin and end, where the request does not say. `request`: it has to say. `messages`: "
+        "with the messages of the chat. `auto`: wherever chunks lie that earlier requests named.",
+    )
     method: Literal["none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined"] = setting(
         "combined",
         kind="name",
         allowed="`none`, `cacheblend`, `epic`, `prophetkv`, `cachecraft`, `combined`",
         about="How the tokens of chunks are chosen that are computed anew, where a request does not say.",
     )
-    ratio: float = setting(
-        0.15, kind="number", allowed="0 to 1", about="Which share of them that is, where a request does not say.", ge=0, le=1
+    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = setting(
+        0.15,
+        kind="number, or `auto`",
+        allowed="0 to 1, `auto`",
+        about="Which share of them that is, where a request does not say. `auto`: as many as the method's scores say, 5 % to 30 %.",
     )
     min_reuse: float = setting(
         0.5,
@@ -150,6 +163,13 @@ class DaemonConfig(Section):
         allowed="more than 0: `1s`, `500ms`, or seconds",
         about="How long an engine waits before it tries again to reach a daemon that was lost.",
         gt=0,
+    )
+    adopt: bool = setting(
+        True,
+        kind="boolean",
+        allowed="`true`, `false`",
+        about="Whether a daemon takes over the host memory of one that died. Then each block that is stored is read once more, for a "
+        "checksum. false: host memory begins empty.",
     )
     attach_timeout_s: Duration = setting(
         30.0,

@@ -23,6 +23,7 @@ from kvtier.config.fields import (
     setting,
     write_mode,
 )
+from kvtier.config.secrets import key_file, key_variable, one_key, read_secret
 from kvtier.units import format_size
 
 _PAGE_BYTES = 4096
@@ -175,9 +176,17 @@ class DiskTierConfig(Section):
     )
     max_in_flight_bytes: Size = max_in_flight("Bytes being read or written at once.")
     durable: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Blocks outlive a power cut, not only a crash.")
+    encryption_key_env: str | None = key_variable()
+    encryption_key_file: ExpandedPath | None = key_file()
 
     _quotas_fit = field_validator("quotas")(_fit_into_capacity)
     _ttl_mode_fits = field_validator("ttl_mode")(_stand_alone)
+
+    _one_key = field_validator("encryption_key_file")(one_key)
+
+    def encryption_key(self) -> str | None:
+        """Read now. Raises ConfigError where the variable or file is not there."""
+        return read_secret(self.type, "encryption_key", self.encryption_key_env, self.encryption_key_file)
 
     @field_validator("exclusive")
     @classmethod

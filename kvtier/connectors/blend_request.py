@@ -1,17 +1,21 @@
-"""What a request asks of chunk reuse (``kv_transfer_params["kvtier"]["blend"]``), checked against its prompt. Pure."""
+"""What a request asks of chunk reuse (``kv_transfer_params["kvtier"]["blend"]``), checked against its prompt. No clock, no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
 
 from kvtier.blend.chunks import anchor_of
-from kvtier.blend.finding import ChunkSpace, Span, check_spans, separated_spans
+from kvtier.blend.finding import ChunkSpace, Span, check_spans, message_spans, separated_spans
+from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.requests import BlendState
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 METHODS = ("none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined")
-KEYS = ("spans", "separator", "anchor", "method", "ratio")
+BOUNDARIES = ("messages", "auto")
+Ratio: TypeAlias = float | Literal["auto"]
+KEYS = ("spans", "separator", "boundaries", "tokens", "anchor", "method", "ratio")
 
 
 class BlendSettings(Protocol):
@@ -22,11 +26,15 @@ class BlendSettings(Protocol):
         """Whether requests may reuse chunks."""
 
     @property
+    def boundaries(self) -> str:
+        """Where chunks begin and end, where a request does not say."""
+
+    @property
     def method(self) -> str:
         """Which tokens are computed anew."""
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> Ratio:
         """Which share of the chunks' tokens that is."""
 
     @property
@@ -34,49 +42,102 @@ class BlendSettings(Protocol):
         """Which share of what would be covered must come from chunks."""
 
 
-def read_request(
-    asked: Mapping[str, Any], prompt: Sequence[int], settings: BlendSettings, *, root: bytes, primer: Sequence[int], block_tokens: int
-) -> BlendState:
-    """The request's chunks. ``primer``: tokens behind the anchor in the prompt, that chunks are computed behind too.
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a request's chunks depend on beside the request."""
+
+    root: bytes
+    """of the request's keys"""
+    block_tokens: int
+    primer: tuple[int, ...] = ()
+    """tokens that chunks are computed behind too, after what the prompt begins with"""
+    turn_markers: frozenset[int] = frozenset()
+    """tokens that a message begins with"""
+    known: KnownChunks = field(default_factory=KnownChunks)
+
+
+def read_request(asked: object, prompt: Sequence[int], settings: BlendSettings, around: Surroundings) -> BlendState:
+    """The request's chunks; what it names is known from now on.
 
     Raises:
         BlendRefusedError: what is asked makes no sense, or not for this prompt.
     """
+    if not isinstance(asked, Mapping):
+        raise _bad(f"{asked!r}; a mapping is allowed")
     unknown = sorted(str(key) for key in asked if key not in KEYS)
     if unknown:
         raise _bad(f"{', '.join(unknown)}: {', '.join(KEYS)} are allowed")
-    spans = check_spans(_spans(asked, prompt), len(prompt))
+    named = [key for key in ("spans", "separator", "boundaries") if key in asked]
+    if len(named) > 1 or (not named and settings.boundaries == "request"):
+        raise _bad("one of spans, separator and boundaries is needed")
     method = asked.get("method", settings.method)
     if method not in METHODS:
         raise BlendRefusedError(RefusalReason.METHOD, f"method is {method!r}; {', '.join(METHODS)} are allowed")
-    ratio = asked.get("ratio", settings.ratio)
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:  # false for NaN as well
-        raise BlendRefusedError(RefusalReason.RATIO, f"ratio is {ratio!r}; 0 to 1 is allowed")
-    first = min((span.start for span in spans), default=0)
+    ratio = _ratio(asked.get("ratio", settings.ratio))
+    if not named or "boundaries" in named:
+        boundaries = asked.get("boundaries", settings.boundaries)
+        if boundaries not in BOUNDARIES:
+            raise _bad(f"boundaries is {boundaries!r}; {', '.join(BOUNDARIES)} are allowed")
+        if boundaries == "auto":
+            num_anchor, placements = around.known.find(around.root, prompt)
+            return BlendState(placements, (*prompt[:num_anchor], *around.primer), method, ratio, len(prompt))
+    return _placed(asked, prompt, around, method, ratio)
+
+
+def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surroundings, method: str, ratio: Ratio) -> BlendState:
+    """The chunks at the places that the request gives, or its messages."""
+    first, spans = _spans(asked, prompt, around.turn_markers)
     num_anchor = asked.get("anchor", first)
-    if isinstance(num_anchor, bool) or not isinstance(num_anchor, int) or not 0 <= num_anchor <= first:
+    if not _is_number(num_anchor) or not 0 <= num_anchor <= first:
         raise _bad(f"anchor is {num_anchor!r}; a number of tokens up to the first chunk, 0 to {first}, is allowed")
-    anchor_ids = (*prompt[:num_anchor], *primer)
-    space = ChunkSpace(root, anchor_of(root, anchor_ids, block_tokens), block_tokens)
-    return BlendState(space.place(prompt, spans), anchor_ids, method, float(ratio), len(prompt))
+    prefix_ids = tuple(prompt[:num_anchor])
+    anchor_ids = (*prefix_ids, *around.primer)
+    space = ChunkSpace(around.root, anchor_of(around.root, anchor_ids, around.block_tokens), around.block_tokens)
+    expected = None
+    if "tokens" in asked:
+        texts = asked["tokens"]
+        if "spans" not in asked or not _is_list(texts) or len(texts) != len(spans) or not all(text and _is_tokens(text) for text in texts):
+            raise _bad("tokens: a list of token ids for each of the spans is allowed")
+        expected = {span: space.chunk(text).key for span, text in zip(spans, texts, strict=True)}
+    placements = space.place(prompt, spans, expected)
+    around.known.learn(space, prefix_ids, prompt, placements)
+    return BlendState(placements, anchor_ids, method, ratio, len(prompt))
 
 
-def _spans(asked: Mapping[str, Any], prompt: Sequence[int]) -> list[Span]:
-    if ("spans" in asked) == ("separator" in asked):
-        raise _bad("either spans or a separator is needed")
+def _ratio(ratio: Any) -> Ratio:
+    if ratio == "auto":
+        return "auto"
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:  # false for NaN as well
+        raise BlendRefusedError(RefusalReason.RATIO, f"ratio is {ratio!r}; 0 to 1, or auto, is allowed")
+    return float(ratio)
+
+
+def _spans(asked: Mapping[str, Any], prompt: Sequence[int], turn_markers: frozenset[int]) -> tuple[int, list[Span]]:
+    """Where the chunks lie, and how many tokens before them are their anchor."""
     if "separator" in asked:
         separator = asked["separator"]
-        if not _is_list(separator) or not separator or not all(_is_number(token) for token in separator):
+        if not separator or not _is_tokens(separator):
             raise _bad(f"separator is {separator!r}; a list of token ids is allowed")
-        return separated_spans(prompt, separator)
-    spans = asked["spans"]
-    if not _is_list(spans) or not all(_is_list(span) and len(span) == 2 and all(map(_is_number, span)) for span in spans):
-        raise _bad(f"spans is {spans!r}; a list of [start, end] is allowed")
-    return [Span(start, end) for start, end in spans]
+        spans = separated_spans(prompt, separator)
+    elif "spans" in asked:
+        given = asked["spans"]
+        if not _is_list(given) or not all(_is_tokens(span) and len(span) == 2 for span in given):
+            raise _bad(f"spans is {given!r}; a list of [start, end] is allowed")
+        spans = [Span(start, end) for start, end in given]
+        check_spans(spans, len(prompt))
+    else:
+        if not turn_markers:
+            raise BlendRefusedError(RefusalReason.BOUNDARIES, "boundaries is messages, and no token is known that begins one")
+        return message_spans(prompt, turn_markers)
+    return min((span.start for span in spans), default=0), spans
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
+
+
+def _is_tokens(value: Any) -> bool:
+    return _is_list(value) and all(map(_is_number, value))
 
 
 def _is_number(value: object) -> bool:

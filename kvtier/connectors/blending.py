@@ -6,15 +6,16 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.layout import lay_out
 from kvtier.cache import Cache
 from kvtier.config import BlendConfig
-from kvtier.connectors.blend_request import BlendSettings, read_request
+from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
+from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
-from kvtier.connectors.requests import BlendPlan, BlendState, ConnectorSettings, Geometry, Matched, Request, RequestIdentity
+from kvtier.connectors.requests import BlendPlan, BlendState, ConnectorSettings, Geometry, Matched, Request, RequestIdentity, end_of_wait
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import request_root
 from kvtier.types import SlotRef
@@ -34,6 +35,8 @@ class BlendParts:
     settings: BlendSettings = field(default_factory=BlendConfig)
     primer: tuple[int, ...] = ()
     """tokens of the neutral document that chunks are computed behind"""
+    turn_markers: frozenset[int] = frozenset()
+    """tokens that a message of a chat begins with"""
     refusal: str = ""
     """why the model's chunks cannot be reused; empty: they can"""
 
@@ -101,6 +104,7 @@ class Blending:
         self._new_blends: list[_Order] = []
         self._blends: dict[int, _Blend] = {}
         self._entries = _Entries()
+        self._known = KnownChunks()
 
     @property
     def has_pending_work(self) -> bool:
@@ -119,12 +123,11 @@ class Blending:
                 raise BlendRefusedError(RefusalReason.MODEL, self._parts.refusal)
             if identity.spans or identity.has_adapter:
                 raise BlendRefusedError(RefusalReason.MODEL, "a prompt with images or the like, or an adapter")
-            block_tokens = self._geometry.block_tokens
+            parts = self._parts
             prompt = tuple(request.token_ids[:num_prompt_tokens])
             root = request_root(self._geometry.namespace, identity.extras)
-            request.blend = read_request(
-                asked, prompt, self._parts.settings, root=root, primer=self._parts.primer, block_tokens=block_tokens
-            )
+            around = Surroundings(root, self._geometry.block_tokens, parts.primer, parts.turn_markers, self._known)
+            request.blend = read_request(asked, prompt, parts.settings, around)
             self._engine.stats.add("blend.chunks", len(request.blend.placements))
         except BlendRefusedError as error:
             request.blend_refusal = error.reason.value
@@ -229,7 +232,7 @@ class Blending:
                 is_coming = is_coming or found.pending or promised > found.ready_blocks
         now = self._clock()
         if state.deadline is None:
-            state.deadline = now + self._settings.promote_wait_s
+            state.deadline = end_of_wait(now, self._settings.promote_wait_s)
         return is_coming and now < state.deadline
 
     def _order(self, request: Request, state: BlendState, plan: BlendPlan, block_ids: Sequence[int]) -> None:
@@ -296,7 +299,7 @@ class Blending:
         self._num_attached += report.attached
         self._num_blenders += report.blenders
         if self._num_attached and self._num_attached > self._num_blenders and self._parts.settings.enabled and not self._parts.refusal:
-            self._parts = BlendParts(self._parts.settings, self._parts.primer, "a worker cannot run the loaded model outside of its steps")
+            self._parts = replace(self._parts, refusal="a worker cannot run the loaded model outside of its steps")
         self._engine.stats.add("blend.tokens", report.num_blended_tokens)
         self._engine.stats.add("blend.chosen_tokens", report.num_chosen_tokens)
         for job_id, count in report.done.items():

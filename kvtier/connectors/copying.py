@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from kvtier.cache import Cache
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.jobs import LoadJob, StoreJob, void_stores
 from kvtier.connectors.messages import MoveJob, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import NEVER, Geometry, Request
-from kvtier.types import SlotRef
+from kvtier.types import SlotRef, StoreOrder, StorePlan
+
+
+class DueStore(NamedTuple):
+    """A request that has full blocks to store, and what the cache is asked for it."""
+
+    request: Request
+    item: ScheduledRequest
+    order: StoreOrder
 
 
 class Copying:
@@ -85,27 +95,41 @@ class Copying:
         self._new_loads.append(job)
         self.loads[job_id] = job
 
-    def plan_store(self, request: Request, item: ScheduledRequest, moves: list[MoveJob]) -> None:
-        """Slots for the blocks that are full after this step."""
+    def plan_stores(self, scheduled: Sequence[tuple[Request, ScheduledRequest]]) -> list[MoveJob]:
+        """Slots for the blocks that are full after this step: the cache is asked once for all requests."""
+        due: list[DueStore] = []
+        for request, item in scheduled:
+            end = min(request.num_full_blocks(item.num_computed_tokens, self._block_tokens), len(item.block_ids) // self._blocks_per_slot)
+            if end > request.store_from:
+                keys, may_evict = request.keys(end, self._block_tokens), request.options.priority != "low"
+                due.append(DueStore(request, item, StoreOrder(keys, request.store_from, request.tenant, may_evict)))
+        moves: list[MoveJob] = []
+        while due:
+            plans = self._engine.begin_stores([each.order for each in due])
+            for each, plan in zip(due, plans, strict=False):
+                with self._boundary.at("build_step"):
+                    move = self._take_plan(each, plan)
+                    if move is not None:
+                        moves.append(move)
+            due = due[len(plans) :] if plans else []
+        return moves
+
+    def _take_plan(self, due: DueStore, plan: StorePlan) -> MoveJob | None:
+        """What the workers are to do for one request, where it got slots."""
+        request, item, order = due
         block_tokens, per_slot = self._block_tokens, self._blocks_per_slot
-        end = min(request.num_full_blocks(item.num_computed_tokens, block_tokens), len(item.block_ids) // per_slot)
-        first = request.store_from
-        if end <= first:
-            return
-        keys = request.keys(end, block_tokens)
-        may_evict = request.options.priority != "low"
-        plan = self._engine.begin_store(keys, first, request.tenant, may_evict=may_evict)
+        first, end = order.first, len(order.keys)
         if plan.broken:
             # The blocks before have been evicted while the request ran; all of them are still in the engine.
-            first = self._engine.match(keys).hit_blocks
-            plan = self._engine.begin_store(keys, first, request.tenant, may_evict=may_evict)
+            first = self._engine.match(order.keys).hit_blocks
+            (plan,) = self._engine.begin_stores([replace(order, first=first)])
         request.store_from = end - plan.num_refused - plan.num_declined
         request.store_next(block_tokens)
         if (plan.num_refused or plan.num_declined) and request.store_at < NEVER:
             # What was not worth its room is offered again when it is twice as long: all of it is offered anew each time.
             request.store_at = item.num_computed_tokens + max(1, plan.num_declined) * block_tokens
         if not plan.slots:
-            return
+            return None
         block_ids = [
             block_id
             for position in plan.positions
@@ -120,7 +144,7 @@ class Copying:
             device_slots=plan.device_slots,
         )
         self.stores[plan.job_id] = StoreJob(move, first + plan.positions[0], item.block_ids[: end * per_slot], self._geometry.num_workers)
-        moves.append(move)
+        return move
 
     def advance_load(self, job_id: int, report: WorkerReport) -> None:
         """Workers have reported a load."""

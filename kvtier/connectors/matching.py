@@ -119,9 +119,7 @@ class Matcher:
         keys = request.keys(lookup.limit_block, self._block_tokens)
         if not engine.sharing.probe(keys, known, request.tenant, tiers=lookup.ask_tiers):
             return False
-        if request.deadline is None:
-            request.deadline = now + self._settings.promote_wait_s
-        if now >= request.deadline:
+        if now >= request.begin_waiting(now, self._settings.promote_wait_s):
             engine.stats.add("probe.timeouts", int(lookup.is_probing))
             return False
         if not lookup.is_probing or found.ready_blocks > lookup.num_ready:
@@ -159,10 +157,9 @@ class Matcher:
         Where slots must be written down before they are free, it comes in parts: the request waits for those as well.
         """
         now = self._clock()
-        if request.deadline is None:
-            request.deadline = now + self._settings.promote_wait_s
+        deadline = request.begin_waiting(now, self._settings.promote_wait_s)
         lookup.num_wanted = min(num_blocks, self._room(now, lookup))
-        if now >= request.deadline or lookup.num_wanted <= lookup.num_ready:
+        if now >= deadline or lookup.num_wanted <= lookup.num_ready:
             self._stop_waiting(request, lookup)
             return
         keys = request.keys(lookup.first_block + lookup.num_wanted, self._block_tokens)[lookup.first_block :]

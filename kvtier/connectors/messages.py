@@ -6,9 +6,8 @@ The scheduler half decides and never sees a tensor; the worker half moves bytes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from kvtier.blend.layout import PromptLayout
 
@@ -35,7 +34,7 @@ class RequestOptions:
     """how long that is expected to take"""
     next_use_s: float | None = None
     """when the session's next request is expected, after the end of this one"""
-    blend: Mapping[str, Any] | None = None
+    blend: object = None
     """chunks of the prompt that may be reused at any position, as asked; None: none"""
     num_problems: int = 0
     """how much of what was asked made no sense"""
@@ -104,7 +103,7 @@ class BlendJob:
     end: int
     """the engine computes the prompt from here on; a multiple of its block size"""
     method: str
-    ratio: float
+    ratio: float | Literal["auto"]
     block_ids: tuple[int, ...]
     """engine blocks of the tokens before ``end``"""
 

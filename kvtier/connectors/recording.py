@@ -11,13 +11,14 @@ from kvtier.cache import Cache
 from kvtier.config import Config
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.boundary import Boundary
-from kvtier.connectors.copying import Copying
-from kvtier.connectors.messages import MoveJob, RequestOptions, ScheduledRequest, WorkerReport
+from kvtier.connectors.copying import Copying, DueStore
+from kvtier.connectors.messages import MoveJob, RequestOptions, WorkerReport
 from kvtier.connectors.requests import ConnectorSettings, Geometry, Lookup, Matched, Request, RequestIdentity
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.control.commands import BlockEvent
 from kvtier.memory.slab import SlabAllocator
 from kvtier.recording import Blocks, Recorder
+from kvtier.types import StorePlan
 
 _NO_IDENTITY = RequestIdentity()
 _NO_OPTIONS = RequestOptions()
@@ -201,12 +202,10 @@ class _RecordedCopying(Copying):
         self._note_store = note_store
         self._ended = ended
 
-    def plan_store(self, request: Request, item: ScheduledRequest, moves: list[MoveJob]) -> None:
-        first, num_moves = request.store_from, len(moves)
-        end = min(request.num_full_blocks(item.num_computed_tokens, self._block_tokens), len(item.block_ids) // self._blocks_per_slot)
-        super().plan_store(request, item, moves)
-        if end > first:
-            self._note_store(request, first, end, moves[-1].job_id if len(moves) > num_moves else 0)
+    def _take_plan(self, due: DueStore, plan: StorePlan) -> MoveJob | None:
+        move = super()._take_plan(due, plan)
+        self._note_store(due.request, due.order.first, len(due.order.keys), 0 if move is None else move.job_id)
+        return move
 
     def advance_load(self, job_id: int, report: WorkerReport) -> None:
         job = self.loads[job_id]

@@ -14,6 +14,8 @@ from kvtier.types import BlockKey
 
 NEVER = 1 << 62
 """more tokens than any request has"""
+LOOK_S = 0.01
+"""an engine that has nothing else to do asks again within this time"""
 _FIRST_WINDOW_BLOCKS = 16
 _WINDOW_GROWTH = 4
 
@@ -160,7 +162,7 @@ class BlendState:
     anchor_ids: tuple[int, ...]
     """tokens that they are computed behind"""
     method: str
-    ratio: float
+    ratio: float | Literal["auto"]
     num_prompt_tokens: int
     plan: BlendPlan | None = None
     """what the last match promised"""
@@ -246,6 +248,12 @@ class Request:
         self.is_stopped = False
         """its blocks are not to be stored until it starts over"""
 
+    def begin_waiting(self, now: float, promote_wait_s: float) -> float:
+        """When it stops waiting, by the clock; the first call decides it."""
+        if self.deadline is None:
+            self.deadline = end_of_wait(now, promote_wait_s)
+        return self.deadline
+
     def num_full_blocks(self, num_computed_tokens: int, block_tokens: int) -> int:
         """Blocks that are full and may be stored once so many tokens are computed."""
         return min(num_computed_tokens, len(self.token_ids), self.num_store_tokens) // block_tokens
@@ -296,6 +304,11 @@ class Request:
             yield self.keys(end, block_tokens)[done:end]
             done = end
             size *= _WINDOW_GROWTH
+
+
+def end_of_wait(now: float, promote_wait_s: float) -> float:
+    """When to stop waiting so that it delays a request by no more than it may: the engine is to ask once more, and to load what came."""
+    return now + promote_wait_s - min(max(LOOK_S, promote_wait_s / 20), promote_wait_s / 4)
 
 
 def make_request(

@@ -158,7 +158,7 @@ class SchedulerHalf:
         """
         loads = self._copying.take_new_loads()
         held, self._held = self._held, []
-        stores: list[MoveJob] = []
+        due: list[tuple[Request, ScheduledRequest]] = []
         requests = self._requests
         tokens = StepTokens()
         computing: list[tuple[ScheduledRequest, int]] | None = [] if self._blending.has_new_blends else None
@@ -175,8 +175,11 @@ class SchedulerHalf:
             else:
                 tokens.add(num_new, item.num_computed_tokens)
             if item.num_computed_tokens >= request.store_at:
-                with self._boundary.at("build_step"):
-                    self._copying.plan_store(request, item, stores)
+                due.append((request, item))
+        stores: list[MoveJob] = []
+        if due:
+            with self._boundary.at("build_step"):
+                stores = self._copying.plan_stores(due)
         if not scheduled and not loads and (self._matcher.num_waiting or self._engine.busy):
             with self._boundary.at("poll"):
                 self._engine.poll(IDLE_WAIT_S)

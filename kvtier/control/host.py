@@ -86,6 +86,7 @@ class HostMemory:
         for entry in entries:
             entry.busy &= ~HOST
             entry.readable |= HOST
+        self._space.filled(entries)
         if blocks:
             self.residency.insert(blocks, now, is_use=is_use)
         if self.events is not None:

@@ -22,6 +22,7 @@ class SlotAllocator(Protocol):
     """What host space needs of an allocator (:class:`kvtier.memory.slab.SlabAllocator`)."""
 
     def allocate(self, num_bytes: int) -> int | None: ...
+    def adopt(self, offset: int, num_bytes: int) -> None: ...
     def free(self, offset: int) -> None: ...
     def available(self, num_bytes: int) -> int: ...
     def crowded_out(self, num_bytes: int) -> list[int]: ...
@@ -33,6 +34,16 @@ class Generations(Protocol):
 
     def __getitem__(self, slot: int, /) -> int: ...
     def __setitem__(self, slot: int, generation: int, /) -> None: ...
+
+
+class SlotRegistry(Protocol):
+    """Who wants to know at once which slots hold whole blocks."""
+
+    def filled(self, entry: Entry, generation: int) -> None:
+        """A block is complete in its slot, which has this generation."""
+
+    def vacated(self, slot: int) -> None:
+        """A block leaves its slot."""
 
 
 class HostSpace:
@@ -47,6 +58,7 @@ class HostSpace:
         self._draining: dict[int, int] = {}
         """retired slots that are still leased -> size of their block"""
         self._draining_count: dict[int, int] = {}
+        self.registry: SlotRegistry | None = None
         self.growing = False
         """whether more room is coming without eviction (the arena is still being prepared)"""
 
@@ -73,8 +85,29 @@ class HostSpace:
         entry.slot = slot
         return True
 
-    def vacate(self, entries: Iterable[Entry]) -> None:
+    def adopt(self, entry: Entry, slot: int) -> bool:
+        """Gives an entry the slot in which its bytes lie already, with the generation that it has. False: that cannot be."""
+        try:
+            self._allocator.adopt(slot * PAGE_BYTES, entry.num_bytes)
+        except ValueError:
+            return False
+        if slot >= len(self._tenants):
+            self._tenants.extend([None] * (slot + _TENANTS_STEP - len(self._tenants)))
+        self._tenants[slot] = entry
+        entry.slot = slot
+        return True
+
+    def filled(self, entries: Iterable[Entry]) -> None:
+        """The blocks of entries are complete in their slots."""
+        if self.registry is not None:
+            for entry in entries:
+                self.registry.filled(entry, int(self._generations[entry.slot]))
+
+    def vacate(self, entries: Sequence[Entry]) -> None:
         """Takes entries' slots away; a slot is free once no lease is left."""
+        if self.registry is not None:
+            for entry in entries:
+                self.registry.vacated(entry.slot)
         tenants, retire, free = self._tenants, self._leases.retire, self._allocator.free
         for entry in entries:
             slot = entry.slot

@@ -175,6 +175,13 @@ class Planner:
         """None of a store's copies will be used."""
         self.commit_store(job_id, (0,), now)
 
+    def adopt(self, meta: BlockMeta, tenant: str, slot: int) -> int | None:
+        """Begins to take over a block whose bytes are believed to lie in a free slot already; ends like a store, once they are verified.
+
+        Returns the job; None where the block is known from elsewhere in host memory, or no such slot is free.
+        """
+        return self._storing.adopt(meta, tenant, slot)
+
     # ---- loading ------------------------------------------------------------------------------------------------
 
     def begin_load(self, keys: Sequence[BlockKey], now: float) -> LoadPlan:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from kvtier.control.books import Books
 from kvtier.control.index import HOST, Entry
+from kvtier.control.pins import Pin
 from kvtier.control.plans import StoreInFlight
 from kvtier.types import BlockKey, BlockMeta, StorePlan
 
@@ -61,6 +62,23 @@ class Storing:
             num_declined,
             device_slots=() if pool is None else pool.begin_fill(job_id, blocks, now),
         )
+
+    def adopt(self, meta: BlockMeta, tenant: str, slot: int) -> int | None:
+        """See :meth:`Planner.adopt`."""
+        books = self._books
+        known = books.index.get(meta.key)
+        if known is not None and (known.readable | known.busy) & HOST:
+            return None
+        if tenant:
+            books.know_tenants()
+        entry = books.index.ensure(meta.key, meta.parent, meta.num_bytes, tenant)
+        if not books.space.adopt(entry, slot):
+            books.index.drop_if_gone(entry)
+            return None
+        entry.busy |= HOST
+        job_id = next(books.ids)
+        self._running[job_id] = StoreInFlight((entry,), (meta,), Pin((), None))
+        return job_id
 
     def commit(self, job_id: int, failed: Collection[int], now: float) -> None:
         """See :meth:`Planner.commit_store`."""

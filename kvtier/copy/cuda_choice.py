@@ -30,6 +30,8 @@ class Way(Enum):
     """a kernel of few small blocks drives the bulk copy engine, straight between host memory and the pages"""
     STAGED = "staged"
     """a kernel gathers or scatters, the copy engines move large runs to or from a staging buffer"""
+    DIRECT = "direct"
+    """a kernel reads and writes both sides itself; the one way between pages and a pool on the device"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,4 +111,5 @@ def _cell(figure: Measured, *, is_chosen: bool) -> str:
 
 def _unmeasured(usable: Collection[Way], piece_bytes: float) -> Way:
     order: Iterable[Way] = (Way.DMA, Way.BULK, Way.STAGED) if piece_bytes >= UNMEASURED_DMA_BYTES else (Way.BULK, Way.STAGED, Way.DMA)
+    order = (*order, Way.DIRECT)
     return next(way for way in order if way in usable)

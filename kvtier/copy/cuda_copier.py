@@ -14,19 +14,35 @@ from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
 from kvtier.copy.cuda_params import DeviceTable, merged, segment_table
 from kvtier.copy.cuda_runs import runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory
-from kvtier.copy.cuda_ways import Batch, Bound, BulkCopies, CopySettings, CopyWay, DmaCopies, Lane, StagedCopies, Staging
+from kvtier.copy.cuda_ways import (
+    MIN_SLICE_BYTES,
+    Batch,
+    Bound,
+    BulkCopies,
+    CopySettings,
+    CopyWay,
+    DirectCopies,
+    DmaCopies,
+    Lane,
+    StagedCopies,
+    Staging,
+)
 from kvtier.layout import KVLayout, Segment
 
 MAX_CHUNK_BYTES = 8192
 """that one warp, or one stage of a bulk kernel, copies at a time"""
 
+DEVICE_BLOCKS = 256
+"""thread blocks of a copy between two places of the device"""
+
 
 @dataclass(frozen=True, slots=True)
 class ArenaPlace:
-    """Pinned host memory."""
+    """Where slots lie: pinned host memory, or memory of the device."""
 
     address: int
     num_bytes: int
+    is_on_device: bool = False
 
 
 class DeviceCopyEvent:
@@ -75,7 +91,7 @@ class CudaCopier:
     submitted has ended when the error is raised. The caller keeps alive what ``layout`` and ``arena`` point to.
 
     Args:
-        arena: registered with the device
+        arena: of the device, or registered with it
         compute_stream: the stream that the engine computes on at the time of the call
 
     Raises:
@@ -95,6 +111,7 @@ class CudaCopier:
         options: CopierOptions | None = None,
     ) -> None:
         options = options or CopierOptions()
+        self._layout = layout
         self._runtime = runtime
         self._arena = arena
         self._compute_stream = compute_stream
@@ -110,7 +127,7 @@ class CudaCopier:
         except BaseException:
             self._staging.close()
             raise
-        self._whole = Bound(runtime, options.settings, self._lanes, rows, arena.address)
+        self._whole = Bound(runtime, options.settings, self._lanes, rows, arena.address, arena.is_on_device)
         try:
             self._ways, refused = bind_ways(self._whole, self._staging)
             self.table = CopyTable(options.table.measured, {**options.table.refused, **refused})
@@ -152,6 +169,14 @@ class CudaCopier:
         """The way that a batch goes: by the length of its runs."""
         runs = runs_of(table.rows, batch.block_ids, batch.offsets, self._arena.address)
         return self.table.choose(direction, runs.total_bytes / max(1, len(runs)), forced=self._forced)
+
+    def to_device(self, place: ArenaPlace) -> CudaCopier:
+        """A copier between the same pages and memory of the device, which lives on after this one is closed.
+
+        Its copies last so short that they may use all multiprocessors. Raises as the constructor does.
+        """
+        options = CopierOptions(CopySettings(slice_bytes=MIN_SLICE_BYTES, num_blocks=DEVICE_BLOCKS), forced=Way.DIRECT)
+        return CudaCopier(self._layout, self._runtime, place, compute_stream=self._compute_stream, options=options)
 
     def close(self) -> None:
         """Waits for running copies and gives device memory back. Idempotent."""
@@ -255,9 +280,14 @@ def bind_ways(bound: Bound, staging: Staging) -> tuple[dict[Way, CopyWay], dict[
     """The ways that this device and layout allow, and why the others are not allowed."""
     ways: dict[Way, CopyWay] = {Way.DMA: DmaCopies(bound)}
     refused: dict[Way, str] = {}
-    for way in (Way.BULK, Way.STAGED):
+    kernels: dict[Way, Callable[[], CopyWay]] = {
+        Way.BULK: lambda: BulkCopies(bound),
+        Way.STAGED: lambda: StagedCopies(bound, staging),
+        Way.DIRECT: lambda: DirectCopies(bound),
+    }
+    for way, bind in kernels.items():
         try:
-            ways[way] = BulkCopies(bound) if way is Way.BULK else StagedCopies(bound, staging)
+            ways[way] = bind()
         except ValueError as error:
             refused[way] = str(error)
     return ways, refused

@@ -1,4 +1,4 @@
-"""The three ways of copying blocks between paged KV on a CUDA device and host memory.
+"""The ways of copying blocks between paged KV on a CUDA device and host memory, or a pool on the device.
 
 Each direction has a lane of two streams, so that copies by the copy engines and kernels overlap, and loads never queue behind
 stores. What a way submits to a lane is in order with everything that was submitted to that lane before.
@@ -6,7 +6,8 @@ stores. What a way submits to a lane is in order with everything that was submit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,7 +18,9 @@ from kvtier.copy.cuda_params import BULK_CAPABILITY, MAX_BLOCKS, DeviceTable, pa
 from kvtier.copy.cuda_runs import Addresses, Ints, Runs, joined, runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory, Launch
 
+MIN_SLICE_BYTES = 64 << 10
 MAX_SLICE_BYTES = 16 << 20
+MAX_THREAD_BLOCKS = 1024
 COPY_THREADS = 512
 BULK_THREADS = 32
 BULK_BARRIER_BYTES = 128
@@ -43,9 +46,9 @@ class CopySettings:
 
     def __post_init__(self) -> None:
         bounds = (
-            ("slice_bytes", self.slice_bytes, 64 << 10, MAX_SLICE_BYTES),
+            ("slice_bytes", self.slice_bytes, MIN_SLICE_BYTES, MAX_SLICE_BYTES),
             ("num_buffers", self.num_buffers, 2, 16),
-            ("num_blocks", self.num_blocks, 1, 64),
+            ("num_blocks", self.num_blocks, 1, MAX_THREAD_BLOCKS),
         )
         for name, value, low, high in bounds:
             if not low <= value <= high:
@@ -70,6 +73,8 @@ class Bound:
     lanes: Mapping[Direction, Lane]
     table: DeviceTable
     arena_address: int
+    is_on_device: bool = False
+    """the arena is device memory, not the host's"""
 
     @property
     def block_bytes(self) -> int:
@@ -156,21 +161,26 @@ class BulkCopies:
         misplaced = batch.offsets[batch.offsets % 16 != 0]
         if len(misplaced):
             raise ValueError(f"bulk copies need multiples of 16 bytes, and a block starts at arena offset {int(misplaced[0])}")
-        bound, stream = self._bound, self._bound.lanes[direction].kernel
-        bound.runtime.wait(stream, after)
-        step = min(MAX_BLOCKS, max(1, bound.settings.slice_bytes // bound.block_bytes))
-        for start in range(0, len(batch), step):
-            part = batch.part(start, start + step)
-            params = paged_copy(
-                bound.table,
-                bound.arena_address,
-                part.block_ids,
-                part.offsets,
-                to_paged=direction == "load",
-                num_stages=self._num_stages,
-            )
-            bound.runtime.launch(stream, Launch("bulk_copy", params, bound.settings.num_blocks, BULK_THREADS, self._shared_bytes))
-        return bound.runtime.record(stream)
+        launch = functools.partial(Launch, "bulk_copy", num_threads=BULK_THREADS, shared_bytes=self._shared_bytes)
+        return _launch_slices(self._bound, batch, direction, after, launch, num_stages=self._num_stages)
+
+
+class DirectCopies:
+    """A kernel whose threads read one side and write the other. Between two places on the device nothing is faster.
+
+    Raises:
+        ValueError: kernels cannot address the arena.
+    """
+
+    way = Way.DIRECT
+
+    def __init__(self, bound: Bound) -> None:
+        if not (bound.is_on_device or bound.runtime.reads_host_memory):
+            raise ValueError("kernels cannot address host memory on this device")
+        self._bound = bound
+
+    def submit(self, batch: Batch, direction: Direction, after: DeviceEvent) -> DeviceEvent:
+        return _launch_slices(self._bound, batch, direction, after, functools.partial(Launch, "paged_copy", num_threads=COPY_THREADS))
 
 
 class Buffer:
@@ -239,12 +249,14 @@ class StagedCopies:
                 transfer             | copy 0 | copy 1 | ...
 
     Raises:
-        ValueError: one segment is larger than a buffer; says by how much.
+        ValueError: one segment is larger than a buffer, or the arena is where the buffers would be; says so.
     """
 
     way = Way.STAGED
 
     def __init__(self, bound: Bound, staging: Staging) -> None:
+        if bound.is_on_device:
+            raise ValueError("what lies on the device needs no staging there")
         self._bound = bound
         self._staging = staging
         self._groups = list(_groups(bound.table, bound.settings.slice_bytes))
@@ -311,6 +323,22 @@ def _groups(table: DeviceTable, slice_bytes: int) -> Iterator[_Group]:
             )
             first, total = index, 0
         total += size
+
+
+def _launch_slices(
+    bound: Bound, batch: Batch, direction: Direction, after: DeviceEvent, launch: Callable[..., Launch], *, num_stages: int = 0
+) -> DeviceEvent:
+    """One kernel a slice, straight between pages and arena. Nobody waits for a bus on the device, so there slices need not be short."""
+    stream = bound.lanes[direction].kernel
+    bound.runtime.wait(stream, after)
+    step = MAX_BLOCKS if bound.is_on_device else min(MAX_BLOCKS, max(1, bound.settings.slice_bytes // bound.block_bytes))
+    for start in range(0, len(batch), step):
+        part = batch.part(start, start + step)
+        params = paged_copy(
+            bound.table, bound.arena_address, part.block_ids, part.offsets, to_paged=direction == "load", num_stages=num_stages
+        )
+        bound.runtime.launch(stream, launch(params=params, num_blocks=bound.settings.num_blocks))
+    return bound.runtime.record(stream)
 
 
 def _ends(runs: Runs, direction: Direction) -> tuple[Addresses, Addresses]:

@@ -4,7 +4,8 @@
     arena --one run--> pool slot --scatter--> engine's blocks         a load of what the pool lacks
                        pool slot --scatter--> engine's blocks         a load of what it has
 
-In the pool a block lies as in the arena, so what crosses the bus are long runs.  On a CPU the same steps run on CPU tensors.
+In the pool a block lies as in the arena, so what crosses the bus are long runs. The first arrow is a kernel where there are
+kernels, torch where not; on a CPU the same steps run on CPU tensors.
 """
 
 from __future__ import annotations
@@ -16,33 +17,52 @@ import torch
 
 from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent
 from kvtier.copy.cpu import FINISHED
+from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
 from kvtier.copy.torch_copier import CudaCopyEvent, TorchCopier
 
 
 class PoolCopier:
     """A :class:`~kvtier.copy.base.BlockCopier` that takes copies with a ``pool_offset`` through the pool, the others past it.
 
+    :meth:`allocate` makes one with its pool.
+
     Args:
         direct: copies between the engine and the arena
-        tensors: as of :class:`~kvtier.copy.torch_copier.TorchCopier`
-        arena: writable, all of the arena's payload; registered with CUDA where the tensors are there
-        pool_bytes: what the pool takes on the tensors' device
-
-    Raises:
-        ValueError: the tensors are not of the right form.
-        torch.OutOfMemoryError: the device has no room for the pool.
+        within: copies between the engine and ``pool``, which is in the arena's place for it
+        arena: writable, all of the arena's payload; registered with CUDA where the pool is there
+        pool: int8, on the device of the engine's blocks
+        block_bytes: of one engine block
     """
 
-    def __init__(self, direct: BlockCopier, tensors: Sequence[torch.Tensor], arena: memoryview, pool_bytes: int) -> None:
+    def __init__(self, direct: BlockCopier, within: BlockCopier, arena: memoryview, pool: torch.Tensor, *, block_bytes: int) -> None:
         self.is_async = direct.is_async
         self._direct = direct
-        self._device = tensors[0].device
-        self._block_bytes = sum(tensor.shape[1] for tensor in tensors)
-        self._pool = torch.empty(pool_bytes, dtype=torch.int8, device=self._device)
+        self._within = within
+        self._device = pool.device
+        self._block_bytes = block_bytes
+        self._pool = pool
         self._arena = torch.frombuffer(arena, dtype=torch.int8)
-        self._within = TorchCopier(tensors, self._pool)
         self._out = _Stream(self._device)
         self._in = _Stream(self._device)
+
+    @classmethod
+    def allocate(cls, direct: BlockCopier, tensors: Sequence[torch.Tensor], arena: memoryview, pool_bytes: int) -> PoolCopier:
+        """With a pool of this size on the tensors' device, filled and emptied by kernels where ``direct`` has kernels.
+
+        Args:
+            tensors: as of :class:`~kvtier.copy.torch_copier.TorchCopier`
+
+        Raises:
+            ValueError: the tensors are not of the right form.
+            torch.OutOfMemoryError: the device has no room for the pool.
+            MemoryError: nor for what the kernels need beside it.
+        """
+        pool = torch.empty(pool_bytes, dtype=torch.int8, device=tensors[0].device)
+        if isinstance(direct, CudaCopier):
+            within: BlockCopier = direct.to_device(ArenaPlace(pool.data_ptr(), pool_bytes, is_on_device=True))
+        else:
+            within = TorchCopier(tensors, pool)
+        return cls(direct, within, arena, pool, block_bytes=sum(tensor.shape[1] for tensor in tensors))
 
     def gather(self, copies: Sequence[BlockCopy]) -> CopyEvent:
         """Engine -> arena. See :class:`~kvtier.copy.base.BlockCopier`."""

@@ -65,15 +65,18 @@ class Arena:
         pages.leave_out_of_core_dumps(self.address, capacity_bytes)
 
     @classmethod
-    def open(cls, path: str, capacity_bytes: int, *, huge_pages: bool = True, numa_node: int | None = None) -> Self:
+    def open(
+        cls, path: str, capacity_bytes: int, *, huge_pages: bool = True, numa_node: int | None = None, take_over: bool = False
+    ) -> Self:
         """Creates the arena at ``path``, or attaches to it where a living process has it open.
 
-        Processes may race: exactly one creates.  A file that a dead process left is made anew.  ``capacity_bytes`` is
-        rounded up to whole pages; ``numa_node`` is preferred for the payload; the creator's choice counts.
+        Processes may race: exactly one creates.  A file that a dead process left is made anew, or with ``take_over`` used as it
+        is.  ``capacity_bytes`` is rounded up to whole pages; ``numa_node`` is preferred for the payload; the creator's choice counts.
 
         Raises:
             ArenaError: too little room (says how much there is and how to mend it), another capacity or version than
-                the living arena at ``path``, a NUMA node that does not exist, or a path that cannot be used.
+                the living arena at ``path``, with ``take_over`` any living arena there, a NUMA node that does not exist, or a path
+                that cannot be used.
         """
         if capacity_bytes <= 0:
             raise ArenaError(f"the capacity of an arena must be positive, not {capacity_bytes}")
@@ -85,7 +88,9 @@ class Arena:
         created = False
         try:
             created = arena_file.nobody_lives(fd)
-            if created:
+            if take_over:
+                arena_file.take_over(fd, path, capacity_bytes, is_alone=created)
+            elif created:
                 arena_file.initialise(fd, path, capacity_bytes)
             else:
                 arena_file.verify(fd, path, capacity_bytes)

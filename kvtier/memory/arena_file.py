@@ -147,6 +147,29 @@ def verify(fd: int, path: str, capacity_bytes: int) -> None:
         raise ArenaError(f"the arena {path} has {os.fstat(fd).st_size} bytes instead of {expected_bytes}; something cut it off")
 
 
+def take_over(fd: int, path: str, capacity_bytes: int, *, is_alone: bool) -> None:
+    """Makes the caller the creator of a file that a dead process left, with all that is in it.
+
+    Raises ArenaError where somebody lives on it, or it is not an arena of this version and capacity.
+    """
+    if not is_alone:
+        raise ArenaError(f"the arena {path} is still in use; nobody can take it over")
+    verify(fd, path, capacity_bytes)
+    os.pwrite(fd, struct.pack("=2Q", 0, 0), 8 * FIELD_ERRNO)
+
+
+def is_lived_on(path: str) -> bool:
+    """Whether a process has the file mapped."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return not nobody_lives(fd)
+    finally:
+        os.close(fd)
+
+
 def check_room(path: str, num_bytes: int) -> None:
     """Raises ArenaError, saying how to mend it, where file system or memory have less than ``num_bytes`` left."""
     directory = os.path.dirname(os.path.abspath(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvtier.serve.plain_hints import plain_hint
 from kvtier.serve.remote_sharing import RemoteSharing
 from kvtier.serve.remote_verbs import RemoteVerbs
 from kvtier.stats import Stats
-from kvtier.types import KEY_BYTES, BlockKey, BlockMeta, Damage, LoadPlan, PrefixMatch, SlotRef, StorePlan
+from kvtier.types import KEY_BYTES, BlockKey, BlockMeta, Damage, LoadPlan, PrefixMatch, SlotRef, StoreOrder, StorePlan
 
 FIRST_KEYS = 128
 """keys that are asked for at first; the rest follow at once where all of these hit"""
@@ -135,15 +135,15 @@ class ServedCache:
         self._ended(copy, messages.EndLoad(job_id, tuple(failed), tuple(partial)))
 
     def begin_store(self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True) -> StorePlan:
-        job_id = next(self._job_ids)
-        parent = self._join(keys[first - 1 : first]) if first else b""
-        new = self._join(keys[first:])
-        reply = self._channel.call(lambda call: messages.BeginStore(call, job_id, parent, new, tenant, may_evict), messages.Slots)
-        if reply is None:
-            return StorePlan(job_id, num_refused=len(keys) - first)
-        if reply.slots:
-            self._copies[job_id] = _Copy(self._channel.session, self.arena_id, len(reply.slots), is_load=False)
-        return StorePlan(job_id, reply.positions, _refs(reply), reply.num_refused, reply.num_declined, reply.is_broken)
+        return self.begin_stores([StoreOrder(keys, first, tenant, may_evict)])[0]
+
+    def begin_stores(self, orders: Sequence[StoreOrder]) -> list[StorePlan]:
+        plans: list[StorePlan] = []
+        for group in _in_frames(orders):
+            plans += self._begin(group)
+            if plans[-1].broken:
+                break
+        return plans
 
     def commit_store(self, job_id: int, failed: Collection[int] = ()) -> None:
         copy = self._copies.pop(job_id, None)
@@ -261,6 +261,25 @@ class ServedCache:
         reply = self._channel.call(lambda call: msgspec.structs.replace(verb, call=call), messages.Value)
         return None if reply is None else reply.value
 
+    def _begin(self, orders: Sequence[StoreOrder]) -> list[StorePlan]:
+        """In one frame. A daemon that is not there refuses them all."""
+        stores = tuple(map(self._store, orders))
+        reply = self._channel.call(lambda call: messages.BeginStores(call, stores), messages.Stores)
+        if reply is None:
+            return [StorePlan(store.job, num_refused=len(store.keys) // KEY_BYTES) for store in stores]
+        plans = []
+        for store, slots in zip(stores, reply.stores, strict=False):
+            if slots.slots:
+                self._copies[store.job] = _Copy(self._channel.session, self.arena_id, len(slots.slots), is_load=False)
+            refs = _refs(slots)
+            plans.append(StorePlan(store.job, slots.positions, refs, slots.num_refused, slots.num_declined, slots.is_broken))
+        return plans
+
+    def _store(self, order: StoreOrder) -> messages.Store:
+        keys, first = order.keys, order.first
+        parent = self._join(keys[first - 1 : first]) if first else b""
+        return messages.Store(next(self._job_ids), parent, self._join(keys[first:]), order.tenant, order.may_evict)
+
     def _is_void(self, copy: _Copy) -> bool:
         """Whether the session in which a copy was begun has ended."""
         return copy.session != self._channel.session or not self._channel.is_open
@@ -282,5 +301,19 @@ class ServedCache:
         return (int.from_bytes(joined, "little") ^ repeated).to_bytes(len(joined), "little")
 
 
-def _refs(reply: messages.Slots) -> tuple[SlotRef, ...]:
+def _in_frames(orders: Sequence[StoreOrder]) -> Iterator[list[StoreOrder]]:
+    """Groups that one frame holds each: nearly always a single one."""
+    group: list[StoreOrder] = []
+    num_keys = 0
+    for order in orders:
+        num_keys += len(order.keys) - order.first + 1
+        if group and (num_keys > messages.MAX_KEYS or len(group) == messages.MAX_STORES):
+            yield group
+            group, num_keys = [], len(order.keys) - order.first + 1
+        group.append(order)
+    if group:
+        yield group
+
+
+def _refs(reply: messages.Slots | messages.StoreSlots) -> tuple[SlotRef, ...]:
     return tuple(map(SlotRef, reply.slots, reply.generations))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvtier.serve import frames
 from kvtier.serve.frames import FRAMES_FROM_ENGINE, Inbox, Outbox
-from kvtier.serve.messages import Frame
+from kvtier.serve.messages import Frame, Hello
 
 if TYPE_CHECKING:
     from kvtier.serve.session import Session
@@ -28,6 +28,8 @@ class Connection:
         """empty before its Hello"""
         self.engine = ""
         self.session: Session | None = None
+        self.waiting_hello: Hello | None = None
+        """not answered yet"""
         self.is_closed = False
         self._inbox = Inbox(FRAMES_FROM_ENGINE)
         self._outbox = Outbox(sock)

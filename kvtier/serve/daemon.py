@@ -163,7 +163,7 @@ class Daemon:
         for frame in connection.frames():
             if connection.session is not None:
                 connection.session.handle(frame)
-            elif isinstance(frame, messages.Hello) and connection.role == "":
+            elif isinstance(frame, messages.Hello) and connection.role == "" and connection.waiting_hello is None:
                 self._hello(connection, frame)
             elif isinstance(frame, messages.Mapped) and connection.role == "worker":
                 self._members[connection.engine].mapped.add(connection.number)
@@ -176,6 +176,8 @@ class Daemon:
     def _attend(self, connection: Connection) -> None:
         if connection.session is not None:
             connection.session.answer_poll()
+        elif connection.waiting_hello is not None:
+            self._hello(connection, connection.waiting_hello)
         elif connection.role == "" and self._clock() > connection.hello_until:
             raise ProtocolError("no Hello")
         connection.flush()
@@ -184,6 +186,9 @@ class Daemon:
             self._selector.modify(connection.socket, wanted, connection)
 
     def _hello(self, connection: Connection, hello: messages.Hello) -> None:
+        connection.waiting_hello = hello if self.node.must_wait(hello) else None
+        if connection.waiting_hello is not None:
+            return
         try:
             welcome = self.node.welcome(hello)
         except (KVTierError, TypeError) as error:  # TypeError: a namespace with strange fields

@@ -14,10 +14,10 @@ from pathlib import Path
 from kvtier.errors import DaemonError
 from kvtier.serve import frames
 from kvtier.serve.frames import FRAMES_FROM_DAEMON, Inbox, Outbox, ProtocolError
-from kvtier.serve.messages import Failed, Frame, FromDaemon, Hello, Matched, Refused, Slots, Status, Value, Welcome
+from kvtier.serve.messages import Failed, Frame, FromDaemon, Hello, Matched, Refused, Slots, Status, Stores, Value, Welcome
 
 _LOG = logging.getLogger(__name__)
-Reply = Matched | Slots | Value | Failed
+Reply = Matched | Slots | Stores | Value | Failed
 
 
 class LinkError(Exception):

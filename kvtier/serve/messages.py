@@ -13,9 +13,11 @@ import msgspec
 from kvtier.stats import COUNTERS
 from kvtier.types import KEY_BYTES, BlockKey
 
-PROTOCOL = 1
+PROTOCOL = 2
 """grows whenever a frame changes its meaning; both sides must have the same"""
 MAX_KEYS = 1 << 18
+"""in one frame"""
+MAX_STORES = 1 << 12
 """in one frame"""
 
 Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -108,15 +110,21 @@ class EndLoad(Frame, tag=10):
     partial: Positions
 
 
-class BeginStore(Frame, tag=11):
-    """Answered by :class:`Slots`. ``parent`` is the key before the first of ``keys``, empty where there is none."""
+class Store(Frame):
+    """One store of :class:`BeginStores`. ``parent`` is the key before the first of ``keys``, empty where there is none."""
 
-    call: Natural
     job: Natural
     parent: Keys
     keys: Keys
     tenant: Name
     may_evict: bool
+
+
+class BeginStores(Frame, tag=11):
+    """All stores that begin in one step, in their order. Answered by :class:`Stores`."""
+
+    call: Natural
+    stores: Annotated[tuple[Store, ...], msgspec.Meta(min_length=1, max_length=MAX_STORES)]
 
 
 class EndStore(Frame, tag=12):
@@ -184,7 +192,7 @@ class Probe(Frame, tag=18):
 
 
 FromEngine = (
-    Hello | Resume | Mapped | Match | Promote | Pin | Unpin | Touch | BeginLoad | EndLoad | BeginStore | EndStore
+    Hello | Resume | Mapped | Match | Promote | Pin | Unpin | Touch | BeginLoad | EndLoad | BeginStores | EndStore
     | Began | Ended | TakeHint | Poll | Verb | Probe
 )  # fmt: skip
 
@@ -232,15 +240,29 @@ class Matched(Frame, tag=4):
 
 
 class Slots(Frame, tag=5):
-    """Slots of a load, or of a store; then ``positions`` says of which keys."""
+    """The answer to :class:`BeginLoad`."""
 
     call: int
     slots: tuple[int, ...]
     generations: tuple[int, ...]
-    positions: tuple[int, ...] = ()
-    num_refused: int = 0
-    num_declined: int = 0
-    is_broken: bool = False
+
+
+class StoreSlots(Frame):
+    """One store of :class:`Stores`: ``positions`` says of which keys the slots are."""
+
+    slots: tuple[int, ...]
+    generations: tuple[int, ...]
+    positions: tuple[int, ...]
+    num_refused: int
+    num_declined: int
+    is_broken: bool
+
+
+class Stores(Frame, tag=8):
+    """The answer to :class:`BeginStores`, in its order; ends behind the first that is broken."""
+
+    call: int
+    stores: tuple[StoreSlots, ...]
 
 
 class Value(Frame, tag=6):
@@ -266,7 +288,7 @@ class Status(Frame, tag=7):
     """since the last answer: stored, tier, key, parent, bytes"""
 
 
-FromDaemon = Welcome | Refused | Failed | Matched | Slots | Value | Status
+FromDaemon = Welcome | Refused | Failed | Matched | Slots | Stores | Value | Status
 
 
 _COUNTED_BY_ENGINES = ("lookup.", "recompute.", "daemon.", "record.")

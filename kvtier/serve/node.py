@@ -7,21 +7,28 @@ import hashlib
 import logging
 import os
 import secrets
+import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvtier.config import Config
 from kvtier.engine import CacheEngine
-from kvtier.errors import DaemonError
+from kvtier.errors import ArenaError, DaemonError
 from kvtier.hashing import Namespace
+from kvtier.io import round_up_to_page
 from kvtier.memory.arena import Arena, remove_stale
+from kvtier.memory.arena_file import is_lived_on
+from kvtier.memory.slot_table import IDENTITY_BYTES, SUFFIX, SlotTable
 from kvtier.serve import messages
 from kvtier.serve.estimates import SharedEstimates
 from kvtier.serve.session import Session
 
 _LOG = logging.getLogger(__name__)
 DIRECTORY = "/dev/shm"
+ADOPT_WAIT_S = 5.0
+"""how long an engine that attaches waits for other engines to let go of the host memory of a daemon that died"""
 
 
 class Node:
@@ -34,11 +41,24 @@ class Node:
         self._clock = clock
         self._estimates = SharedEstimates()
         self._arena: Arena | None = None
+        self._slots: SlotTable | None = None
         self._arena_id = secrets.token_hex(8)
         self._prefix = f"kvtierd-{os.getuid()}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}-"
         self._hello: messages.Hello | None = None
         self._socket = path
-        remove_stale(DIRECTORY, self._prefix)
+        self._wait_until: float | None = None
+        if not config.daemon.adopt:
+            self._clean_up()
+
+    def must_wait(self, hello: messages.Hello) -> bool:
+        """Whether host memory of a daemon that died will soon be free to be taken over: its engines' workers still have it mapped."""
+        if self.cache is not None or hello.role != "scheduler" or not self._config.daemon.adopt:
+            return False
+        if not any(is_lived_on(path) for path in self._left_behind()):
+            return False
+        if self._wait_until is None:
+            self._wait_until = self._clock() + ADOPT_WAIT_S
+        return self._clock() < self._wait_until
 
     def require(self) -> tuple[CacheEngine, SharedEstimates]:
         """The cache, which is there once anybody was welcomed."""
@@ -88,6 +108,8 @@ class Node:
         """Writes down what is on its way and closes tiers and arena. Idempotent."""
         if self.cache is not None and self._arena is not None:
             self._arena.unlink()
+            if self._slots is not None:
+                self._slots.unlink()
             self.cache.close()
             self.cache = self._arena = None
 
@@ -111,9 +133,8 @@ class Node:
     def _open(self, hello: messages.Hello, namespace: Namespace) -> None:
         if not hello.block_bytes or not hello.block_tokens:
             raise DaemonError("an engine without a block size")
-        host = self._config.host
-        path = f"{DIRECTORY}/{self._prefix}{self._arena_id}"
-        arena = Arena.open(path, host.capacity_bytes, huge_pages=host.huge_pages, numa_node=host.numa_node)
+        digest = hashlib.sha256(namespace.digest + struct.pack("=QQ", hello.block_bytes, hello.block_tokens)).digest()
+        arena, slots = self._host_memory(round_up_to_page(hello.block_bytes), digest[:IDENTITY_BYTES])
         try:
             arena.prefault()
             self.cache = CacheEngine.open(
@@ -121,6 +142,7 @@ class Node:
                 namespace=namespace,
                 block_bytes=hello.block_bytes,
                 arena=arena,
+                slots=slots,
                 events=True,
                 clock=self._clock,
                 estimates=self._estimates,
@@ -128,11 +150,52 @@ class Node:
         except BaseException:
             arena.unlink()
             arena.close()
+            if slots is not None:
+                slots.unlink()
             raise
-        self._arena = arena
+        self._arena, self._slots = arena, slots
         _LOG.info(
             "blocks of %d tokens and %d bytes of %s; %s", hello.block_tokens, hello.block_bytes, namespace.model, self.cache.num_blocks()
         )
+
+    def _host_memory(self, slot_bytes: int, identity: bytes) -> tuple[Arena, SlotTable | None]:
+        """The arena of a daemon that died, with its table, where that can be had and fits; else new ones. Removes all others."""
+        host = self._config.host
+        options: dict[str, Any] = {"huge_pages": host.huge_pages, "numa_node": host.numa_node}
+        capacity_bytes = round_up_to_page(host.capacity_bytes)
+        found: tuple[Arena, SlotTable] | None = None
+        for path in self._left_behind():
+            table = SlotTable.open(path, capacity_bytes, slot_bytes, identity) if found is None else None
+            if table is not None:
+                try:
+                    found = Arena.open(path, capacity_bytes, take_over=True, **options), table
+                except ArenaError as error:
+                    _LOG.warning("the host memory of the daemon before cannot be used: %s", error)
+                    table.close()
+        self._clean_up(None if found is None else found[0].path)
+        if found is not None:
+            return found
+        path = f"{DIRECTORY}/{self._prefix}{self._arena_id}"
+        arena = Arena.open(path, host.capacity_bytes, **options)
+        try:
+            return arena, SlotTable.create(path, capacity_bytes, slot_bytes, identity) if self._config.daemon.adopt else None
+        except ArenaError as error:
+            _LOG.warning("the next daemon will not find what is in host memory: %s", error)
+            return arena, None
+
+    def _left_behind(self) -> list[str]:
+        """Arenas that daemons of this socket have left, each beside its table."""
+        tables = [name for name in os.listdir(DIRECTORY) if name.startswith(self._prefix) and name.endswith(SUFFIX)]
+        paths = [os.path.join(DIRECTORY, name.removesuffix(SUFFIX)) for name in tables]
+        return [path for path in paths if os.path.exists(path)]
+
+    def _clean_up(self, keep: str | None = None) -> None:
+        """Removes what daemons of this socket have left, but for arenas that somebody has mapped."""
+        remove_stale(DIRECTORY, self._prefix)
+        for name in os.listdir(DIRECTORY):
+            path = os.path.join(DIRECTORY, name)
+            if name.startswith(self._prefix) and name.endswith(SUFFIX) and path != f"{keep}{SUFFIX}":
+                os.unlink(path)
 
 
 def _describe(namespace: Namespace, block_bytes: int, block_tokens: int) -> str:

@@ -19,7 +19,7 @@ from kvtier.serve.frames import ProtocolError
 from kvtier.serve.members import Copy, Member
 from kvtier.serve.messages import Frame, is_counted_by_engines, keys_of
 from kvtier.serve.plain_hints import hint_of
-from kvtier.types import BlockKey
+from kvtier.types import BlockKey, StoreOrder
 
 MAX_PINS = 100_000
 """of one session"""
@@ -91,7 +91,7 @@ class Session:
             messages.Touch: lambda frame: self._cache.touch(self._keys(frame.keys)),
             messages.BeginLoad: self._begin_load,
             messages.EndLoad: self._end_load,
-            messages.BeginStore: self._begin_store,
+            messages.BeginStores: self._begin_stores,
             messages.EndStore: self._end_store,
             messages.Began: lambda frame: self._cache.hint_began(frame.session),
             messages.Ended: self._ended,
@@ -176,18 +176,24 @@ class Session:
         failed = () if copy.is_void else frame.failed
         self._cache.end_load(copy.plan_id, failed, partial=[at for at in frame.partial if at < copy.num_slots])
 
-    def _begin_store(self, frame: messages.BeginStore) -> None:
-        member = self._require_room(frame.job)
-        keys = self._keys(frame.parent + frame.keys)
-        first = 1 if frame.parent else 0
+    def _begin_stores(self, frame: messages.BeginStores) -> None:
+        orders = [self._order(store) for store in frame.stores]
+        member = self._require_room(*(store.job for store in frame.stores))
+        plans = self._cache.begin_stores(orders)
+        answers = []
+        for store, plan in zip(frame.stores, plans, strict=False):
+            if plan.slots:
+                member.copies[store.job] = Copy(plan.job_id, is_load=False, num_slots=len(plan.slots))
+            refused, declined = plan.num_refused, plan.num_declined
+            answers.append(messages.StoreSlots(*_columns(plan.slots), plan.positions, refused, declined, plan.broken))
+        self._send(messages.Stores(frame.call, tuple(answers)))
+
+    def _order(self, store: messages.Store) -> StoreOrder:
+        keys = self._keys(store.parent + store.keys)
+        first = 1 if store.parent else 0
         if len(keys) <= first:
             raise ProtocolError("a store without a block")
-        plan = self._cache.begin_store(keys, first, frame.tenant, may_evict=frame.may_evict)
-        if plan.slots:
-            member.copies[frame.job] = Copy(plan.job_id, is_load=False, num_slots=len(plan.slots))
-        slots, generations = _columns(plan.slots)
-        refused, declined, broken = plan.num_refused, plan.num_declined, plan.broken
-        self._send(messages.Slots(frame.call, slots, generations, plan.positions, refused, declined, broken))
+        return StoreOrder(keys, first, store.tenant, store.may_evict)
 
     def _end_store(self, frame: messages.EndStore) -> None:
         copy = self._copy(frame.job, frame.failed, is_load=False)
@@ -282,10 +288,10 @@ class Session:
             raise ProtocolError("a controller copies nothing")
         return self._member
 
-    def _require_room(self, job: int) -> Member:
+    def _require_room(self, *jobs: int) -> Member:
         member = self._require_member()
-        if job in member.copies or len(member.copies) >= MAX_COPIES:
-            raise ProtocolError(f"copy {job} is under way already, or there are too many")
+        if len(member.copies.keys() | jobs) != len(member.copies) + len(jobs) or len(member.copies) >= MAX_COPIES:
+            raise ProtocolError(f"one of the copies {jobs} is under way already, or there are too many")
         return member
 
     def _copy(self, job: int, failed: tuple[int, ...], *, is_load: bool) -> Copy | None:

@@ -110,6 +110,10 @@ class CountedSlots:
         self._next += 1
         return (self._next - 1) * PAGE_BYTES
 
+    def adopt(self, offset: int, num_bytes: int) -> None:
+        """Raises ValueError: nothing outlives a simulation."""
+        raise ValueError(f"no slot at {offset} outlived anything")
+
     def free(self, offset: int) -> None:
         """Takes a slot back."""
         self._free.append(offset)

@@ -69,7 +69,8 @@ class Memory:
         self.pages = random.integers(0, 256, total, dtype=np.uint8)
         """what the device should hold, guard bands included"""
         strides = [(stride, length) for _, stride, length in shape.segments]
-        self._starts = list(zip(starts, strides, strict=True))
+        self.starts = list(zip(starts, strides, strict=True))
+        """(where block 0 lies in ``pages``, (distance between blocks, length)) of each segment"""
         self.layout = KVLayout(self._segments(self.device.address), shape.num_blocks)
         self.slot_bytes = -(-shape.block_bytes // 4096) * 4096
         room = np.empty(shape.num_blocks * self.slot_bytes + 2 * 4096 + 4096, np.uint8)
@@ -107,7 +108,7 @@ class Memory:
 
     def span(self, layer: range) -> tuple[int, int]:
         """From where to where in ``pages`` some neighbouring segments lie, of all blocks."""
-        (start, _), (last, (stride, _)) = self._starts[layer.start], self._starts[layer.stop - 1]
+        (start, _), (last, (stride, _)) = self.starts[layer.start], self.starts[layer.stop - 1]
         return start, last + self.shape.num_blocks * stride
 
     def put(self, pages: Bytes) -> None:
@@ -127,7 +128,7 @@ class Memory:
         self.runtime.copy(self.stream, *_places(to, source.ctypes.data), np.array([len(source)], np.int64))
 
     def _segments(self, address: int) -> tuple[Segment, ...]:
-        return tuple(Segment(address + start, stride, length) for start, (stride, length) in self._starts)
+        return tuple(Segment(address + start, stride, length) for start, (stride, length) in self.starts)
 
 
 def _places(to: int, source: int) -> tuple[np.ndarray[Any, np.dtype[np.uint64]], np.ndarray[Any, np.dtype[np.uint64]]]:
@@ -254,6 +255,33 @@ class CudaContract(ABC):
                 memory.check(f"{way.value}, by layers")
                 copier.close()
                 new.close()
+            memory.close()
+
+    def test_a_pool_on_the_device_takes_blocks_and_gives_them_back(self) -> None:
+        """The engine may write its blocks again as soon as they are gathered; what comes back is what was there."""
+        runtime = self.open_runtime()
+        for seed, shape in enumerate(SHAPES):
+            memory = Memory(runtime, shape, seed)
+            pool_bytes = shape.num_blocks * memory.slot_bytes
+            pool = runtime.allocate(pool_bytes)
+            outer = memory.copier(Way.DMA)
+            assert outer is not None
+            copier = outer.to_device(ArenaPlace(pool.address, pool_bytes, is_on_device=True))
+            outer.close()
+            pairs = _pairs(shape.num_blocks, shape.num_blocks, seed=seed)
+            for number in range(self.rounds):
+                copier.gather(memory.copies(pairs)).order_compute()
+                memory.put(np.random.default_rng(number).integers(0, 256, len(memory.pages), dtype=np.uint8))
+                copier.scatter(memory.copies(pairs)).order_compute()
+                pages = np.random.default_rng(number).integers(0, 256, len(memory.pages), dtype=np.uint8)
+                for start, (stride, length) in memory.starts:
+                    for block in range(shape.num_blocks):
+                        place = start + block * stride
+                        pages[place : place + length] = memory.pages[place : place + length]
+                memory.pages = pages
+                memory.check(f"pool, round {number}")
+            copier.close()
+            pool.close()
             memory.close()
 
     def test_calibration_finds_nothing_wrong(self) -> None:

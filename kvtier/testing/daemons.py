@@ -40,8 +40,9 @@ def hello(role: Any, engine: str = "", **more: Any) -> Hello:
 
 
 def settings(path: Path, **more: Any) -> DaemonConfig:
-    """The ``daemon`` section of an engine in a test."""
-    return Config.from_mapping({"tiers": [{"type": "host", "capacity": 1 << 20}], "daemon": {"socket": str(path), **more}}).daemon
+    """The ``daemon`` section of an engine in a test; patient, for a busy machine."""
+    section = {"socket": str(path), "deadline": "5s", **more}
+    return Config.from_mapping({"tiers": [{"type": "host", "capacity": 1 << 20}], "daemon": section}).daemon
 
 
 class DaemonThread:

@@ -21,6 +21,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvtier.codecs import Sealer
 from kvtier.io import DirectMode
 from kvtier.testing.tiers import assert_right_bytes, load_job, meta_of, store_job, wait_for
 from kvtier.tiers.disk import DiskTier, check_path
@@ -55,6 +56,8 @@ class DiskMachine(RuleBasedStateMachine):
 
     durable = False
     """syncing, and going past the page cache, changes nothing that a process could see, and costs most of the time"""
+    sealer: Sealer | None = None
+    """encrypts payloads"""
     parent_directory: Path | None = None
     """where the directories are made; one that is cleaned up by others, too, lest a test that is ended by force leave some behind"""
 
@@ -75,7 +78,14 @@ class DiskMachine(RuleBasedStateMachine):
     def open(self) -> None:
         """Opens the tier in its directory."""
         direct_io: DirectMode = "auto" if self.durable else "off"
-        self.tier = DiskTier(self.directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, direct_io=direct_io, durable=self.durable)
+        self.tier = DiskTier(
+            self.directory,
+            CAPACITY_BYTES,
+            segment_bytes=SEGMENT_BYTES,
+            direct_io=direct_io,
+            durable=self.durable,
+            sealer=self.sealer,
+        )
 
     @rule(numbers=numbers)
     def store(self, numbers: list[int]) -> None:

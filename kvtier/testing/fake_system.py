@@ -136,7 +136,7 @@ class FakeSystem:
         from kvtier.copy.pool import PoolCopier  # noqa: PLC0415 - torch is needed for this only
 
         pool_bytes = options.device_slots * options.blocks_per_slot * memory.engine_block_bytes
-        return PoolCopier(copier, memory.tensors(rank), self.arena.buffer, pool_bytes)
+        return PoolCopier.allocate(copier, memory.tensors(rank), self.arena.buffer, pool_bytes)
 
     def _loader(self, memory: FakeKVMemory, rank: int, options: FakeSystemOptions) -> LayerLoader | None:
         if not options.by_layer:

@@ -104,6 +104,11 @@ class ValkeyServer(Server):
         command += ["--save", "", "--appendonly", "no", "--dir", str(directory), *options]
         super().__init__(command, directory, lambda: can_connect(self.socket_path))
 
+    def command(self, *arguments: str, password: str = "") -> None:
+        """Lets the server do something, as an administrator."""
+        with redis.Redis(unix_socket_path=str(self.socket_path), password=password or None) as client:
+            client.execute_command(*arguments)
+
     @property
     def unix_url(self) -> str:
         """For connecting by the Unix socket."""

@@ -13,7 +13,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvtier.errors import ClosedError
@@ -300,6 +300,9 @@ class _WrappedTier:
 
     def entries(self) -> Iterator[BlockMeta]:
         return self.tier.entries()
+
+    def take_events(self) -> Mapping[str, int]:
+        return self.tier.take_events()
 
     def check(self) -> list[Damage]:
         return self.tier.check()

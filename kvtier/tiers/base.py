@@ -51,6 +51,9 @@ class Tier(Protocol):
     def entries(self) -> Iterator[BlockMeta]:
         """Every readable block, oldest store first. For recovery, right after opening."""
 
+    def take_events(self) -> Mapping[str, int]:
+        """What happened since the last call and how often, by the names in :mod:`kvtier.stats` without the tier's."""
+
     def check(self) -> list[Damage]:
         """Verifies everything the tier holds, payloads included. Empty = healthy. No job may be running."""
 
@@ -74,6 +77,3 @@ class SharedTier(Tier, Protocol):
 
     def take_probes(self) -> list[ProbeResult]:
         """The answers that came in since the last call; every probe appears exactly once. ``poll`` wakes up for them too."""
-
-    def take_events(self) -> Mapping[str, int]:
-        """What happened since the last call and how often, by the names in :mod:`kvtier.stats` without the tier's."""

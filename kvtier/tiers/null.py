@@ -42,6 +42,9 @@ class NullTier:
     def entries(self) -> Iterator[BlockMeta]:
         return iter(())
 
+    def take_events(self) -> dict[str, int]:
+        return {}
+
     def check(self) -> list[Damage]:
         return []
 

@@ -26,6 +26,8 @@ _IDENTITY_BYTES = 96
 """of a header, before the checksum of what is stored"""
 _CHECKSUM_BYTES = 8
 MIN_HEADER_BYTES = _HEADER.size + _CHECKSUM_BYTES
+SEAL_BYTES = 28
+"""nonce and tag"""
 
 
 class RecordFields(NamedTuple):
@@ -51,12 +53,15 @@ class Header:
     payload_checksum: bytes
 
 
-def pack_header(page: memoryview, fields: RecordFields, payload_checksum: bytes) -> None:
-    """Fills a header of any size from ``MIN_HEADER_BYTES`` on: the fields, zeros, and last the checksum over both."""
-    packed = _pack(fields, payload_checksum)
+def pack_header(page: memoryview, fields: RecordFields, payload_checksum: bytes, seal: bytes = b"") -> None:
+    """Fills a header of any size from ``MIN_HEADER_BYTES`` on: the fields, the seal, zeros, and last the checksum over all of it.
+
+    ``seal``: nonce and tag of a payload whose codec keeps them in the header, ``SEAL_BYTES`` long.
+    """
+    packed = _pack(fields, payload_checksum) + seal
     checked = len(page) - _CHECKSUM_BYTES
-    page[: _HEADER.size] = packed
-    page[_HEADER.size : checked] = bytes(checked - _HEADER.size)
+    page[: len(packed)] = packed
+    page[len(packed) : checked] = bytes(checked - len(packed))
     page[checked:] = xxhash.xxh3_64_digest(page[:checked])
 
 
@@ -77,6 +82,11 @@ def parse_header(page: memoryview) -> Header | str:
     has_parent = bool(flags & FLAG_HAS_PARENT)
     fields = RecordFields(BlockKey(key), BlockKey(parent) if has_parent else None, namespace, num_bytes, sequence, place, codec_id, key_id)
     return Header(fields, checksum)
+
+
+def seal_of(page: memoryview) -> bytes:
+    """Nonce and tag in a header that has them."""
+    return bytes(page[_HEADER.size : _HEADER.size + SEAL_BYTES])
 
 
 def identity_bytes(fields: RecordFields) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ REFUSED = {
     "ratio": {"ratio": 1.5, "spans": [[10, 60]]},
     "method": {"method": "guess", "spans": [[10, 60]]},
     "format": {"spans": "all of it"},
+    "tokens_differ": {"spans": [[10, 60]], "tokens": [[1, 2, 3]]},
 }
 Piece = list[int]
 Result = dict[str, Any]
@@ -45,6 +47,12 @@ class Asker:
             spans.append([len(ids), len(ids) + len(self.documents[document])])
             ids = ids + self.documents[document]
         return ids + self.encode(QUESTION.format(number=number)), spans
+
+    def chat(self, order: Sequence[int], number: int) -> Piece:
+        """The documents as messages of a chat."""
+        tools = "".join(f"<|im_start|>tool\n{SENTENCES[document] * 4}<|im_end|>\n" for document in order)
+        turns = f"{tools}<|im_start|>user{QUESTION.format(number=number)}<|im_end|>\n<|im_start|>assistant\n"
+        return self.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{turns}")
 
     def sampling(self, options: Result | None, max_tokens: int = MAX_TOKENS) -> Any:
         """Greedy, with kvtier's options."""
@@ -88,9 +96,13 @@ class Asker:
         for system in systems:
             for order in ([0, 2], [1, 3]):
                 ids, spans = self.prompt(order, 0, system=system)
-                self.one(ids, {"blend": {"spans": spans}})
-                for _ in range(2):
-                    self.one(self.documents[0][:8], {"store": False, "load": False})
+                self.stored(ids, {"spans": spans})
+
+    def stored(self, ids: Piece, blend: Result) -> None:
+        """Serves a prompt of two chunks, and steps until they are stored."""
+        self.one(ids, {"blend": blend})
+        for _ in range(2):
+            self.one(self.documents[0][:8], {"store": False, "load": False})
 
 
 def blended(llm: Any, settings: Result) -> Result:
@@ -112,6 +124,7 @@ def blended(llm: Any, settings: Result) -> Result:
     asked = [(ids, {**option, "store": False} if with_kvtier else None) for (ids, _), option in zip(cases, options, strict=True)]
     out["alone"] = [asker.one(*item) for item in asked]
     out["again"] = [asker.one(*item) for item in asked]
+    out["unnamed"] = unnamed(asker, cases[1][0], ratio if with_kvtier else None)
     plain = [(asker.prompt([number, 1], 20 + number)[0], None) for number in range(4)]
     llm.reset_prefix_cache()
     mixed = asker.ask([item for pair in zip(asked[:4], plain, strict=True) for item in pair])
@@ -122,7 +135,17 @@ def blended(llm: Any, settings: Result) -> Result:
         abort_blended(asker, asked)
         out["after_abort"] = [asker.one(ids) for ids, _ in asked[:2]]
         out["counters"] = asker.counters()
+    out["model"] = model_module(llm)
     return out
+
+
+def unnamed(asker: Asker, prompt: Piece, ratio: float | None) -> list[Result]:
+    """A prompt of chunks that others named, and a chat whose messages are chunks."""
+    asked: list[tuple[Piece, str]] = [(prompt, "auto"), (asker.chat([1, 0], 51), "messages")]
+    if ratio is None:
+        return [asker.one(ids) for ids, _ in asked]
+    asker.stored(asker.chat([0, 1], 50), {"boundaries": "messages"})
+    return [asker.one(ids, {"blend": {"boundaries": boundaries, "ratio": ratio}, "store": False}) for ids, boundaries in asked]
 
 
 def abort_blended(asker: Asker, asked: Sequence[tuple[Piece, Result | None]]) -> None:
@@ -174,7 +197,15 @@ def blended_briefly(llm: Any, settings: Result) -> Result:
         ids, spans = asker.prompt(order, 40 + number)
         asked.append((ids, {"blend": {"spans": spans, "ratio": 1.0}, "store": False} if "kvtier" in settings else None))
     asker.one(asker.documents[0][:8], {"store": False, "load": False})
-    return {"answers": [asker.one(*item) for item in asked]}
+    return {"answers": [asker.one(*item) for item in asked], "model": model_module(llm)}
+
+
+def model_module(llm: Any) -> str:
+    """Where the class of the loaded model comes from; empty where the model is in another process."""
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1":
+        return ""
+    (module,) = llm.apply_model(lambda model: type(model).__module__)
+    return str(module)
 
 
 BLEND_SCENARIOS = {"blended": blended, "blended_under_pressure": blended_under_pressure, "blended_briefly": blended_briefly}

@@ -33,18 +33,41 @@ ENVIRONMENT = {
 Result = dict[str, Any]
 
 
+class Engine:
+    """A scenario in a process of its own."""
+
+    def __init__(self, out: Path, log: Path, environment: dict[str, str], settings: Result) -> None:
+        self._log = log
+        self.process = _template().Process(target=scenarios.main, args=(out, log, settings, environment))
+        self.process.start()
+
+    def kill(self) -> None:
+        """kill -9, all of its processes. Fails where it has ended before."""
+        assert self.process.is_alive(), self.last_words
+        assert self.process.pid is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    @property
+    def last_words(self) -> str:
+        """The end of what it said."""
+        return f"the engine's process ended with {self.process.exitcode}:\n{self._log.read_text()[-6000:]}"
+
+
+def start(folder: Path, scenario: str, **settings: object) -> Engine:
+    """A scenario that is to be killed; ``folder`` is for what it says."""
+    return Engine(folder / f"{scenario}.json", folder / f"{scenario}.log", {}, {"scenario": scenario, **settings})
+
+
 def run(scenario: str, *, environment: dict[str, str] | None = None, timeout_s: float = 240.0, **settings: object) -> Result:
     """What the scenario wrote. Fails with the end of the process's output where it did not end well."""
     with tempfile.TemporaryDirectory() as directory:
         out, log = Path(directory) / "out.json", Path(directory) / "log"
-        process = _template().Process(target=scenarios.main, args=(out, log, {"scenario": scenario, **settings}, environment or {}))
-        process.start()
-        process.join(timeout_s)
-        if process.is_alive():
-            assert process.pid is not None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-        assert process.exitcode == 0, f"the engine's process ended with {process.exitcode}:\n{log.read_text()[-6000:]}"
+        engine = Engine(out, log, environment or {}, {"scenario": scenario, **settings})
+        engine.process.join(timeout_s)
+        if engine.process.is_alive():
+            engine.kill()
+        assert engine.process.exitcode == 0, engine.last_words
         result: Result = json.loads(out.read_text())
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import json
 import os
 import signal
@@ -70,6 +71,7 @@ def generate(llm: Any, texts: list[str], params: dict[str, Any] | None = None) -
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": [next(iter(step.values())).logprob for step in output.outputs[0].logprobs],
             "cached": output.num_cached_tokens,
+            "prompt_tokens": len(output.prompt_token_ids),
             "loaded": (output.kv_transfer_params or {}).get("kvtier"),
         }
         for output in outputs
@@ -111,6 +113,34 @@ def interrupted(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
         while not (folder / f"go-{number}").exists():
             time.sleep(0.01)
     return {"rounds": rounds}
+
+
+def numbered(number: int) -> list[str]:
+    """Prompts that no other number shares a block with."""
+    return [f"{number} of those. " + text for text in prompts()[:4]]
+
+
+def in_turns(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Sets of prompts by number, each prompt alone. With a folder it waits for its turn before each set, and says when the set is done."""
+    folder = settings.get("folder")
+    rounds = []
+    for turn, number in enumerate(settings["sets"]):
+        while folder is not None and not (Path(folder) / f"go-{turn}").exists():
+            time.sleep(0.01)
+        rounds.append([generate(llm, [text])[0] for text in numbered(number)])
+        if folder is not None:
+            (Path(folder) / f"done-{turn}").touch()
+    return {"rounds": rounds, "counters": counters() if "kvtier" in settings else {}}
+
+
+def endless(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A set of prompts; then it says so, and goes on with others, several at once, until it is killed."""
+    number = settings["set"]
+    generate(llm, numbered(number))
+    for count in itertools.count():
+        generate(llm, [f"{count} more. " + text for text in numbered(number)])
+        Path(settings["ready"]).touch()
+    return {}
 
 
 def separated(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -283,6 +313,8 @@ SCENARIOS = {
     "faulty_store": faulty_store,
     "repeat": repeat,
     "interrupted": interrupted,
+    "in_turns": in_turns,
+    "endless": endless,
     "separated": separated,
     "failing": failing,
     "controlled": controlled,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.testing.fault_proxy import FaultProxy
+from kvtier.testing.faults import FAULTS, FaultyValkey
 from kvtier.testing.servers import MooncakeMaster, S3Server, ValkeyServer
 from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
 from kvtier.tiers.remote import Deadline
-from tests.engine.faulty_store import FAULTS, serve_faults
+from tests.engine.faulty_store import serve_faults
 from tests.engine.harness import Result, assert_same, host, loaded_tokens, made_once, run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -99,19 +99,15 @@ def test_two_engines_share_mooncake(tmp_path: Path, alone: list[Result]) -> None
         master.kill()
 
 
-def test_a_store_that_goes_wrong(valkey: ValkeyServer, alone: list[Result], tmp_path: Path) -> None:
+def test_a_store_that_goes_wrong(alone: list[Result], tmp_path: Path) -> None:
     """Every fault of the server: each request completes with the same tokens, in bounded time; then hits are back without a restart."""
-    proxy = FaultProxy(valkey.socket_path)
     orders = tmp_path / "orders"
     orders.mkdir()
-    keeper = threading.Thread(target=serve_faults, args=(orders, valkey, proxy), daemon=True)
-    keeper.start()
-    settings = with_tier(redis_tier(proxy.url))
-    settings["connector"]["promote_wait"] = PROMOTE_WAIT_S
-    try:
+    with FaultyValkey(tmp_path) as store:
+        threading.Thread(target=serve_faults, args=(orders, store), daemon=True).start()
+        settings = with_tier(redis_tier(store.url))
+        settings["connector"]["promote_wait"] = PROMOTE_WAIT_S
         result = run("faulty_store", kvtier=settings, store=str(orders), faults=list(FAULTS), timeout_s=500.0)
-    finally:
-        proxy.close()
     expected = alone[2:4]
     computed_s = result["computed"]["seconds"]
     for fault in FAULTS:

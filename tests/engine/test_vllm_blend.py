@@ -43,8 +43,9 @@ def blend(**more: Any) -> Result:
 def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
     """Ratio 1, every method: documents in other orders, twice, at position 0, with text between, the prompt's end or all of it."""
     result = run("blended", kvtier=blend(), engine=CACHING)
-    for name in ("alone", "again", "mixed", "others", "afterwards", "after_abort"):
+    for name in ("alone", "again", "unnamed", "mixed", "others", "afterwards", "after_abort"):
         assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
+    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in result["unnamed"]), "found by their tokens; by the chat's messages"
     taken = [answer["loaded"]["blend"]["tokens"] for answer in result["alone"]]
     assert all(tokens > 40 for tokens in taken[: len(ORDERS)]), taken
     assert all(tokens > 40 for tokens in taken), taken
@@ -53,7 +54,7 @@ def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
     assert {f"blend.refused_{name}": 1 for name in REFUSED} == {
         name: value for name, value in result["counters"].items() if name.startswith("blend.refused_")
     }
-    assert 8 == result["counters"]["blend.stored_chunks"]
+    assert 8 + 2 == result["counters"]["blend.stored_chunks"]
     assert not {"connector.errors", "blend.failed"} & set(result["counters"])
 
 
@@ -68,11 +69,13 @@ def test_nothing_computed_anew_harms_nobody_else(alone: Result) -> None:
 
 def test_off_unless_switched_on(alone: Result) -> None:
     """Without ``blend.enabled`` requests that ask are refused, counted, and served as any other."""
+    assert "vllm.model_executor.models.llama" == alone["model"], "vLLM alone, where kvtier is installed"
     result = run("blended", kvtier=host(), engine=CACHING)
     for name in ("alone", "again", "mixed", "others", "afterwards", "after_abort"):
         assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
     assert {"off"} == {answer["loaded"]["blend"]["refused"] for answer in result["alone"]}
     assert {"blend.refused_off"} == set(result["counters"])
+    assert "vllm.model_executor.models.llama" == result["model"]
 
 
 def test_preemption_and_failures(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
@@ -91,15 +94,17 @@ def test_chunks_outlive_the_engine(tmp_path_factory: pytest.TempPathFactory, wor
     expected = once(tmp_path_factory, worker_id, "blended_briefly")["answers"]
     settings = host_and_disk(tmp_path / "tier", blend={"enabled": True})
     for stores in (True, False):
-        answers = run("blended_briefly", kvtier=settings, stores=stores)["answers"]
+        result = run("blended_briefly", kvtier=settings, stores=stores)
+        answers = result["answers"]
         assert_same(expected, answers)
+        assert "kvtier.connectors.vllm.models" == result["model"]
         assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)
 
 
 @pytest.mark.every_version
 def test_in_processes_of_their_own(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
-    """Scheduler and worker in processes of their own, which vLLM spawns on a CPU, so that they have to be told."""
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "KVTIER_BLEND": "1"}
+    """Scheduler and worker in processes of their own, which vLLM spawns on a CPU: the settings alone tell them."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     expected = once(tmp_path_factory, worker_id, "blended_briefly")["answers"]
     answers = run("blended_briefly", kvtier=blend(), environment=environment)["answers"]
     assert_same(expected, answers)

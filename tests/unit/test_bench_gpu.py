@@ -23,7 +23,7 @@ def test_every_figure_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.load_once().wait()
     assert before == device.free_bytes
     names = [item.name for item in records]
-    expected = {"host to GPU": 2, "GPU to host": 2, "host to GPU, one way": 6, "GPU to host, one way": 6}
+    expected = {"host to GPU": 2, "GPU to host": 2, "host to GPU, one way": 8, "GPU to host, one way": 8}
     expected |= {"both directions at once": 2, "gather on the device": 2}
     assert expected == {name: names.count(name) for name in names}
     assert {1.0} == {item.fraction for item in records}

@@ -21,7 +21,7 @@ from kvtier.blend.methods import METHODS, CacheBlend, CacheCraft, Combined, Epic
 from kvtier.blend.methods.base import share_out, top
 from kvtier.blend.methods.cachecraft import context_impact, prefix_overlap
 from kvtier.blend.model import Projected, Rotary, TokenKV
-from kvtier.blend.ratio import AdaptiveRatio, FixedRatio, hidden_ratio
+from kvtier.blend.ratio import AdaptiveRatio, FixedRatio
 from kvtier.copy.rope import Pairs, TokenShift, plain_frequencies, shift_keys, shift_table
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import Namespace, request_root
@@ -152,7 +152,6 @@ def test_what_is_no_share_is_refused(value: float) -> None:
         lambda: FixedRatio(value),
         lambda: AdaptiveRatio(value),
         lambda: AdaptiveRatio(0.5, maximum=value),
-        lambda: hidden_ratio(1, 1, value),
     )
     for make in makers:
         with pytest.raises(BlendRefusedError, match=r"is .*; \[0, 1\] is allowed") as caught:
@@ -179,11 +178,6 @@ def test_an_adaptive_ratio_holds_the_mass_within_bounds(scores: list[float], mas
     if number < bounds[1]:
         assert sum(ordered[:number]) >= mass * sum(ordered) - 1e-6
     assert bounds[0] == ratio.num_tokens(None, len(scores))
-
-
-def test_what_hides_under_loading_costs_no_time() -> None:
-    """Half the time of prefill lets half be computed; never less than the minimum, nor more than all."""
-    assert [0.5, 0.1, 1.0, 1.0] == [hidden_ratio(load, prefill, 0.1) for load, prefill in ((2, 4), (0.1, 4), (8, 4), (1, 0))]
 
 
 @pytest.mark.parametrize("pairs", ["neox", "interleaved"])

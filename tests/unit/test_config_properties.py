@@ -89,7 +89,7 @@ connectors = st.fixed_dictionaries(
         "async_load": st.booleans(),
         "promote_wait": st.just(0) | durations,
         "max_pinned_fraction": st.floats(0, 1),
-        "gpu_copy": st.sampled_from(["auto", "dma", "bulk", "staged"]),
+        "gpu_copy": st.sampled_from(["auto", "dma", "bulk", "staged", "direct"]),
         "copy_threads": st.integers(1, 16),
         "load_or_recompute": st.sampled_from(["auto", "always"]),
     },

@@ -365,9 +365,9 @@ def test_waiting_for_disk_is_bounded(disk_rig: DiskRig) -> None:
     disk_rig.disk.delay_s = 1000.0
     disk_rig.add("a", prompt(1, 20))
     assert disk_rig.match("a", 20) is None
-    disk_rig.now += 1.9
+    disk_rig.now += 1.89
     assert disk_rig.match("a", 20) is None
-    disk_rig.now += 0.2
+    disk_rig.now += 0.011  # the next question would come too late
     assert [0, 0] == [disk_rig.match("a", 20) for _ in range(2)]
     assert 1 == disk_rig.cache.stats["promote.timeouts"]
     disk_rig.now += 1000.0
@@ -830,7 +830,7 @@ def test_an_error_becomes_the_safe_answer(tmp_path: Path, monkeypatch: pytest.Mo
     """Whatever the cache raises: no hit, nothing stored, nothing held; counted each time, logged once per kind."""
     rig = Rig(tmp_path, strict=False)
     rig.add("a", prompt(1, 16))
-    break_cache(rig, monkeypatch, "match", "touch", "begin_store", "poll", "reset", "take_events", "unpin", "close")
+    break_cache(rig, monkeypatch, "match", "touch", "begin_stores", "poll", "reset", "take_events", "unpin", "close")
     assert [0, 0] == [rig.match("a", 16) for _ in range(2)]
     rig.allocate("a", 4)
     assert () == rig.build(a=16).stores

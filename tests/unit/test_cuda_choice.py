@@ -140,7 +140,7 @@ class TestCalibration:
 
         table = calibrate(Failing(), SMALL, piece_sizes=(2048,), total_bytes=128 << 10, clock=self.clock())
         assert {(Way.BULK, 0.0)} == {(it.way, it.bytes_per_s) for it in table.measured if not it.is_right}
-        assert 6 == len(table.measured)
+        assert 8 == len(table.measured)
 
     def test_no_room(self) -> None:
         """Is said before anything is copied, and nothing stays allocated."""

@@ -89,7 +89,7 @@ class Rig:
         self.tensors = [torch.arange(NUM_BLOCKS, dtype=torch.int8)[:, None].repeat(1, size) for size in SIZES]
         self.arena = bytearray(NUM_BLOCKS * BLOCK_BYTES)
         direct = TorchCopier(self.tensors, memoryview(self.arena))
-        self.copier = PoolCopier(direct, self.tensors, memoryview(self.arena), NUM_BLOCKS * BLOCK_BYTES)
+        self.copier = PoolCopier.allocate(direct, self.tensors, memoryview(self.arena), NUM_BLOCKS * BLOCK_BYTES)
 
     def block(self, number: int) -> bytes:
         """What the engine's block holds."""

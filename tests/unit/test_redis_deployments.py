@@ -182,6 +182,7 @@ def test_a_sentinel_names_a_new_primary(tmp_path: Path, monkeypatch: pytest.Monk
         metas = [meta_of(number, 1000) for number in range(3)]
         assert (Outcome.OK,) * 3 == store(tier, metas)
         with redis.Redis(port=primary.port) as client:
+            client.set("last", 1)  # WAIT is for what its own connection wrote, and this is behind all else
             wait_until(lambda: client.execute_command("WAIT", 1, 1000) == 1)
         with redis.Redis(port=sentinel.port) as client:
             wait_until(lambda: len(client.sentinel_slaves("primary")) == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 import kvtier
 from kvtier.cli import main
 from kvtier.config import Config
+from kvtier.engine import CacheEngine
 from kvtier.errors import ControlError, DaemonError, QuotaError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena_file import PAGE_BYTES
@@ -26,8 +28,9 @@ from kvtier.serve.channel import Attaching
 from kvtier.serve.client import ServedCache
 from kvtier.serve.daemon import Daemon
 from kvtier.serve.link import connect
+from kvtier.serve.node import Node
 from kvtier.testing.daemons import BLOCK_BYTES, DaemonProcess, DaemonThread, EngineWithoutModel, hello, payload_of, settings
-from kvtier.types import BlockKey, PrefixMatch
+from kvtier.types import BlockKey, PrefixMatch, StoreOrder
 
 HOST_BLOCKS = 64
 
@@ -277,6 +280,93 @@ def test_two_engines_of_one_name(served: Served) -> None:
 # ---- a daemon that dies ------------------------------------------------------------------------------------------------
 
 
+def start_daemon(folder: Path, **more: Any) -> DaemonProcess:
+    config_file = folder / "kvtier.yaml"
+    config_file.write_bytes(msgspec.json.encode(config_of(folder) | more))
+    return DaemonProcess(config_file, folder / "socket")
+
+
+def open_in(folder: Path) -> dict[str, int]:
+    """What is open in the books of a daemon in a process of its own."""
+    with contextlib.closing(ServedCache(Attaching(settings(folder / "socket", deadline="5s"), hello("control")))) as asking:
+        return {name: count for name, count in asking.verbs.snapshot({}, {}).open.items() if count}
+
+
+def left_in_memory(folder: Path) -> list[str]:
+    """Files of the daemons of a socket."""
+    prefix = Node(Config.from_mapping(config_of(folder)), folder / "socket")._prefix
+    return sorted(name.removeprefix(prefix) for name in os.listdir("/dev/shm") if name.startswith(prefix))
+
+
+@pytest.mark.parametrize("lets_go", ["at once", "later", "never"])
+def test_a_killed_daemon_leaves_its_host_memory_to_the_next(folder: Path, lets_go: str) -> None:
+    """kill -9: the next one has every block whose checksum was known, verified, once no worker has the memory mapped; one that never lets
+    go costs the blocks, after 5 s.
+    """
+    daemon = start_daemon(folder)
+    engine = EngineWithoutModel(folder / "socket", "engine", reconnect="10ms", deadline="5s")
+    engine.wait_until_usable()
+    keys = keys_of(1, 8)
+    engine.store(keys)
+    engine.store(keys_of(2, 8))
+    engine.cache.verbs.clear((0,), None)
+    engine.store(keys)
+    wait_for(lambda: not open_in(folder))
+    uncommitted = engine.cache.begin_store(keys_of(3, 4), 0)
+    daemon.kill()
+    old = engine.arena
+    assert old is not None
+    engine.arena = None
+    if lets_go == "at once":
+        old.close()
+    daemon = start_daemon(folder)
+    timer = threading.Timer(1.0, old.close) if lets_go == "later" else None
+    if timer is not None:
+        timer.start()
+    assert PrefixMatch(0, 0) == engine.cache.match(keys)
+    wait_for(lambda: polled(engine)._channel.is_open)
+    engine.attach_worker()
+    engine.wait_until_usable()
+    engine.cache.commit_store(uncommitted.job_id)
+    wait_for(lambda: not open_in(folder))
+    num_kept = 0 if lets_go == "never" else 8
+    assert [num_kept, 0, 0] == [engine.cache.match(keys_of(prompt, 8)).ready_blocks for prompt in (1, 2, 3)]
+    assert num_kept == engine.load(keys)
+    engine.store(keys_of(4, 30))
+    assert 30 == engine.load(keys_of(4, 30))
+    if lets_go == "never":
+        old.close()
+    engine.close()
+    daemon.close()
+    assert [] == [name for name in left_in_memory(folder) if not name.endswith(old.path[-16:])]
+
+
+def test_host_memory_of_another_model_is_not_taken_over(folder: Path) -> None:
+    """Nor with ``adopt: false``; what was left is removed."""
+    for more, num_kept in (({}, 8), ({"daemon": {"adopt": False}}, 0)):
+        daemon = start_daemon(folder)
+        engine = EngineWithoutModel(folder / "socket", "engine")
+        engine.wait_until_usable()
+        engine.store(keys_of(1, 8))
+        wait_for(lambda: not open_in(folder))
+        daemon.kill()
+        engine.close()
+        daemon = start_daemon(folder, **more)
+        engine = EngineWithoutModel(folder / "socket", "engine")
+        engine.wait_until_usable()
+        wait_for(lambda: not open_in(folder))
+        assert num_kept == engine.cache.match(keys_of(1, 8)).ready_blocks
+        engine.close()
+        daemon.kill()
+    daemon = start_daemon(folder)
+    other = ServedCache(Attaching(settings(folder / "socket"), hello("scheduler", "other", namespace={"model": "other"})))
+    assert 2 == len(left_in_memory(folder)), "an arena and its table, both new"
+    assert {"host": 0} == dict(other.num_blocks())
+    other.close()
+    daemon.close()
+    assert [] == left_in_memory(folder)
+
+
 def test_a_restarted_daemon_has_what_was_on_disk(folder: Path) -> None:
     """Without a daemon everything is a miss; the engine finds the new one by itself, which has what the old one wrote down."""
     served = Served(folder, disk=True)
@@ -453,6 +543,51 @@ def test_what_the_command_line_refuses(
     assert reason in capsys.readouterr().err
 
 
+# ---- the stores of a step ------------------------------------------------------------------------------------------------
+
+
+def test_the_stores_of_a_step_are_one_question(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many orders travel in one frame, each gets its own answer; more than a frame holds travel in several."""
+    engine = served.engine("a")
+    asked: list[messages.Frame] = []
+    channel = engine.cache._channel
+    call = channel.call
+
+    def noted(make: Callable[[int], messages.Frame], kind: Any) -> Any:
+        asked.append(make(0))
+        return call(lambda number: msgspec.structs.replace(asked[-1], call=number), kind)
+
+    monkeypatch.setattr(channel, "call", noted)
+    orders = [StoreOrder(keys_of(prompt, 2), 0) for prompt in range(1, 6)]
+    plans = engine.cache.begin_stores([*orders, orders[0]])
+    assert [2, 2, 2, 2, 2, 0] == [len(plan.slots) for plan in plans]
+    assert 10 == len({ref.slot for plan in plans for ref in plan.slots})
+    assert [messages.BeginStores] == [type(frame) for frame in asked]
+    for order, plan in zip(orders, plans, strict=False):
+        engine.write(order.keys, plan.slots)
+        engine.cache.commit_store(plan.job_id)
+    assert [2] * 5 == [engine.load(order.keys) for order in orders]
+    asked.clear()
+    monkeypatch.setattr(messages, "MAX_KEYS", 7)
+    plans = engine.cache.begin_stores([StoreOrder(keys_of(prompt, 2), 0) for prompt in range(10, 15)])
+    assert [2, 2, 1] == [len(frame.stores) for frame in asked if isinstance(frame, messages.BeginStores)]
+    assert [2] * 5 == [len(plan.slots) for plan in plans]
+    for plan in plans:
+        engine.cache.abort_store(plan.job_id)
+
+
+def test_what_follows_a_broken_store_is_asked_again(served: Served) -> None:
+    """A store behind a block that is nowhere ends the answer, in a daemon as in the engine's process: orders keep their order."""
+    engine = served.engine("a")
+    orders = [StoreOrder(keys_of(1, 2), 0), StoreOrder(keys_of(2, 2), 1), StoreOrder(keys_of(3, 2), 0)]
+    embedded = CacheEngine.open(served.config, namespace=Namespace(model="test"), block_bytes=BLOCK_BYTES)
+    for cache in (engine.cache, embedded):
+        plans = cache.begin_stores(orders)
+        assert [False, True] == [plan.broken for plan in plans]
+        cache.abort_store(plans[0].job_id)
+    embedded.close()
+
+
 # ---- hostile peers -------------------------------------------------------------------------------------------------------
 
 
@@ -471,8 +606,10 @@ HOSTILE: dict[str, bytes] = {
     "two Hellos": encoded(HELLO, HELLO),
     "strange namespace": encoded(hello("scheduler", "hostile", namespace={"color": "red"})),
     "half a key": encoded(HELLO, messages.Match(1, b"123")),
-    "a key twice": encoded(HELLO, messages.BeginStore(1, 1, b"", KEY * 2, "", True)),
-    "a store of nothing": encoded(HELLO, messages.BeginStore(1, 1, KEY, b"", "", True)),
+    "a key twice": encoded(HELLO, messages.BeginStores(1, (messages.Store(1, b"", KEY * 2, "", True),))),
+    "a store of nothing": encoded(HELLO, messages.BeginStores(1, (messages.Store(1, KEY, b"", "", True),))),
+    "no store": encoded(HELLO, messages.BeginStores(1, ())),
+    "two stores of one number": encoded(HELLO, messages.BeginStores(1, (messages.Store(1, b"", KEY, "", True),) * 2)),
     "an end without a beginning": encoded(HELLO, messages.EndLoad(7, (), ())),
     "the other kind of end": encoded(HELLO, messages.BeginLoad(1, 1, KEY), messages.EndStore(1, (), False)),
     "blocks that a load does not have": encoded(HELLO, messages.BeginLoad(1, 1, KEY), messages.EndLoad(1, (5,), ())),

@@ -1,7 +1,7 @@
 """``kvtier bench blend``: how near answers with reused chunks come to those of full prefill, by method, on a real model.
 
 Every row is written to a file as soon as it is known, and sets that are in the file are not run again: a long run can be
-interrupted and continued, or extended. Needs transformers and a checkpoint; slow on a CPU: minutes for each set of documents.
+interrupted and continued, or extended. Needs transformers and a checkpoint; slow on a CPU: about a minute for each set of documents.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtier.bench.blend.summary import by_variant, paired
-from kvtier.bench.blend.tasks import TASKS, make_set
+from kvtier.bench.blend.records import BASELINE, records
+from kvtier.bench.blend.summary import FULL, Row, by_variant, of_ratio, paired
+from kvtier.bench.blend.tasks import TASKS, DocumentSet, make_set
+from kvtier.bench.report import publish
 
 if TYPE_CHECKING:
-    from kvtier.bench.blend.quality import Encode, Variant
+    from kvtier.bench.blend.quality import Case, Encode
     from kvtier.blend.model import BlendModel
 
-__all__ = ["BASELINE", "add_arguments", "report", "run"]
+__all__ = ["add_arguments", "report", "run"]
 
-BASELINE = "cacheblend, alone"
 OVERLAPS = {"retained": "retained", "f1": "F1", "rouge_l": "Rouge-L"}
 
 
@@ -32,11 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", metavar="DIR", help="a checkpoint of a supported family (default: KVTIER_TEST_MODEL)")
     parser.add_argument("--rows", type=Path, metavar="FILE", default=Path("blend-rows.jsonl"), help="where rows are kept and continued")
-    parser.add_argument("--items", type=int, default=4, help="sets of documents, fourteen questions each (default: 4)")
+    parser.add_argument("--items", type=int, default=4, help="sets of documents, 28 questions each (default: 4)")
     parser.add_argument("--first", type=int, default=0, help="number of the first set (default: 0)")
-    parser.add_argument("--ratio", type=float, default=0.15, help="share of the chunks' tokens computed anew (default: 0.15)")
+    parser.add_argument(
+        "--ratio", type=float, nargs="+", default=[0.15], help="share of the chunks' tokens computed anew; one or several (default: 0.15)"
+    )
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants whose label contains one of these")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="only questions of these kinds (default: all)")
+    parser.add_argument("--questions", type=int, default=0, metavar="N", help="only the first N of each kind in each set (default: all)")
+    parser.add_argument("--only-answered", action="store_true", help="leave out what full prefill does not answer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model and its KV (default: float32)")
@@ -51,37 +58,57 @@ def run(args: argparse.Namespace) -> int:
             print("--model: names no checkpoint, and KVTIER_TEST_MODEL is not set", file=sys.stderr)
             return 2
         _measure(args, path)
-    rows = [row for row in _read(args.rows) if row["ratio"] == args.ratio]
-    report(rows)
+    rows = _read(args.rows)
+    for ratio in args.ratio:
+        report(rows, ratio)
+    if args.json is not None:
+        publish("kvtier bench blend", list(records(rows, args.ratio)), args.json)
     return 0
 
 
 def _measure(args: argparse.Namespace, path: str) -> None:
     import torch  # noqa: PLC0415 - --help works without it
 
-    from kvtier.bench.blend.quality import VARIANTS, SetRun  # noqa: PLC0415 - as above
+    from kvtier.bench.blend.quality import Primer, SetRun  # noqa: PLC0415 - as above
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    wanted = [variant for variant in VARIANTS if not args.variants or any(name in variant.label for name in args.variants)]
-    done = {(row["set"], row["ratio"], row["question"], row["variant"]) for row in _read(args.rows)}
+    done = _read(args.rows)
     model, encode = _load(path, args.device, args.dtype)
+    primer = Primer(model, encode)
     with args.rows.open("a", encoding="utf-8") as file:
         for number in range(args.first, args.first + args.items):
             documents = make_set(number)
-            missing: dict[int, list[Variant]] = {}
-            asked = [question for question, item in enumerate(documents.questions) if item.task in args.tasks]
-            for question in asked:
-                variants = [variant for variant in wanted if (number, args.ratio, question, variant.label) not in done]
-                if variants:
-                    missing[question] = variants
+            known = {(row["question"], row["variant"], row["ratio"]): row["is_right"] for row in done if row["set"] == number}
+            missing = _missing(args, documents, known)
             if not missing:
                 continue
             started_s = time.monotonic()
-            for row in SetRun(model, encode, documents).rows(missing, args.ratio):
-                file.write(json.dumps({**row, "dtype": args.dtype}) + "\n")
-                file.flush()
+            for row in SetRun(model, encode, documents, primer).rows(missing, only_answered=args.only_answered):
+                if (row["question"], row["variant"], row["ratio"]) not in known:
+                    file.write(json.dumps({**row, "dtype": args.dtype}) + "\n")
+                    file.flush()
             print(f"set {number}: {time.monotonic() - started_s:.0f} s", flush=True)
+
+
+def _missing(args: argparse.Namespace, documents: DocumentSet, known: Mapping[tuple[int, str, float], bool]) -> dict[int, list[Case]]:
+    """What is to be measured of a set, by question; an empty list: full prefill alone. ``known``: the rows there are, and who was right."""
+    from kvtier.bench.blend.quality import Case  # noqa: PLC0415 - --help works without torch
+    from kvtier.bench.blend.variants import VARIANTS  # noqa: PLC0415 - as above
+
+    variants = [variant for variant in VARIANTS if not args.variants or any(name in variant.label for name in args.variants)]
+    cases = dict.fromkeys(Case(variant, 0.0 if variant.is_reuse else ratio) for variant in variants for ratio in args.ratio)
+    missing: dict[int, list[Case]] = {}
+    asked: Counter[str] = Counter()
+    for question, item in enumerate(documents.questions):
+        asked[item.task] += 1
+        if item.task not in args.tasks or 0 < args.questions < asked[item.task]:
+            continue
+        left_out = args.only_answered and not known.get((question, FULL, 1.0), True)
+        wanted = [] if left_out else [case for case in cases if (question, case.variant.label, case.ratio) not in known]
+        if wanted or (question, FULL, 1.0) not in known:
+            missing[question] = wanted
+    return missing
 
 
 def _load(path: str, device: str, dtype: str) -> tuple[BlendModel, Encode]:
@@ -99,18 +126,20 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def report(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints a table for each task, each figure with its 95 % interval."""
+def report(rows: Sequence[Row], ratio: float) -> None:
+    """Prints a table for each task at one ratio, each figure with its 95 % interval, and which share full prefill answers."""
+    rows = of_ratio(rows, ratio)
     for task in TASKS:
         table = by_variant(rows, task)
+        full = table.pop(FULL, None)
         if not table:
             continue
+        answered = "" if full is None or task == "prose" else f", of {full['n']} that were asked full prefill answers {full['answered']}"
         sample = next(iter(table.values()))
-        full = "" if task == "prose" else f", {sample['answered']} of them answered by full prefill"
-        print(f"\n{task}: {sample['n']} questions{full}")
+        print(f"\n{task}, {ratio:.0%}: {sample['n']} questions of {sample['sets']} sets{answered}")
         for variant, figures in table.items():
-            ratio = paired(rows, task, variant, BASELINE)
-            cells = [f"KL {figures['kl']}", f"of {BASELINE}'s {ratio}" if ratio else "", f"top-1 {figures['agreement']}"]
+            quotient = paired(rows, task, variant, BASELINE)
+            cells = [f"KL {figures['kl']}", f"of {BASELINE}'s {quotient}" if quotient else "", f"top-1 {figures['agreement']}"]
             cells += [f"NLL {figures['nll_change']}"]
             cells += [f"{name} {figures[field]}" for field, name in OVERLAPS.items() if field in figures]
             print(f"  {variant:<24} " + "  ".join(cell for cell in [*cells, f"cost {figures['cost'].value:.2f}"] if cell))

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+FULL = "full"
+"""the label of full prefill's own rows"""
 NUM_DRAWS = 2000
 Row = Mapping[str, Any]
 
@@ -60,7 +62,7 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
     table = {}
     for variant, members in groups.items():
         answered = [row for row in members if row["full_is_right"]]
-        figures: dict[str, Any] = {"n": len(members), "answered": len(answered)}
+        figures: dict[str, Any] = {"n": len(members), "answered": len(answered), "sets": len({row["set"] for row in members})}
         figures |= {field: estimate(members, field) for field in ("kl", "agreement", "nll_change", "share", "cost")}
         overlap = "rouge_l" if task == "prose" else "f1"
         if all(overlap in row for row in members):
@@ -69,6 +71,11 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
             figures |= {"retained": estimate(answered, "is_right"), "kl_answered": estimate(answered, "kl")}
         table[variant] = figures
     return table
+
+
+def of_ratio(rows: Sequence[Row], ratio: float) -> list[Row]:
+    """Those of one ratio, with full reuse and full prefill to compare with."""
+    return [row for row in rows if row["ratio"] in (0.0, ratio) or row["variant"] == FULL]
 
 
 def paired(rows: Sequence[Row], task: str, variant: str, baseline: str) -> Estimate | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.request import Request
@@ -20,20 +21,23 @@ from kvtier.errors import BlendRefusedError, ConfigError
 from kvtier.memory.arena import Arena
 
 _LOG = logging.getLogger(__name__)
+TURN_MARKERS = ("<|im_start|>", "<|start_header_id|>", "[INST]", "[TOOL_RESULTS]", "<tool_response>")
+"""texts of the tokens that messages begin with, in the chat templates of the families that chunks can be reused with"""
 
 
 def blend_parts_of(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> BlendParts:
     """For the scheduler half. Raises ConfigError for a primer that cannot be read."""
     if not config.blend.enabled:
         return BlendParts(config.blend)
-    return BlendParts(config.blend, _primer(vllm_config, config), _refusal(vllm_config, config, sizes))
+    tokenizer = _tokenizer(vllm_config)
+    return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), _refusal(vllm_config, config, sizes))
 
 
 def blender_of(arena: Arena, num_blocks: int, sizes: BlockSizes) -> ChunkBlender | None:
     """A worker's blender; ``None``, and a warning that says why, where this worker cannot. Call it when KV memory is registered."""
     loaded = loaded_model()
     if loaded is None:
-        _LOG.warning("kvtier: chunks are not reused: the loaded model is not at hand (KVTIER_BLEND=1 where vLLM spawns its workers)")
+        _LOG.warning("kvtier: chunks are not reused: the loaded model is not at hand (is kvtier among VLLM_PLUGINS?)")
         return None
     try:
         model = EngineModel(loaded)
@@ -67,16 +71,31 @@ def _refusal(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> str:
     return "there is a tier of type gpu" if config.gpu is not None else ""
 
 
-def _primer(vllm_config: VllmConfig, config: Config) -> tuple[int, ...]:
+def _tokenizer(vllm_config: VllmConfig) -> Any | None:
+    """The model's; ``None`` where it has none."""
+    from transformers import AutoTokenizer  # type: ignore[import-not-found]  # noqa: PLC0415 - only where chunks are reused
+
+    model = vllm_config.model_config
+    try:
+        return AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision)
+    except (OSError, ValueError) as error:
+        _LOG.warning("kvtier: no tokenizer: %s", error)
+        return None
+
+
+def _turn_markers(tokenizer: Any | None) -> frozenset[int]:
+    added = {} if tokenizer is None else tokenizer.get_added_vocab()
+    return frozenset(added[text] for text in TURN_MARKERS if text in added)
+
+
+def _primer(tokenizer: Any | None, config: Config) -> tuple[int, ...]:
     path = config.blend.primer
     if path is None:
         return ()
+    if tokenizer is None:
+        raise ConfigError(f"blend.primer is {path}: the model has no tokenizer; allowed: null")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"blend.primer is {path}: {error}; allowed: null, or a text file") from error
-    from transformers import AutoTokenizer  # type: ignore[import-not-found]  # noqa: PLC0415 - only where a primer is configured
-
-    model = vllm_config.model_config
-    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

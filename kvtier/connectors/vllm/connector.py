@@ -24,11 +24,11 @@ from kvtier.connectors.vllm.blend_parts import blend_parts_of, keep_apart
 from kvtier.connectors.vllm.geometry import BlockSizes, block_sizes_of, namespace_of, refuse_bad_settings, refuse_unsupported
 from kvtier.connectors.vllm.identity import identity_of, options_of
 from kvtier.connectors.vllm.metrics import KVTierPromMetrics, KVTierStats
-from kvtier.connectors.vllm.model_access import register_models
+from kvtier.connectors.vllm.plugin import register
 from kvtier.connectors.vllm.sides import SchedulerSide, WorkerSide
 from kvtier.connectors.vllm.versions import WorkerMetadata, hit_sources, lost_block_requests
 
-register_models()  # here, because vLLM imports its connector before it loads the model
+register()  # here too: the connector may be named by its module where vLLM's plugins are switched off
 
 
 @dataclass

@@ -1,28 +1,11 @@
-"""Hands the model that vLLM has loaded to kvtier's worker half: registration with vLLM's ``ModelRegistry``, and where the model is then.
-
-docs/explanation/decisions.md says why this way.
-"""
+"""Where the model is that vLLM has loaded in this process, for kvtier's worker half."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""those of the families that chunks can be reused with"""
-
 _loaded: list[weakref.ref[Any]] = []
-_registered: set[str] = set()
-
-
-def register_models() -> None:
-    """Lets vLLM load these architectures through kvtier's subclasses. Imports none of them; may run several times in a process."""
-    from vllm.model_executor.models.registry import ModelRegistry  # noqa: PLC0415 - only where vLLM is
-
-    for name in ARCHITECTURES:
-        if name not in _registered:
-            _registered.add(name)
-            ModelRegistry.register_model(name, f"kvtier.connectors.vllm.models:{name}")
 
 
 def note_loaded(model: Any) -> None:

@@ -55,7 +55,7 @@ def movers_of(
         movers = _on_cpu(arena, layout, layers, settings.copy_threads)
     else:
         movers = _on_cuda(arena, layout, views, layers, settings.gpu_copy)
-    return movers._replace(copier=PoolCopier(movers.copier, views, arena.buffer, pool_bytes)) if pool_bytes else movers
+    return movers._replace(copier=PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes)) if pool_bytes else movers
 
 
 def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None, num_threads: int) -> Movers:

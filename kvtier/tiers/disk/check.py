@@ -14,6 +14,7 @@ from kvtier.tiers.disk.index_file import CLEAN_NAME, INDEX_NAME, read_proof, sal
 from kvtier.tiers.disk.lock import DirectoryLock
 from kvtier.tiers.disk.record_io import RecordBuffer, RecordIO
 from kvtier.tiers.disk.recovery import FORMAT_NAME, is_own_name, read_format
+from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.segments import SegmentFiles, segment_name
 from kvtier.tiers.record import RecordFields
 from kvtier.types import Damage
@@ -43,7 +44,7 @@ def check_path(path: str | Path) -> list[Damage]:
         found += unreadable + _overlaps(records, segment_bytes // PAGE_BYTES)
         files = SegmentFiles(directory, segment_bytes, writable=False)
         try:
-            found += check_records(RecordIO(files, segment_bytes // PAGE_BYTES), records)
+            found += check_records(RecordIO(files, segment_bytes // PAGE_BYTES, Sealing()), records)
         finally:
             files.close()
         return found

@@ -158,7 +158,7 @@ class Committer:
                 for store, problem in unsynced.items():
                     self._ledger.store_failed(store, Outcome.FAILED, problem)
             stores = [store for store in stores if store not in unsynced]
-        entries = [(store.entry.place, pack_entry(store.entry.fields(store.key))) for store in stores]
+        entries = [(store.entry.place, pack_entry(self._ledger.sealing.fields(store.key, store.entry))) for store in stores]
         try:
             if self._index is None:
                 self._renew()

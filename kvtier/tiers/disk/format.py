@@ -59,7 +59,7 @@ def is_row_intact(row: bytes) -> bool:
 def parse_row(row: bytes) -> RecordFields | str:
     """The record that an intact index row names, or why this version cannot read it."""
     key, parent, namespace, num_bytes, stored_bytes, sequence, codec_id, flags, _ = ENTRY.unpack_from(row, PLACE_BYTES)
-    if codec_id != CodecId.RAW or stored_bytes != num_bytes:
+    if codec_id not in (CodecId.RAW, CodecId.AES_GCM_APART) or stored_bytes != num_bytes:
         return f"codec {codec_id} is not for disks"
     place = int.from_bytes(row[:PLACE_BYTES], "big")
     has_parent = bool(flags & FLAG_HAS_PARENT)

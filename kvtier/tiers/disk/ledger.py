@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable
 from kvtier.tiers.disk.geometry import Geometry
 from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.places import Entry, Places
+from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.turns import Turns
 from kvtier.tiers.jobs import JobBook, RunningJob, Ticket
 from kvtier.types import BlockKey, JobKind, Outcome, TransferJob
@@ -27,8 +28,11 @@ from kvtier.types import BlockKey, JobKind, Outcome, TransferJob
 class Ledger(JobBook):
     """The state of a disk tier. What has become runnable collects in ``turns.runnable`` and ``reads``, results in ``results``."""
 
-    def __init__(self, geometry: Geometry, *, max_in_flight_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, geometry: Geometry, *, max_in_flight_bytes: int, sealing: Sealing | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(clock)
+        self.sealing = sealing or Sealing()
         self.max_in_flight_bytes = max_in_flight_bytes
         self.index: dict[BlockKey, Entry] = {}
         """readable blocks, oldest store first"""

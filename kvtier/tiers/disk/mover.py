@@ -43,6 +43,11 @@ class Mover:
         """Starts to read and verify a run. An I/O error costs only the records that have it: they are read again one by one."""
         self.pool.submit(_Read(self, run), urgent=True)
 
+    def buffers(self, run: Sequence[PendingStore] | Sequence[PendingRead]) -> list[RecordBuffer]:
+        """The records of a run, with the memory of their payloads."""
+        fields = self.records.sealing.fields
+        return [RecordBuffer(fields(item.key, item.entry), item.ticket.block.buffer.cast("B")) for item in run]
+
     def close(self) -> None:
         """Drops what has not started, unreported, waits for the rest and ends the threads. Idempotent."""
         self._closing = True
@@ -78,7 +83,7 @@ class _Write:
     def run(self) -> None:
         """Makes the bytes and hands them to the engine."""
         try:
-            self._prepared = self._mover.records.prepare_write(_buffers(self._run))
+            self._prepared = self._mover.records.prepare_write(self._mover.buffers(self._run))
         except OSError as error:
             self._mover.writes_done(self._run, error)
         else:
@@ -118,7 +123,7 @@ class _Read:
             self._finish(completion)
             return
         try:
-            self._prepared = self._mover.records.prepare_read(_buffers(self._run))
+            self._prepared = self._mover.records.prepare_read(self._mover.buffers(self._run))
         except OSError as error:
             self._mover.reads_done([self._alone(item, error) for item in self._run])
         else:
@@ -148,7 +153,7 @@ class _Read:
     def _alone(self, item: PendingRead, error: OSError) -> tuple[PendingRead, Outcome, str | None]:
         if len(self._run) > 1:
             try:
-                return _judged(item, self._mover.records.read(_buffers([item]))[0])
+                return _judged(item, self._mover.records.read(self._mover.buffers([item]))[0])
             except OSError as own_error:
                 error = own_error
         if isinstance(error, FileNotFoundError):
@@ -165,9 +170,5 @@ def _launch(mover: Mover, prepared: PreparedRun, owner: _Write | _Read, *, is_re
     mover.engine.submit([Transfer(prepared.file, is_read, prepared.offset, prepared.buffers, owner)])
 
 
-def _buffers(run: Sequence[PendingStore] | Sequence[PendingRead]) -> list[RecordBuffer]:
-    return [RecordBuffer(item.entry.fields(item.key), item.ticket.block.buffer.cast("B")) for item in run]
-
-
 def _judged(item: PendingRead, verdict: ReadVerdict) -> tuple[PendingRead, Outcome, str | None]:
-    return (item, Outcome.OK, None) if verdict.problem is None else (item, Outcome.CORRUPT, verdict.problem)
+    return item, verdict.outcome, verdict.problem

@@ -9,7 +9,6 @@ from kvtier.io import PAGE_BYTES
 from kvtier.memory.slab import SlabAllocator
 from kvtier.tiers.disk.format import record_bytes_for
 from kvtier.tiers.disk.geometry import Geometry
-from kvtier.tiers.record import RecordFields
 from kvtier.types import BlockKey, BlockMeta
 
 
@@ -21,10 +20,6 @@ class Entry(NamedTuple):
     sequence: int
     parent: BlockKey | None
     namespace: bytes
-
-    def fields(self, key: BlockKey) -> RecordFields:
-        """The record to expect at the entry's place."""
-        return RecordFields(key, self.parent, self.namespace, self.num_bytes, self.sequence, self.place)
 
 
 class _Tenants:

@@ -9,10 +9,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtier.io import PAGE_BYTES, AlignedFile, Scratch, is_page_aligned
+from kvtier.codecs import TAG_BYTES
+from kvtier.io import PAGE_BYTES, AlignedFile, Scratch, is_page_aligned, round_up_to_page
 from kvtier.tiers.disk.format import HEADER_BYTES, record_bytes_for
+from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.segments import SegmentFiles
-from kvtier.tiers.record import RecordFields, header_mismatch, pack_header, parse_header, payload_checksum
+from kvtier.tiers.record import RecordFields, header_mismatch, pack_header, parse_header, payload_checksum, seal_of
+from kvtier.types import Outcome
 
 _PAGE_MASK = PAGE_BYTES - 1
 _MAX_IDLE_SCRATCHES = 16
@@ -31,6 +34,7 @@ class ReadVerdict:
     """What a read found. ``problem`` is None where the buffer holds the payload; it is undefined otherwise."""
 
     problem: str | None = None
+    outcome: Outcome = Outcome.OK
 
 
 class PreparedRun:
@@ -52,7 +56,8 @@ class PreparedRun:
 class RecordIO:
     """Moves records between segment files and buffers. Thread-safe. Methods raise OSError."""
 
-    def __init__(self, files: SegmentFiles, pages_per_segment: int) -> None:
+    def __init__(self, files: SegmentFiles, pages_per_segment: int, sealing: Sealing) -> None:
+        self.sealing = sealing
         self._files = files
         self._pages_per_segment = pages_per_segment
         self._scratches: deque[Scratch] = deque(maxlen=_MAX_IDLE_SCRATCHES)
@@ -67,8 +72,11 @@ class RecordIO:
         try:
             for record in records:
                 header = run.scratch.take(HEADER_BYTES)
-                pack_header(header, record.fields, payload_checksum(record.buffer))
                 run.buffers.append(header)
+                if self.sealing.is_encrypted:
+                    run.buffers.append(self._sealed(header, record, run.scratch))
+                    continue
+                pack_header(header, record.fields, payload_checksum(record.buffer))
                 run.buffers += _outgoing(record.buffer, run.scratch, is_direct=run.file.is_direct)
         except BaseException:
             self.release(run)
@@ -78,8 +86,12 @@ class RecordIO:
     def prepare_read(self, records: Sequence[RecordBuffer]) -> PreparedRun:
         """Makes room for reading records that lie side by side in one segment, in ascending order."""
         run = self._prepare(records, create=False)
-        is_direct = run.file.is_direct
-        run.parts += [_incoming(record.buffer, run.scratch, run.buffers, is_direct=is_direct) for record in records]
+        is_direct, is_encrypted = run.file.is_direct, self.sealing.is_encrypted
+        for record in records:
+            if is_encrypted:
+                run.parts.append(_incoming_sealed(record.buffer, run.scratch, run.buffers))
+            else:
+                run.parts.append(_incoming(record.buffer, run.scratch, run.buffers, is_direct=is_direct))
         return run
 
     def verify(self, run: PreparedRun, num_read: int) -> list[ReadVerdict]:
@@ -89,10 +101,9 @@ class RecordIO:
         for record, part in zip(run.records, run.parts, strict=True):
             end += record_bytes_for(record.fields.num_bytes)
             if num_read < end:
-                verdicts.append(ReadVerdict(f"segment {run.segment} ends before the record does"))
+                verdicts.append(ReadVerdict(f"segment {run.segment} ends before the record does", Outcome.CORRUPT))
                 continue
-            part.finish(record.buffer)
-            verdicts.append(ReadVerdict(_problem(part.header, record)))
+            verdicts.append(self._verdict(record, part))
         return verdicts
 
     def release(self, run: PreparedRun) -> None:
@@ -108,6 +119,42 @@ class RecordIO:
         finally:
             self.release(run)
 
+    def _sealed(self, header: memoryview, record: RecordBuffer, scratch: Scratch) -> memoryview:
+        """The payload encrypted, as whole pages; fills the header page as well."""
+        num_bytes = len(record.buffer)
+        pages = scratch.take(round_up_to_page(num_bytes + TAG_BYTES))
+        seal = self.sealing.seal(record.fields, record.buffer, pages[: num_bytes + TAG_BYTES])
+        stored = pages[: round_up_to_page(num_bytes)]
+        stored[num_bytes:] = bytes(len(stored) - num_bytes)
+        pack_header(header, record.fields, payload_checksum(stored[:num_bytes]), seal)
+        return stored
+
+    def _verdict(self, record: RecordBuffer, part: _Incoming) -> ReadVerdict:
+        """What was read; brings the payload to where it belongs."""
+        header = parse_header(part.header)
+        if isinstance(header, str):
+            return ReadVerdict(header, Outcome.CORRUPT)
+        expected = record.fields
+        if self.sealing.is_encrypted and not self.sealing.is_ours(header.fields):
+            self.sealing.count("other_key_records")
+            return ReadVerdict("the block was encrypted with another key, or not at all", Outcome.MISS)
+        if not self.sealing.is_encrypted:
+            part.finish(record.buffer)
+            expected = expected._replace(key_id=header.fields.key_id)  # without a key nobody knows which one it was
+        mismatch = header_mismatch(header, expected)
+        if mismatch is not None:
+            return ReadVerdict(mismatch, Outcome.CORRUPT)
+        num_bytes = expected.num_bytes
+        stored = part.pages[:num_bytes] if self.sealing.is_encrypted else record.buffer
+        if payload_checksum(stored) != header.payload_checksum:
+            return ReadVerdict("the payload's checksum is wrong", Outcome.CORRUPT)
+        if self.sealing.is_encrypted:
+            room = part.pages[: num_bytes + TAG_BYTES]
+            if not self.sealing.open(header.fields, seal_of(part.header), room, record.buffer):
+                self.sealing.count("forged_records")
+                return ReadVerdict("the payload was not encrypted by one of us", Outcome.CORRUPT)
+        return ReadVerdict()
+
     def _prepare(self, records: Sequence[RecordBuffer], *, create: bool) -> PreparedRun:
         segment, page = divmod(records[0].fields.place, self._pages_per_segment)
         file = self._files.acquire(segment, create=create)
@@ -115,7 +162,8 @@ class RecordIO:
             scratch = self._scratches.pop()
         except IndexError:
             scratch = Scratch()
-        scratch.reset(sum(record_bytes_for(record.fields.num_bytes) for record in records))
+        more = PAGE_BYTES if self.sealing.is_encrypted else 0
+        scratch.reset(sum(record_bytes_for(record.fields.num_bytes) + more for record in records))
         return PreparedRun(records, segment, page * PAGE_BYTES, file, scratch)
 
 
@@ -158,13 +206,9 @@ def _incoming(payload: memoryview, scratch: Scratch, vector: list[memoryview], *
     return _Incoming(header, pages, whole)
 
 
-def _problem(header_page: memoryview, record: RecordBuffer) -> str | None:
-    header = parse_header(header_page)
-    if isinstance(header, str):
-        return header
-    mismatch = header_mismatch(header, record.fields)
-    if mismatch is not None:
-        return mismatch
-    if payload_checksum(record.buffer) != header.payload_checksum:
-        return "the payload's checksum is wrong"
-    return None
+def _incoming_sealed(payload: memoryview, scratch: Scratch, vector: list[memoryview]) -> _Incoming:
+    """All of the record beside the payload's own memory, with room for the tag."""
+    header = scratch.take(HEADER_BYTES)
+    pages = scratch.take(round_up_to_page(len(payload) + TAG_BYTES))
+    vector += [header, pages[: round_up_to_page(len(payload))]]
+    return _Incoming(header, pages, 0)

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.lock import LOCK_NAME
 from kvtier.tiers.disk.places import Entry
 from kvtier.tiers.disk.scan import scan_segments
+from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.segments import segment_number
 from kvtier.tiers.record import FORMAT_VERSION, RecordFields, pack_text, parse_text
 from kvtier.types import BlockKey
@@ -51,7 +52,7 @@ class Recovery:
     source: Source
     num_blocks: int
     num_lost: int
-    """entries whose record cannot be there any more (a segment is gone or too short)"""
+    """entries whose record cannot be there any more (a segment is gone or too short), or is encrypted where it must not be, or is not"""
 
 
 @dataclass(slots=True)
@@ -134,9 +135,9 @@ def recover(directory: Path, geometry: Geometry, ledger: Ledger, *, durable: boo
     """Fills an empty ledger with the blocks of the directory and opens an index file to go on with. Raises TierError."""
     try:
         rows, index = _read_index(directory, geometry, durable=durable)
-        num_lost = _fill(ledger, rows, directory, geometry)
+        num_lost = _leave_out_others(ledger, rows) + _fill(ledger, rows, directory, geometry)
         if index is None:
-            index = rebuild_index(directory, geometry, ledger.index, ledger.next_sequence, durable=durable)
+            index = rebuild_index(directory, geometry, records_of(ledger.index, ledger.sealing), ledger.next_sequence, durable=durable)
             ledger.committed([], list(ledger.turns.undeleted))
     except OSError as error:
         raise _unusable(directory, error) from error
@@ -146,9 +147,14 @@ def recover(directory: Path, geometry: Geometry, ledger: Ledger, *, durable: boo
     return recovery, index
 
 
-def rebuild_index(directory: Path, geometry: Geometry, index: dict[BlockKey, Entry], next_sequence: int, *, durable: bool) -> IndexFile:
-    """Writes a new index file that says what the index in RAM says. Raises OSError."""
-    records = sorted((entry.fields(key) for key, entry in list(index.items())), key=lambda fields: fields.place)
+def records_of(index: Mapping[BlockKey, Entry], sealing: Sealing) -> list[RecordFields]:
+    """The records that an index in RAM names."""
+    return [sealing.fields(key, entry) for key, entry in list(index.items())]
+
+
+def rebuild_index(directory: Path, geometry: Geometry, records: list[RecordFields], next_sequence: int, *, durable: bool) -> IndexFile:
+    """Writes a new index file that names these records. Raises OSError."""
+    records.sort(key=lambda fields: fields.place)
     rows = (pack_place(fields.place) + pack_entry(fields) for fields in records)
     return IndexFile.create(directory, geometry.index_bytes, rows, next_sequence + SEQUENCE_SLACK, durable=durable)
 
@@ -187,6 +193,19 @@ def _parse(rows: list[bytes], source: Source) -> _Rows:
     return result
 
 
+def _leave_out_others(ledger: Ledger, rows: _Rows) -> int:
+    """Forgets records that are encrypted and the tier has no key, or the other way round. Returns how many."""
+    sealing = ledger.sealing
+    ours = [record for record in rows.records if sealing.is_ours(record)]
+    others = [record for record in rows.records if not sealing.is_ours(record)]
+    for record in others:
+        ledger.turns.delete_later(record.place)
+    ledger.next_sequence = max((record.sequence + 1 for record in others), default=1)
+    sealing.count("other_key_records", len(others))
+    rows.records = ours
+    return len(others)
+
+
 def _fill(ledger: Ledger, rows: _Rows, directory: Path, geometry: Geometry) -> int:
     """Adopts every record that can be there; returns how many cannot. Oldest first, so that ``entries()`` is in order."""
     sizes = segment_sizes(directory)
@@ -204,7 +223,7 @@ def _fill(ledger: Ledger, rows: _Rows, directory: Path, geometry: Geometry) -> i
         parent = None if record.parent is None else known.setdefault(record.parent, record.parent)
         ledger.index[key] = Entry(record.place, record.num_bytes, record.sequence, parent, ledger.shared_namespace(record.namespace))
     last = rows.records[-1].sequence + 1 if rows.records else 1
-    ledger.next_sequence = max(rows.next_sequence, last)
+    ledger.next_sequence = max(ledger.next_sequence, rows.next_sequence, last)
     return num_lost
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+from kvtier.codecs import Sealer
 from kvtier.errors import ClosedError, TierError
 from kvtier.io import DirectMode, EngineKind, IoEngine, open_engine
 from kvtier.tiers.disk.check import check_names, check_records
@@ -19,8 +20,9 @@ from kvtier.tiers.disk.mover import Mover
 from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.places import metas
 from kvtier.tiers.disk.record_io import RecordIO
-from kvtier.tiers.disk.recovery import prepare_directory, probe, rebuild_index, recover, settle_geometry
+from kvtier.tiers.disk.recovery import prepare_directory, probe, rebuild_index, records_of, recover, settle_geometry
 from kvtier.tiers.disk.runs import into_runs
+from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.segments import SegmentFiles
 from kvtier.tiers.disk.syncs import SegmentSyncer
 from kvtier.tiers.health import Health
@@ -57,9 +59,12 @@ class DiskTier:
         max_in_flight_bytes: int = DEFAULT_MAX_IN_FLIGHT_BYTES,
         durable: bool = True,
         memory: tuple[int, int] | None = None,
+        sealer: Sealer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens or makes the directory. ``memory``: address and length of the memory that most buffers lie in.
+
+        ``sealer``: encrypts payloads; blocks that are stored otherwise are not found.
 
         Raises TierBusyError where another process holds it, TierFormatError where another version wrote it, TierError
         where it cannot be used (not writable, too little space, a capacity below one segment and the index).
@@ -75,7 +80,8 @@ class DiskTier:
             self._geometry = settle_geometry(self.path, capacity_bytes, segment_bytes, durable=durable)
             probe(self.path, direct_io)
             engine = _open_engine(io_engine, queue_depth, max_in_flight_bytes, memory)
-            self._ledger = Ledger(self._geometry, max_in_flight_bytes=max_in_flight_bytes, clock=clock)
+            self._sealing = Sealing(sealer)
+            self._ledger = Ledger(self._geometry, max_in_flight_bytes=max_in_flight_bytes, sealing=self._sealing, clock=clock)
             self.recovery, index = recover(self.path, self._geometry, self._ledger, durable=durable)
         except BaseException:
             if engine is not None:
@@ -88,7 +94,7 @@ class DiskTier:
         self._read_health = Health(f"reading from {self.path}", clock)
         self._write_health = Health(f"writing to {self.path}", clock)
         self._files = SegmentFiles(self.path, self._geometry.segment_bytes, direct=direct_io, durable=durable)
-        self._records = RecordIO(self._files, self._geometry.pages_per_segment)
+        self._records = RecordIO(self._files, self._geometry.pages_per_segment, self._sealing)
         self._mover = Mover(self._records, engine, io_threads, self._writes_done, self._reads_done)
         self._syncer = SegmentSyncer(self._files)
         self._committer = Committer(
@@ -165,13 +171,16 @@ class DiskTier:
             found = list(metas(self._ledger.index))
         return iter(found)
 
+    def take_events(self) -> dict[str, int]:
+        return self._sealing.take_events()
+
     def check(self) -> list[Damage]:
         with self._lock:
             problems = self._ledger.check()
             index = dict(self._ledger.index)
         found = [Damage("index in memory", problem) for problem in problems]
         found += check_names(self.path, self._geometry.capacity_bytes)
-        found += check_records(self._records, (entry.fields(key) for key, entry in index.items()))
+        found += check_records(self._records, records_of(index, self._sealing))
         return found
 
     def close(self) -> None:
@@ -261,7 +270,7 @@ class DiskTier:
         with self._lock:
             index = dict(self._ledger.index)
             next_sequence = self._ledger.next_sequence
-        return rebuild_index(self.path, self._geometry, index, next_sequence, durable=self._durable)
+        return rebuild_index(self.path, self._geometry, records_of(index, self._sealing), next_sequence, durable=self._durable)
 
 
 def _open_engine(kind: EngineKind, queue_depth: int, max_bytes: int, memory: tuple[int, int] | None) -> IoEngine:

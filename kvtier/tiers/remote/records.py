@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from kvtier.codecs import NO_KEY, CodecId, overhead_of
+from kvtier.codecs import NO_KEY, CodecId, Sealer, overhead_of
 from kvtier.tiers.record import (
     FORMAT_VERSION,
     RecordFields,
@@ -19,18 +19,6 @@ from kvtier.types import BlockKey, BlockMeta, Outcome
 HEADER_BYTES = 128
 FORMAT_TITLE = "kvtier remote store"
 FORMAT_NAME = "format"
-
-
-class Sealer(Protocol):
-    """Encrypts payloads and opens them again: :class:`kvtier.codecs.aes_gcm.Cipher`."""
-
-    key_id: bytes
-
-    def seal(self, payload: memoryview, namespace: bytes, context: bytes) -> bytearray:
-        """The payload, encrypted; ``context`` must be the same when it is opened."""
-
-    def open_into(self, sealed: memoryview, payload: memoryview, namespace: bytes, context: bytes) -> bool:
-        """Writes what was sealed to ``payload``. False: it was not sealed so."""
 
 
 class Verdict(NamedTuple):
@@ -103,4 +91,4 @@ class Records:
         return RecordFields(meta.key, meta.parent, namespace, meta.num_bytes, 0, 0, self._codec_id, key_id)
 
 
-__all__ = ["FORMAT_NAME", "FORMAT_TITLE", "FORMAT_VERSION", "GOOD", "HEADER_BYTES", "Records", "Sealer", "Verdict", "key_of", "name_of"]
+__all__ = ["FORMAT_NAME", "FORMAT_TITLE", "FORMAT_VERSION", "GOOD", "HEADER_BYTES", "Records", "Verdict", "key_of", "name_of"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 
+from kvtier.codecs import Sealer
 from kvtier.errors import ClosedError, RemoteError, TierFormatError
 from kvtier.io import WorkerPool
 from kvtier.tiers.health import Health
@@ -20,7 +21,7 @@ from kvtier.tiers.remote.check import check_values
 from kvtier.tiers.remote.client import Answer, Get, Put, RemoteClient
 from kvtier.tiers.remote.deadline import Deadline
 from kvtier.tiers.remote.ledger import Copy, Erase, Fetch, Ledger, Write
-from kvtier.tiers.remote.records import FORMAT_NAME, FORMAT_TITLE, Records, Sealer, Verdict, name_of
+from kvtier.tiers.remote.records import FORMAT_NAME, FORMAT_TITLE, Records, Verdict, name_of
 from kvtier.tiers.remote.tasks import Caller, CallTask, FetchTask, WriteTask, batches, probe_chunks
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, ProbeJob, ProbeResult, TransferJob
 

@@ -1,0 +1,165 @@
+"""Both halves of chunk reuse over a real cache and a small model, without an engine: what the tests of it share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvtier.blend.entries import full_prefill
+from kvtier.blend.model import Projected, Rotary, TokenKV
+from kvtier.config import BlendConfig, Config
+from kvtier.connectors.blend_steps import BlendSteps
+from kvtier.connectors.blend_worker import ChunkBlender
+from kvtier.connectors.blending import BlendParts
+from kvtier.connectors.messages import RequestOptions, ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.requests import DefaultSettings, Geometry
+from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.copy.rope import plain_frequencies
+from kvtier.engine import CacheEngine
+from kvtier.hashing import Namespace
+from kvtier.memory.arena import Arena
+
+torch.set_num_threads(1)
+NAMESPACE = Namespace(model="blend")
+BLOCK, LAYERS, DIM = 4, 2, 8
+BLOCK_BYTES = LAYERS * 2 * BLOCK * DIM * 4
+HOST_BLOCKS = 64
+CAN_BLEND = WorkerReport(attached=1, blenders=1)
+SYSTEM = [5, 6, 7, 8, 9]
+
+
+class SmallModel:
+    """Two layers, two heads over one of keys, random weights."""
+
+    num_layers = LAYERS
+    scale = DIM**-0.5
+    rotary = Rotary(plain_frequencies(10_000.0, DIM), "neox")
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        chance = torch.Generator().manual_seed(11)
+        self._embedding = torch.randn(64, 16, generator=chance)
+        self._weights = torch.randn(LAYERS, 16, 4 * DIM, generator=chance) / 4
+        self._out = torch.randn(LAYERS, 2 * DIM, 16, generator=chance) / 4
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self._embedding[token_ids]
+
+    def project(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
+        parts = (hidden @ self._weights[layer]).view(-1, 4, DIM).transpose(0, 1)
+        turned = torch.stack([self.rotary.move(parts[:3, row], int(at)) for row, at in enumerate(positions)], 1)
+        return Projected(turned[:2], turned[2:], parts[3:])
+
+    def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        return hidden + torch.tanh(attended @ self._out[layer])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self._embedding.T
+
+
+class Memory:
+    """An engine's KV memory as rows by block."""
+
+    dtype = torch.float32
+    block_tokens = BLOCK
+    row_shape = (LAYERS, 1, DIM)
+
+    def __init__(self) -> None:
+        self.keys = torch.full((LAYERS, 1, 200 * BLOCK, DIM), torch.nan)
+        self.values = self.keys.clone()
+
+    def _places(self, first: int, end: int, block_ids: Sequence[int]) -> list[int]:
+        return [block_ids[token // BLOCK] * BLOCK + token % BLOCK for token in range(first, end)]
+
+    def read(self, num_tokens: int, block_ids: Sequence[int]) -> TokenKV:
+        places = self._places(0, num_tokens, block_ids)
+        return TokenKV(self.keys[:, :, places], self.values[:, :, places])
+
+    def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
+        places = self._places(first_token, first_token + kv.num_tokens, block_ids)
+        self.keys[:, :, places], self.values[:, :, places] = kv.keys, kv.values
+
+
+class System:
+    """Both halves' chunk reuse over a real cache; steps are made by hand."""
+
+    def __init__(self, directory: Path, parts: BlendParts | None = None, *, host_blocks: int = HOST_BLOCKS) -> None:
+        arena = Arena.open(str(directory / "arena"), host_blocks * 4096, huge_pages=False)
+        arena.unlink()
+        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": host_blocks * 4096}]})
+        self.cache = CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES, arena=arena)
+        geometry = Geometry(NAMESPACE.digest, BLOCK, BLOCK, 1, host_blocks)
+        self.half = SchedulerHalf(
+            self.cache, geometry, DefaultSettings(), blend=parts or BlendParts(BlendConfig(enabled=True)), strict=True
+        )
+        self.model = SmallModel()
+        self.memory = Memory()
+        self.blender = ChunkBlender(arena, self.model, self.memory, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)
+        self.next_block = 1
+        self.half.finish_step(CAN_BLEND)
+
+    def full(self, tokens: Sequence[int]) -> TokenKV:
+        """What full prefill makes of a prompt."""
+        return full_prefill(self.model, torch.tensor(tokens))[0]
+
+    def add(self, name: str, tokens: list[int], **blend: Any) -> None:
+        """A request that asks for reuse."""
+        options = RequestOptions(blend=blend)
+        self.half.add_request(name, tokens, num_prompt_tokens=len(tokens), options=options)
+
+    def blocks(self, num_tokens: int) -> list[int]:
+        """Engine blocks that nobody else has."""
+        first, self.next_block = self.next_block, self.next_block + -(-num_tokens // BLOCK)
+        return list(range(first, self.next_block))
+
+    def step(self, scheduled: Sequence[ScheduledRequest] = (), *, fail: bool = False) -> StepMessage:
+        """A step; what concerns chunks is done, stores of prompts fail."""
+        message = self.half.build_step(scheduled)
+        report = WorkerReport()
+        steps = BlendSteps(None if fail else self.blender, lambda: None)
+        steps.blend(message.blends, set(), report)
+        steps.store(message.entries, report)
+        self.finish(message, report)
+        return message
+
+    def finish(self, message: StepMessage, report: WorkerReport) -> None:
+        """Ends a step in which no block of a prompt could be stored."""
+        for job in message.stores:
+            report.done[job.job_id], report.failed[job.job_id] = 1, set(range(len(job.block_ids)))
+        self.half.finish_step(report)
+
+    def serve(self, name: str, tokens: list[int], **blend: Any) -> int:
+        """A request that is computed. Returns how many chunks were stored for it."""
+        self.add(name, tokens, **blend)
+        assert not self.half.match(name, len(tokens), 0).is_blended
+        block_ids = self.blocks(len(tokens))
+        self.half.allocated(name, block_ids, 0)
+        self.step([ScheduledRequest(name, block_ids, len(tokens))])
+        self.half.request_finished(name)
+        before = self.cache.stats["blend.stored_chunks"]
+        while self.half.has_pending_work:
+            self.step()
+        return self.cache.stats["blend.stored_chunks"] - before
+
+    def close(self) -> None:
+        """Nothing may be left."""
+        assert {} == {name: count for name, count in self.cache.leftovers().items() if count}
+        assert [] == self.cache.check()
+        self.half.close()
+
+
+def document(number: int, length: int) -> list[int]:
+    return [(7 * number + 3 * place + place * place) % 50 + 10 for place in range(length)]
+
+
+def joined(documents: Sequence[Sequence[int]], before: Sequence[int], behind: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    """A prompt, and where the documents lie."""
+    tokens = list(before)
+    spans = []
+    for each in documents:
+        spans.append([len(tokens), len(tokens) + len(each)])
+        tokens += each
+    return tokens + list(behind), spans
