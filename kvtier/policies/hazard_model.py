@@ -48,6 +48,8 @@ DECAY = 0.999
 REQUESTS_PER_DECAY = 64
 REQUESTS_PER_UPDATE = 2
 """one class's indexes are computed anew every so many requests"""
+MIN_CHANCE = 0.01
+"""what is used with a smaller chance, as far as the table reaches, is past its time to live"""
 _MAX_SCALE = 1e100
 _MAX_CHANCE = 0.98
 _RATIO = (LAST_EDGE_S / FIRST_EDGE_S) ** (1.0 / (NUM_BINS - 1))
@@ -140,6 +142,20 @@ def gittins(chances: Sequence[float]) -> list[float]:
     return indexes
 
 
+def time_to_live(chances: Sequence[float]) -> float:
+    """The age from which on, of what is unused until then, less than ``MIN_CHANCE`` is used in all bins behind it; at most the last edge.
+
+    ``chances``: the probability of a use in each bin. The chance for the rest never rises with age, so there is one such age.
+    """
+    alive = 1.0
+    for position in range(len(chances) - 1, -1, -1):
+        alive *= 1.0 - chances[position]
+        if 1.0 - alive >= MIN_CHANCE:
+            age_s: float = EDGES_S[position + 1]
+            return age_s
+    return 0.0
+
+
 class Sums:
     """Hits and what the prior expected of them, per bin."""
 
@@ -193,12 +209,14 @@ class HazardModel:
         "_seen",
         "_squares",
         "_table",
+        "_ttl_s",
         "_weights",
     )
 
     def __init__(self) -> None:
         self._priors = _PRIORS
         self._table = list(_PRIOR_TABLE)
+        self._ttl_s = list(_PRIOR_TTLS_S)
         self._seen: dict[int, _Seen] = {}
         rows = {_row_of(class_id) for class_id in range(NUM_CLASSES)}
         columns = {_column_of(class_id) for class_id in range(NUM_CLASSES)}
@@ -220,6 +238,10 @@ class HazardModel:
             return indexes[position]
         index = indexes[position]
         return index + (indexes[position + 1] - index) * (age_s - EDGES_S[position]) / _WIDTHS_S[position]
+
+    def ttl_s(self, class_id: int) -> float:
+        """The time to live of blocks of a class."""
+        return self._ttl_s[class_id]
 
     def reused(self, class_id: int, age_s: float, weight: float) -> None:
         """Blocks were used again at an age."""
@@ -254,7 +276,9 @@ class HazardModel:
         if self._classes and self._num_requests % REQUESTS_PER_UPDATE == 0:
             self._next_class = (self._next_class + 1) % len(self._classes)
             class_id = self._classes[self._next_class]
-            self._table[class_id] = gittins(self.chances(class_id))
+            chances = self.chances(class_id)
+            self._table[class_id] = gittins(chances)
+            self._ttl_s[class_id] = time_to_live(chances)
 
     def chances(self, class_id: int) -> list[float]:
         """The probability of a use in each bin, of what came there, as it is believed now."""
@@ -310,3 +334,4 @@ def _column_of(class_id: int) -> int:
 
 _PRIORS = tuple(prior_chances(class_id) for class_id in range(NUM_CLASSES))
 _PRIOR_TABLE = tuple(gittins(chances) for chances in _PRIORS)
+_PRIOR_TTLS_S = tuple(time_to_live(chances) for chances in _PRIORS)

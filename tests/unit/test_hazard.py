@@ -13,6 +13,7 @@ from kvtier.policies.ghosts import MAX_MERGED, MIN_BYTES, PIECE_BYTES, Ghosts, K
 from kvtier.policies.hazard_model import (
     DECAY,
     EDGES_S,
+    MIN_CHANCE,
     NUM_BINS,
     NUM_CLASSES,
     OFTEN,
@@ -24,6 +25,7 @@ from kvtier.policies.hazard_model import (
     class_of_reuse,
     gittins,
     prior_chances,
+    time_to_live,
 )
 from kvtier.policies.segments import Segment, SegmentLog
 from kvtier.types import BlockKey, BlockMeta
@@ -81,6 +83,20 @@ class TestTable:
                 alive *= 1.0 - chances[position]
                 best = max(best, reward / cost)
             assert best == pytest.approx(indexes[first], rel=1e-6, abs=1e-12)
+
+    @settings(max_examples=40)
+    @given(CHANCES | st.lists(st.floats(0.0, 0.002), min_size=NUM_BINS, max_size=NUM_BINS))
+    def test_time_to_live_is_the_first_age_without_prospects(self, chances: list[float]) -> None:
+        """From each edge on, the chance of a use in any later bin, summed up bin by bin: before that age it is enough."""
+        prospects = []
+        for first in range(NUM_BINS):
+            alive, used = 1.0, 0.0
+            for chance in chances[first:]:
+                used += alive * chance
+                alive *= 1.0 - chance
+            prospects.append(used)
+        expected = next((age for age, used in zip(EDGES_S, prospects, strict=False) if used < MIN_CHANCE), EDGES_S[-1])
+        assert expected == time_to_live(chances) or any(used == pytest.approx(MIN_CHANCE, rel=1e-9) for used in prospects)
 
     def test_prior_is_a_probability_that_falls_with_the_gap(self) -> None:
         """Chances lie between 0 and 1; a longer gap means a later use; more uses, a surer one."""
@@ -317,6 +333,21 @@ class TestPolicy:
         for block in reversed(prompt_of(("a", 5))):
             policy.insert(block, 0.0)
         assert [block.key for block in reversed(prompt_of(("a", 5)))] == policy.victims(9, 1.0)
+
+    def test_what_is_hardly_used_any_more_expires(self) -> None:
+        """What is used every minute stays; a prompt that never came again goes after hours, its last block first, unless it is pinned."""
+        policy = HazardPolicy()
+        for block in reversed(prompt_of(("once", 3))):
+            policy.insert(block, 0.0)
+        for minute in range(1, 601):
+            serve(policy, prompt_of(("hot", 3)), minute * 60.0, 100)
+            if minute == 60:
+                assert [] == policy.expired(minute * 60.0)
+        policy.pin(key_of("/once", 0))
+        assert [key_of("/once", 2), key_of("/once", 1)] == policy.expired(36_060.0)
+        policy.unpin(key_of("/once", 0), 36_060.0)
+        assert [key_of("/once", 0)] == policy.expired(36_060.0)
+        assert 3 == len(policy)
 
     def test_equal_calls_give_equal_answers(self) -> None:
         """There is no chance in it."""
