@@ -46,7 +46,7 @@ SHRINK_MARGIN = 8.0
 """the same for a row or column"""
 DECAY = 0.999
 REQUESTS_PER_DECAY = 64
-REQUESTS_PER_UPDATE = 2
+REQUESTS_PER_UPDATE = 1
 """one class's indexes are computed anew every so many requests"""
 MIN_CHANCE = 0.01
 """what is used with a smaller chance, as far as the table reaches, is past its time to live"""
