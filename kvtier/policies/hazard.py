@@ -305,7 +305,8 @@ class HazardPolicy:
             segment.gap_s = max(0.0, before.gap_s)
             segment.class_id = class_of_extension(segment.num_turns, segment.gap_s)
         else:
-            segment.class_id = class_of_first_use(num_blocks / self._mean_length, is_branch=not is_root)
+            parent_uses = 0 if is_root else 1 if before is None else before.num_uses
+            segment.class_id = class_of_first_use(num_blocks / self._mean_length, parent_uses)
         return segment
 
     def _used(self, keys: Sequence[BlockKey], parent: BlockKey | None) -> list[Part]:

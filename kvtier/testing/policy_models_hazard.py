@@ -310,7 +310,8 @@ class NaiveHazard(NaivePolicy):
                 segment.num_turns, segment.gap_s = before.num_turns + 1, max(0.0, before.gap_s)
                 segment.class_id = class_of_extension(segment.num_turns, segment.gap_s)
             else:
-                segment.class_id = class_of_first_use(count / self.mean_length, is_branch=not is_root)
+                uses_before = before.num_uses if before is not None else 1
+                segment.class_id = class_of_first_use(count / self.mean_length, 0 if is_root else uses_before)
             before = segment
         before.num_blocks += count
         before.num_alive += count

@@ -81,7 +81,7 @@ tiers:
      quotas: {acme: 2MB, "7": 100}}
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
      io_engine: threads, queue_depth: 32, io_threads: 3, max_in_flight: 1MiB, durable: false, admit: second_use, daily_writes: 1GiB,
-     exclusive: true}
+     exclusive: true, encryption_key_env: KEY}
 connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false,
     max_pinned_fraction: 1, gpu_copy: staged, copy_threads: 3, load_or_recompute: always}
 log_level: debug
@@ -98,6 +98,7 @@ log_level: debug
     } == config.host.model_dump()
     disk = {"type": "disk", "path": Path("/x"), "capacity_bytes": 100 << 30, "segment_bytes": 16 << 20, "policy": "fifo", "ttl_s": 7.0}
     disk |= {"ttl_mode": "fixed", "write": WriteMode.ON_EVICT, "direct_io": "on", "io_threads": 3, "max_in_flight_bytes": 1 << 20}
+    disk |= {"encryption_key_env": "KEY", "encryption_key_file": None}
     disk |= {
         "io_engine": "threads",
         "queue_depth": 32,
