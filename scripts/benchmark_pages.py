@@ -139,5 +139,11 @@ def control_figures() -> str:
 
 def records_of(name: str) -> list[dict[str, Any]]:
     """The records of a benchmark."""
-    records: list[dict[str, Any]] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["records"]
+    records: list[dict[str, Any]] = document_of(name)["records"]
     return records
+
+
+def document_of(name: str) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    document: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return document

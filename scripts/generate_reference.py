@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
 from benchmark_pages import benchmarks_page, readme  # noqa: E402 - after the line above, like the next ones
+from chunk_reuse_page import chunk_reuse  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 from version_pages import versions_page  # noqa: E402
 
@@ -201,6 +202,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/vllm-versions.md": versions_page,
     "docs/structure.md": structure_page,
     "docs/benchmarks/README.md": benchmarks_page,
+    "docs/explanation/chunk-reuse.md": chunk_reuse,
     "README.md": readme,
 }
 """Page -> what prints it."""

@@ -16,7 +16,7 @@ from kvtier.blend.mean_shift import MeanShift
 from kvtier.blend.methods.base import Selection, SelectionMethod
 from kvtier.blend.model import BlendModel, Projected, TokenKV
 from kvtier.blend.prefill import Rows, advance, attention_mask, attention_weights, start
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 
@@ -41,7 +41,7 @@ def blend(  # noqa: PLR0913 - by keyword
     layout: PromptLayout,
     entries: Sequence[ChunkEntry],
     method: SelectionMethod,
-    ratio: Ratio,
+    ratio: FixedRatio,
     *,
     prefix: TokenKV | None = None,
     end: int | None = None,

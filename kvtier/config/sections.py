@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from kvtier.config.fields import (
     ON_OFF,
     SIZES,
@@ -88,11 +86,8 @@ class BlendConfig(Section):
         allowed="`none`, `cacheblend`, `epic`, `prophetkv`, `cachecraft`, `combined`",
         about="How the tokens of chunks are chosen that are computed anew, where a request does not say.",
     )
-    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = setting(
-        0.15,
-        kind="number, or `auto`",
-        allowed="0 to 1, `auto`",
-        about="Which share of them that is, where a request does not say. `auto`: as many as the method's scores say, 5 % to 30 %.",
+    ratio: float = setting(
+        0.15, kind="number", allowed="0 to 1", about="Which share of them that is, where a request does not say.", ge=0, le=1
     )
     min_reuse: float = setting(
         0.5,

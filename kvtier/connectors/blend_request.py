@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from kvtier.blend.chunks import anchor_of
 from kvtier.blend.finding import ChunkSpace, Span, check_spans, message_spans, separated_spans
@@ -14,7 +14,6 @@ from kvtier.errors import BlendRefusedError, RefusalReason
 
 METHODS = ("none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined")
 BOUNDARIES = ("messages", "auto")
-Ratio: TypeAlias = float | Literal["auto"]
 KEYS = ("spans", "separator", "boundaries", "tokens", "anchor", "method", "ratio")
 
 
@@ -34,7 +33,7 @@ class BlendSettings(Protocol):
         """Which tokens are computed anew."""
 
     @property
-    def ratio(self) -> Ratio:
+    def ratio(self) -> float:
         """Which share of the chunks' tokens that is."""
 
     @property
@@ -84,7 +83,7 @@ def read_request(asked: object, prompt: Sequence[int], settings: BlendSettings, 
     return _placed(asked, prompt, around, method, ratio)
 
 
-def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surroundings, method: str, ratio: Ratio) -> BlendState:
+def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surroundings, method: str, ratio: float) -> BlendState:
     """The chunks at the places that the request gives, or its messages."""
     first, spans = _spans(asked, prompt, around.turn_markers)
     num_anchor = asked.get("anchor", first)
@@ -104,11 +103,9 @@ def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surrounding
     return BlendState(placements, anchor_ids, method, ratio, len(prompt))
 
 
-def _ratio(ratio: Any) -> Ratio:
-    if ratio == "auto":
-        return "auto"
+def _ratio(ratio: Any) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:  # false for NaN as well
-        raise BlendRefusedError(RefusalReason.RATIO, f"ratio is {ratio!r}; 0 to 1, or auto, is allowed")
+        raise BlendRefusedError(RefusalReason.RATIO, f"ratio is {ratio!r}; 0 to 1 is allowed")
     return float(ratio)
 
 

@@ -16,7 +16,7 @@ from kvtier.blend.chunks import Chunk
 from kvtier.blend.entries import ChunkEntry, full_prefill
 from kvtier.blend.methods import METHODS
 from kvtier.blend.model import BlendModel, TokenKV
-from kvtier.blend.ratio import AUTO_RATIO, FixedRatio
+from kvtier.blend.ratio import FixedRatio
 from kvtier.connectors.blend_steps import LostChunkError
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
 from kvtier.memory.arena import Arena
@@ -79,8 +79,7 @@ class ChunkBlender:
         pairs = zip(layout.placements, job.chunks, strict=True)
         entries = [ChunkEntry(at.chunk, self._read(at.chunk, slots)) for at, slots in pairs]
         prefix = self._tokens.read(layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
-        ratio = AUTO_RATIO if job.ratio == "auto" else FixedRatio(job.ratio)
-        made = blend(self._model, job.token_ids, layout, entries, METHODS[job.method](), ratio, prefix=prefix, end=job.end)
+        made = blend(self._model, job.token_ids, layout, entries, METHODS[job.method](), FixedRatio(job.ratio), prefix=prefix, end=job.end)
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
         num_tokens = sum(min(at.end, job.end) - max(at.start, job.first) for at in layout.placements if at.start < job.end)
         return num_tokens, made.num_chosen

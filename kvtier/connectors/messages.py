@@ -103,7 +103,7 @@ class BlendJob:
     end: int
     """the engine computes the prompt from here on; a multiple of its block size"""
     method: str
-    ratio: float | Literal["auto"]
+    ratio: float
     block_ids: tuple[int, ...]
     """engine blocks of the tokens before ``end``"""
 

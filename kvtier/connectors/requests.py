@@ -162,7 +162,7 @@ class BlendState:
     anchor_ids: tuple[int, ...]
     """tokens that they are computed behind"""
     method: str
-    ratio: float | Literal["auto"]
+    ratio: float
     num_prompt_tokens: int
     plan: BlendPlan | None = None
     """what the last match promised"""

@@ -149,7 +149,7 @@ def test_moved_keys_are_those_of_their_place(family: str) -> None:
 def test_any_ratio_computes_what_it_says(prompt: Prompt, ratio: float, method: str) -> None:
     """As many tokens as the ratio says are computed anew; the prefix and exact chunks keep their bits."""
     blended, layout, store = blend_prompt("llama", prompt, method, ratio)
-    assert FixedRatio(ratio).num_tokens(None, len(layout.candidates)) == blended.num_chosen
+    assert FixedRatio(ratio).num_tokens(len(layout.candidates)) == blended.num_chosen
     assert blended.logits is not None
     assert bool(blended.logits.isfinite().all())
     for placement, entry in zip(layout.placements, store.entries(prompt.token_ids, layout), strict=True):

@@ -104,7 +104,7 @@ def _missing(args: argparse.Namespace, documents: DocumentSet, known: Mapping[tu
         asked[item.task] += 1
         if item.task not in args.tasks or 0 < args.questions < asked[item.task]:
             continue
-        left_out = args.only_answered and not known.get((question, FULL, 1.0), True)
+        left_out = args.only_answered and item.answer is not None and not known.get((question, FULL, 1.0), True)
         wanted = [] if left_out else [case for case in cases if (question, case.variant.label, case.ratio) not in known]
         if wanted or (question, FULL, 1.0) not in known:
             missing[question] = wanted

@@ -96,7 +96,7 @@ class SetRun:
             figures = compare(reference, reference)
             overlap = self._overlaps(question, gold, write_all(self._model, [full], gold, [reference]))[0]
             yield {**where, "variant": FULL, "ratio": 1.0, "share": 1.0, "cost": 1.0, **figures, **overlap}
-            if not cases or (only_answered and not figures["is_right"]):
+            if not cases or (only_answered and question.answer is not None and not figures["is_right"]):
                 continue
             joined = [self._join(case, ids) for case in cases]
             begun = [Begun(at.kv, at.num_tokens, () if at.last is not None else ids, at.last) for at in joined]

@@ -61,7 +61,7 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
             groups[row["variant"]].append(row)
     table = {}
     for variant, members in groups.items():
-        answered = [row for row in members if row["full_is_right"]]
+        answered = [row for row in members if row["full_is_right"] or task == "prose"]
         figures: dict[str, Any] = {"n": len(members), "answered": len(answered), "sets": len({row["set"] for row in members})}
         figures |= {field: estimate(members, field) for field in ("kl", "agreement", "nll_change", "share", "cost")}
         overlap = "rouge_l" if task == "prose" else "f1"

@@ -8,7 +8,7 @@ import torch
 
 from kvtier.blend.methods import CacheBlend, CacheCraft, Combined, Epic, Evidence, FullReuse, ProphetKV, Selection, SelectionMethod
 from kvtier.blend.methods.base import top
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 class Random:
@@ -16,10 +16,10 @@ class Random:
 
     name = "random"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """Any."""
         scores = torch.rand(len(evidence.layout.candidates), generator=torch.Generator().manual_seed(evidence.layout.num_tokens))
-        return Selection(top(scores, ratio.num_tokens(None, len(scores))))
+        return Selection(top(scores, ratio.num_tokens(len(scores))))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from kvtier.blend.entries import Context
 from kvtier.blend.layout import PromptLayout
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 class Evidence(Protocol):
@@ -53,7 +53,7 @@ class SelectionMethod(Protocol):
         """Under which requests ask for it."""
         ...
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """The choice for one prompt. Called only where there are candidates."""
         ...
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtier.blend.methods.base import Evidence, Selection, chunk_slices, heads_of_chunks, share_out, top
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Combined:
     shift_weight: float = 0.5
     name: str = "combined"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """Context first, then attention."""
         scores = evidence.question_attention()
-        number = ratio.num_tokens(scores, len(scores))
+        number = ratio.num_tokens(len(scores))
         chosen = _dependent(evidence, int(self.context_share * number)).to(scores.device)
         return Selection(top(scores.masked_fill(chosen, float("inf")), number), self.shift_weight)
 

@@ -77,7 +77,7 @@ def _tokenizer(vllm_config: VllmConfig) -> Any | None:
 
     model = vllm_config.model_config
     try:
-        return AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision)
+        return AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         _LOG.warning("kvtier: no tokenizer: %s", error)
         return None

@@ -1,0 +1,116 @@
+"""The figures of docs/explanation/chunk-reuse.md, made from the JSON under docs/benchmarks/ and from nothing else.
+
+Used by generate_reference.py. Each table stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmark_pages import FOLDER, ROOT, about, document_of
+
+PAGE = ROOT / "docs" / "explanation" / "chunk-reuse.md"
+TASKS = ("single", "hops", "border", "prose")
+CURVES = ("combined, primed", "epic, primed", "cacheblend, alone")
+OPTIONS = "--model .cache/smollm2 --dtype bfloat16 --threads 1 --only-answered"
+COMMANDS: Mapping[str, str] = {
+    "blend": f'kvtier bench blend {OPTIONS} --items 46 --variants "cacheblend, alone" "epic, primed" "combined, primed"',
+    "blend-methods": f"kvtier bench blend {OPTIONS} --items 8 --questions 6 --variants alone primed --rows blend-methods.jsonl",
+    "blend-ratios": f"kvtier bench blend {OPTIONS} --items 6 --questions 6 --ratio 0.05 0.15 0.3 0.5 --rows blend-ratios.jsonl"
+    ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed"',
+}
+"""What wrote each JSON, with ``--json``."""
+
+
+def chunk_reuse() -> str:
+    """The page with its figures."""
+    text = PAGE.read_text(encoding="utf-8")
+    makers: Mapping[str, Callable[[], str]] = {
+        "blend": lambda: quality("blend"),
+        "blend-methods": lambda: quality("blend-methods"),
+        "blend-ratios": lambda: curves("blend-ratios"),
+    }
+    for name, make in makers.items():
+        if not (FOLDER / f"{name}.json").is_file():
+            continue
+        pattern = rf"(<!-- figures: {name} -->\n).*?(<!-- end of figures -->)"
+        text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+def quality(name: str) -> str:
+    """Of each method: KL, and what is left of the answers, by task."""
+    document = document_of(name)
+    records = document["records"]
+    found = {(item["name"], item["params"].get("method"), item["params"]["task"]): item for item in records}
+    methods = list(dict.fromkeys(item["params"]["method"] for item in records if "method" in item["params"]))
+    lines = [f"`{COMMANDS[name]}`", "", about(document["environment"]), "", counts(records), ""]
+    head = ["| Method, entries | " + " | ".join(TASKS) + " |", "| --- |" + " --- |" * len(TASKS)]
+    for title, figures in (
+        ("Mean KL", ["mean KL"]),
+        ("KL, of `cacheblend, alone`'s on the same questions", ["KL of plain CacheBlend's"]),
+        ("Answers that full prefill gives and that are kept; Rouge-L for prose", ["answers retained", "Rouge-L"]),
+    ):
+        rows = [(method, [_cell(found, figures, method, task) for task in TASKS]) for method in methods]
+        lines += [f"{title}:", "", *head, *(f"| {method} | " + " | ".join(cells) + " |" for method, cells in rows if any(cells)), ""]
+    return "\n".join(lines[:-1])
+
+
+def counts(records: Sequence[Mapping[str, Any]]) -> str:
+    """How many questions the figures are of."""
+    parts = []
+    for task in TASKS:
+        params = next((item["params"] for item in records if item["params"]["task"] == task and item["name"] == "mean KL"), None)
+        if params is None:
+            continue
+        full = next((item for item in records if item["params"]["task"] == task and item["name"] == "answered by full prefill"), None)
+        asked = "" if full is None else f" (of {full['params']['questions']} asked)"
+        parts.append(f"{task} {params['questions']}{asked} of {params['sets']} sets")
+    return f"Questions: {', '.join(parts)}."
+
+
+def curves(name: str) -> str:
+    """By recompute ratio, one table for each method."""
+    document = document_of(name)
+    found = {
+        (item["name"], item["params"].get("method"), item["params"]["task"], item["params"].get("recompute")): item
+        for item in document["records"]
+    }
+    times = {
+        (item["name"].removeprefix("of computing, "), item["params"]["ratio"]): item["value"]
+        for item in document_of("chunks")["records"]
+        if item["name"].startswith("of computing, ")
+    }
+    lines = [f"`{COMMANDS[name]}`", "", about(document["environment"]), "", counts(document["records"]), ""]
+    columns = ("KL, hops", "KL, prose", "kept, single", "kept, hops", "kept, border", "Rouge-L, prose")
+    lines += [
+        "| Method, entries | recompute | computed | time to first token | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * (3 + len(columns)),
+    ]
+    names = {"KL": "mean KL", "kept": "answers retained", "Rouge-L": "Rouge-L"}
+    for method in CURVES:
+        ratios = sorted({key[3] for key in found if key[1] == method and key[3] is not None} | {0.0})
+        for ratio in ratios:
+            label = f"none, {method.split(', ')[1]}" if ratio == 0 else method
+            cost = found.get(("computed, of full prefill", label, "prose", ratio))
+            if cost is None:
+                continue
+            time = times.get((method.split(", ")[0], ratio))
+            cells = [f"{ratio:.0%}", f"{cost['value']:.0%}", "" if time is None else f"{time:.0%}"]
+            for column in columns:
+                figure, task = column.split(", ")
+                item = found.get((names[figure], label, task, ratio))
+                cells.append("" if item is None else f"{item['value']:.2f}")
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(found: Mapping[tuple[str, str, str], Mapping[str, Any]], figures: Sequence[str], method: str, task: str) -> str:
+    for figure in figures:
+        item = found.get((figure, method, task))
+        if item is not None:
+            low, _, high = item["params"]["interval"].partition(" to ")
+            return f"{item['value']:.3f} [{float(low):.2f}, {float(high):.2f}]"
+    return ""
