@@ -305,8 +305,8 @@ class CacheEngine:
         return self._planner.num_blocks()
 
     def leftovers(self) -> dict[str, int]:
-        """Plans, leases, pins, transfers and checksums that have not ended."""
-        return {**self._planner.leftovers(), "checksums": 0 if self._recorder is None else self._recorder.num_waiting}
+        """What has not ended: plans, leases, pins, transfers, records of blocks."""
+        return self._planner.leftovers()
 
     def check(self) -> list[Damage]:
         """Verifies the books of the control plane and the arena. Empty = healthy."""

@@ -328,7 +328,8 @@ class Planner:
         return problems
 
     def leftovers(self) -> dict[str, int]:
-        """What is still open: plans, leases and pins. All zero when nothing is under way."""
+        """What is still open: plans, leases, pins and blocks that are not recorded yet. All zero when nothing is under way."""
+        registry = self._books.space.registry
         return {
             "stores": len(self._storing),
             "loads": len(self._loading),
@@ -336,6 +337,7 @@ class Planner:
             "moves": len(self._mover),
             "leases": self._books.space.num_leases,
             "pins": len(self._pins),
+            "records": 0 if registry is None else registry.num_waiting,
             "device slots": 0 if self._books.host.device is None else self._books.host.device.leftovers(),
         }
 
