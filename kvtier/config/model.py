@@ -93,7 +93,7 @@ class Config(Section):
         """The name of a tier's eviction policy: its own, or what ``auto`` stands for here."""
         if tier.policy != "auto":
             return tier.policy
-        return "default" if isinstance(tier, HostTierConfig) else "lru"
+        return "default" if isinstance(tier, HostTierConfig) and not self.lower else "lru"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

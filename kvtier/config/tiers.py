@@ -40,7 +40,7 @@ _POLICY_NAMES = "`auto`, `default`, `lru`, `fifo`, `arc`, `lru2`, `s3fifo`, `sie
 _POLICY_ABOUT = (
     "Which block leaves a full tier first. `lru`: the one unused for longest. `fifo`: the oldest. `hazard`: the one least likely to be "
     "used soon, as learned; new blocks worth less are not taken. `default`: the best over recorded workloads, now `hazard`. "
-    "`auto`: `default` in host memory, else `lru`. The others are described under policies."
+    "`auto`: `default` where host memory has no tier below it, else `lru`. The others are described under policies."
 )
 _QUOTAS = "tenants and sizes, such as `{acme: 2GiB}`, together not more than `capacity`"
 

@@ -116,8 +116,7 @@ class HazardPolicy:
                 for block in reversed(blocks[first : first + known.num_blocks]):
                     self.insert(block, now)
                 self._settle()
-            first += known.num_blocks
-            parent = part[-1]
+            first, parent = first + known.num_blocks, part[-1]
 
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:
         """As the protocol has it; keys that are not here teach it nothing (``incoming`` does), and one named twice counts once."""

@@ -135,7 +135,7 @@ log_level: debug
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
         (
             DISK + "    admit: index\n",
-            ['tiers[1].admit: "index" is wrong (the policies are default in host memory and lru here)', "hazard, default in both"],
+            ['tiers[1].admit: "index" is wrong (the policies are lru in host memory and lru here)', "hazard, default in both"],
         ),
         (
             DISK + "    ttl_mode: auto\n",
@@ -399,7 +399,7 @@ def test_the_guide_s_examples_are_valid(tmp_path: Path) -> None:
 
 
 def test_what_auto_stands_for() -> None:
-    """The policy of host memory is the one that recorded workloads chose; the others have lru."""
+    """The policy is the one that recorded workloads chose where host memory stands alone, and lru where tiers are stacked."""
     host, disk, gpu = (
         {"type": "host", "capacity": "8GiB"},
         {"type": "disk", "path": "/x", "capacity": "9GiB"},
@@ -410,6 +410,6 @@ def test_what_auto_stands_for() -> None:
     assert ("lru", "default") == (alone.policy_of(alone.gpu), alone.policy_of(alone.host))
     stacked = Config.from_mapping({"tiers": [host, disk]})
     assert stacked.disk is not None
-    assert ("default", "lru") == (stacked.policy_of(stacked.host), stacked.policy_of(stacked.disk))
+    assert ("lru", "lru") == (stacked.policy_of(stacked.host), stacked.policy_of(stacked.disk))
     named = Config.from_mapping({"tiers": [{**host, "policy": "arc"}, disk]})
     assert "arc" == named.policy_of(named.host)
