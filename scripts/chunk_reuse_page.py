@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "explanation" / "chunk-reuse.md"
 TASKS = ("single", "hops", "border", "prose")
 CURVES = ("combined, primed", "epic, primed", "cacheblend, alone")
 OPTIONS = "--model .cache/smollm2 --dtype bfloat16 --threads 1 --only-answered"
-COMMANDS: Mapping[str, str] = {
+COMMANDS: dict[str, str] = {
     "blend": f'kvtier bench blend {OPTIONS} --items 46 --variants "cacheblend, alone" "epic, primed" "combined, primed"',
     "blend-methods": f"kvtier bench blend {OPTIONS} --items 8 --questions 6 --variants alone primed --rows blend-methods.jsonl",
     "blend-ratios": f"kvtier bench blend {OPTIONS} --items 6 --questions 6 --ratio 0.05 0.15 0.3 0.5 --rows blend-ratios.jsonl"
@@ -24,16 +24,28 @@ COMMANDS: Mapping[str, str] = {
 """What wrote each JSON, with ``--json``."""
 
 
+TARGETS = (
+    ("single: answers kept", ("answers retained", "single"), 0.97, True),
+    ("hops: answers kept", ("answers retained", "hops"), 0.93, True),
+    ("hops: KL, of plain CacheBlend's", ("KL of plain CacheBlend's", "hops"), 0.5, False),
+    ("prose: KL, of plain CacheBlend's", ("KL of plain CacheBlend's", "prose"), 1.0, False),
+)
+"""what, which figure, the bound, and whether it is the least that was wanted"""
+VERDICTS = ("missed", "not met", "met, but not beyond doubt", "met")
+"""by how many of the figure and the two ends of its interval are good enough"""
+
+
 def chunk_reuse() -> str:
     """The page with its figures."""
     text = PAGE.read_text(encoding="utf-8")
     makers: Mapping[str, Callable[[], str]] = {
         "blend": lambda: quality("blend"),
+        "blend-targets": targets,
         "blend-methods": lambda: quality("blend-methods"),
         "blend-ratios": lambda: curves("blend-ratios"),
     }
     for name, make in makers.items():
-        if not (FOLDER / f"{name}.json").is_file():
+        if not (FOLDER / f"{name.removesuffix('-targets')}.json").is_file():
             continue
         pattern = rf"(<!-- figures: {name} -->\n).*?(<!-- end of figures -->)"
         text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
@@ -56,6 +68,25 @@ def quality(name: str) -> str:
         rows = [(method, [_cell(found, figures, method, task) for task in TASKS]) for method in methods]
         lines += [f"{title}:", "", *head, *(f"| {method} | " + " | ".join(cells) + " |" for method, cells in rows if any(cells)), ""]
     return "\n".join(lines[:-1])
+
+
+def targets() -> str:
+    """What was wanted of ``combined`` with primed entries, and whether the figures show it."""
+    found = {
+        (item["name"], item["params"]["task"]): item
+        for item in document_of("blend")["records"]
+        if item["params"].get("method") == "combined, primed"
+    }
+    rows = ["| At 15 % | wanted | found, 95 % interval | |", "| --- | --- | --- | --- |"]
+    for what, key, wanted, is_least in TARGETS:
+        item = found[key]
+        low, high = (float(part) for part in item["params"]["interval"].split(" to "))
+        bounds = (low, item["value"], high) if is_least else (-high, -item["value"], -low)
+        target = wanted if is_least else -wanted
+        verdict = VERDICTS[sum(bound >= target for bound in bounds)]
+        sign = "at least" if is_least else "at most"
+        rows.append(f"| {what} | {sign} {wanted} | {item['value']:.3f} [{low:.2f}, {high:.2f}] | {verdict} |")
+    return "\n".join(rows)
 
 
 def counts(records: Sequence[Mapping[str, Any]]) -> str:
