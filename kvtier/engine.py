@@ -153,7 +153,7 @@ class CacheEngine:
         stats = Stats()
         space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
         host = _residency("host", config.policy_of(config.host), config.host.ttl_s, config.host.ttl_mode)
-        planner = Planner(space, host, [_spec(tier, config) for tier in lower], stats, events=events)
+        planner = Planner(space, host, [_spec(tier, config) for tier in lower], stats, events=events, victim_share=config.host.victim_share)
         if config.gpu is not None and device_slots:
             pool = _residency("gpu", config.policy_of(config.gpu), config.gpu.ttl_s, config.gpu.ttl_mode)
             planner.use_device_pool(DevicePool(device_slots, block_bytes, pool, stats))
@@ -251,8 +251,8 @@ class CacheEngine:
 
     @property
     def draining_blocks(self) -> int:
-        """Slots of evicted blocks that will be free as soon as the copies that still read them are done."""
-        return self._space.draining(self.block_bytes)
+        """Slots that will be free as soon as the copies that still read them are done."""
+        return self._planner.draining_blocks(self.block_bytes)
 
     @property
     def is_growing(self) -> bool:
@@ -305,8 +305,8 @@ class CacheEngine:
         return self._planner.num_blocks()
 
     def leftovers(self) -> dict[str, int]:
-        """Plans, leases, pins, transfers and checksums that have not ended."""
-        return {**self._planner.leftovers(), "checksums": 0 if self._recorder is None else self._recorder.num_waiting}
+        """What has not ended: plans, leases, pins, transfers, records of blocks."""
+        return self._planner.leftovers()
 
     def check(self) -> list[Damage]:
         """Verifies the books of the control plane and the arena. Empty = healthy."""
@@ -374,7 +374,7 @@ def _own_arena(config: Config) -> Arena:
 
 def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Residency:
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=ttl_mode == "sliding")
-    return Residency(name, lambda: create_policy(policy), expiry)
+    return Residency(name, lambda: create_policy(policy), expiry, expires_by_policy=ttl_mode == "auto")
 
 
 def _spec(tier: Tier, config: Config) -> LowerTierSpec:
@@ -388,8 +388,6 @@ def _spec(tier: Tier, config: Config) -> LowerTierSpec:
         return LowerTierSpec(_residency(tier.name, "lru", ttl_s, "fixed"), max_blocks, write, in_flight_bytes, is_shared=is_shared)
     assert isinstance(section, DiskTierConfig), "what is not shared is a disk"
     residency = _residency(tier.name, config.policy_of(section), section.ttl_s, section.ttl_mode)
-    admission = None
-    if section.admit == "second_use" or section.daily_writes_bytes is not None:
-        admission = Admission(second_use=section.admit == "second_use", daily_bytes=section.daily_writes_bytes)
+    admission = Admission.of(section.admit, section.daily_writes_bytes)
     write = WriteMode(section.write.value)
     return LowerTierSpec(residency, tier.max_blocks, write, section.max_in_flight_bytes, admission, is_exclusive=section.exclusive)

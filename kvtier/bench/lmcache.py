@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -144,6 +145,42 @@ def facade(layers: int, heads: int, head_dim: int, block_tokens: int, num_blocks
     return cases
 
 
+def remote(url: str, block_bytes: int, num_blocks: int) -> dict[str, Case]:
+    """Writing and reading a batch of chunks by its remote backend; what was written is not there before. Without paged memory."""
+    shape = (1, 2, CHUNK_TOKENS, 1, block_bytes // (4 * CHUNK_TOKENS))
+    size = (2.2 * num_blocks + 1) * block_bytes / GIB
+    engine = _engine(shape, MockGPUConnector(shape), max_local_cpu_size=size, remote_url=url, remote_serde="naive")
+    assert engine.storage_manager is not None
+    backend = engine.storage_manager.storage_backends["RemoteBackend"]
+    shapes, dtypes = engine.metadata.get_shapes(CHUNK_TOKENS), engine.metadata.get_dtypes()
+    chunks = [engine.storage_manager.allocate(shapes, dtypes) for _ in range(num_blocks)]
+    assert block_bytes == chunks[0].get_physical_size()
+    keys: list[CacheEngineKey] = []
+
+    def put() -> float:
+        for key in keys:
+            backend.remove(key)
+        first = keys[-1].chunk_hash + 1 if keys else 0
+        keys[:] = [CacheEngineKey("bench", 1, 0, first + number, torch.bfloat16) for number in range(num_blocks)]
+        written = threading.Semaphore(0)
+        start = time.perf_counter()
+        backend.batched_submit_put_task(keys, chunks, on_complete_callback=lambda _: written.release())
+        for _ in keys:
+            assert written.acquire(timeout=60.0)
+        return time.perf_counter() - start
+
+    def get() -> float:
+        start = time.perf_counter()
+        found = backend.batched_get_blocking(keys)
+        seconds = time.perf_counter() - start
+        for chunk in found:
+            assert chunk is not None
+            chunk.ref_count_down()
+        return seconds
+
+    return {"put": put, "get": get}
+
+
 class PagedMemory(GPUConnectorInterface):
     """An engine's paged KV on the CPU: for each layer a tensor of K and V, blocks, tokens, heads and numbers."""
 
@@ -226,6 +263,7 @@ WORK: Mapping[str, Callable[..., dict[str, Case]]] = {
     "eviction": eviction,
     "copies": copies,
     "facade": facade,
+    "remote": remote,
 }
 
 

@@ -1,7 +1,8 @@
 """``kvtier bench remote``: a remote tier beside the best raw transfer to the same server, in the same run.
 
 Raw means: bare sockets (Redis) or bare requests (objects) that move the same bytes to and from the same kind of memory, with one to four
-of them at once, whichever is the fastest, and without header, checksum, batching or book-keeping.
+of them at once, whichever is the fastest, and without header, checksum, batching or book-keeping. A peer that is installed and has a
+way to the server does the same in turn.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, rates
 from kvtier.bench.servers import STORES, Store, start_stores
 from kvtier.tiers.remote import RemoteSettings, RemoteTier
@@ -48,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(store: Store, block_bytes: int, batch_bytes: int, rounds: int) -> Iterator[Record]:
     """Put and get of one block size."""
-    bench = Bench(store, block_bytes, max(1, batch_bytes // block_bytes))
+    num_blocks = max(1, batch_bytes // block_bytes)
+    bench = Bench(store, block_bytes, num_blocks)
     params: dict[str, object] = {"store": store.name, "block_mib": block_bytes >> 20, "batch_mib": bench.num_bytes >> 20}
     try:
         bench.put()  # the first round may begin with a read
@@ -58,9 +61,15 @@ def measure(store: Store, block_bytes: int, batch_bytes: int, rounds: int) -> It
         steps += [lambda count=count: bench.raw(store.raw_put, count, "w") for count in lanes]  # type: ignore[misc]
         steps += [bench.get]
         steps += [lambda count=count: bench.raw(store.raw_get, count, "r") for count in lanes]  # type: ignore[misc]
-        puts, *raw, gets, raw_1, raw_2, raw_4 = in_turns(steps, rounds)
-        yield rates("put", params, puts, max(raw, key=np.median))
-        yield rates("get", params, gets, max((raw_1, raw_2, raw_4), key=np.median))
+        with ExitStack() as stack:
+            peer = None
+            if store.peer_url:
+                peer = stack.enter_context(Peer("remote", url=store.peer_url, block_bytes=block_bytes, num_blocks=num_blocks))
+                steps += [lambda: peer.run("put"), lambda: peer.run("get")]
+            puts, *raw_puts, gets, raw_1, raw_2, raw_4 = in_turns(steps, rounds)[:8]
+        for name, own, raw in (("put", puts, raw_puts), ("get", gets, [raw_1, raw_2, raw_4])):
+            peers = {} if peer is None else peer.rate(name, bench.num_bytes)
+            yield rates(name, params, own, max(raw, key=np.median), peers=peers)
     finally:
         bench.close()
 

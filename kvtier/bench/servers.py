@@ -35,6 +35,8 @@ class Store:
     raw_get: Callable[[str, memoryview], None]
     options: Mapping[str, Any] = field(default_factory=dict)
     """settings of the tier"""
+    peer_url: str = ""
+    """for a peer; empty: it has no way there"""
 
 
 def start_stores(stack: ExitStack, directory: Path, names: Sequence[str]) -> Iterator[Store]:
@@ -58,7 +60,8 @@ def _redis(stack: ExitStack, folder: Path, name: str) -> Store:
     raw = _RawRedis(place)
     stack.callback(raw.close)
     access = RedisAccess(url=url, stall_timeout_s=30.0)
-    return Store(name, "redis", lambda _: RedisClient(access), raw.put, raw.get)
+    peer_url = "" if name == "redis-unix" else f"resp://127.0.0.1:{server.port}"
+    return Store(name, "redis", lambda _: RedisClient(access), raw.put, raw.get, peer_url=peer_url)
 
 
 def _s3(stack: ExitStack, folder: Path) -> Store:

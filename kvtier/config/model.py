@@ -134,6 +134,7 @@ class Config(Section):
             config = cls.model_validate(source.data)
         except ValidationError as error:
             problems += explain(error, cls, source.data)
+        problems += [] if config is None else _policy_problems(config)
         if config is None or problems:
             # without the cause: pydantic's own account says the same again, in its terms
             raise ConfigError(render(problems, source)) from None
@@ -155,6 +156,25 @@ def _order_problems(kinds: Sequence[object]) -> list[tuple[tuple[int, ...], str]
         slower = [index for index, each in enumerate(kinds) if each in _TIER_ORDER[rank + 1 :]]
         if places and slower and slower[0] < places[0]:
             problems.append(((places[0],), f"the tier of type {kind} must stand before tiers[{slower[0]}]; allowed: {_TIERS}"))
+    return problems
+
+
+def _policy_problems(config: Config) -> list[Problem]:
+    """What is asked of policies that have not learned it."""
+    problems: list[Problem] = []
+    judges = {"default", "hazard"}
+    for index, tier in enumerate(config.tiers):
+        if not isinstance(tier, (GpuTierConfig, HostTierConfig, DiskTierConfig)):
+            continue
+        place, policy = ("tiers", index), config.policy_of(tier)
+        if tier.ttl_mode == "auto" and policy not in judges:
+            reason = f'"auto" is wrong (the policy is {policy}); allowed: sliding, fixed, or the policies hazard, default'
+            problems.append(Problem((*place, "ttl_mode"), reason))
+        if isinstance(tier, DiskTierConfig) and tier.admit == "index" and not {policy, config.policy_of(config.host)} <= judges:
+            policies = f"the policies are {config.policy_of(config.host)} in host memory and {policy} here"
+            problems.append(
+                Problem((*place, "admit"), f'"index" is wrong ({policies}); allowed: all, second_use, or hazard, default in both')
+            )
     return problems
 
 

@@ -29,7 +29,12 @@ from kvtier.units import format_size
 _PAGE_BYTES = 4096
 _MAX_SEGMENT_BYTES = 1 << 32
 _TTL_ABOUT = "A block is dropped this long after it was stored or used (see `ttl_mode`). null: never."
-_TTL_MODE_ABOUT = "From when `ttl` counts. `sliding`: the last use. `fixed`: the time of storing."
+_TTL_MODE_ABOUT = (
+    "From when `ttl` counts. `sliding`: the last use. `fixed`: the time of storing. `auto`: each kind of block has a time to live of its "
+    "own, as learned: the age from which on fewer than one in a hundred are used within ten hours."
+)
+TtlMode = Literal["sliding", "fixed", "auto"]
+_TTL_MODES = "`sliding`, `fixed`, `auto`; `auto` with `ttl: null` and the policies `hazard`, `default` only"
 PolicyName = Literal["auto", "default", "lru", "fifo", "arc", "lru2", "s3fifo", "sieve", "gdsf", "hazard"]
 _POLICY_NAMES = "`auto`, `default`, `lru`, `fifo`, `arc`, `lru2`, `s3fifo`, `sieve`, `gdsf`, `hazard`"
 _POLICY_ABOUT = (
@@ -38,6 +43,12 @@ _POLICY_ABOUT = (
     "`auto`: `default` where host memory has no tier below it, else `lru`. The others are described under policies."
 )
 _QUOTAS = "tenants and sizes, such as `{acme: 2GiB}`, together not more than `capacity`"
+
+
+def _stand_alone(ttl_mode: str, info: ValidationInfo) -> str:
+    if ttl_mode == "auto" and info.data.get("ttl_s") is not None:
+        raise ValueError("`ttl` is set")
+    return ttl_mode
 
 
 def _fit_into_capacity(quotas: Mapping[str, int], info: ValidationInfo) -> Mapping[str, int]:
@@ -58,7 +69,9 @@ class GpuTierConfig(Section):
     )
     policy: PolicyName = setting("auto", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
-    ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
+    ttl_mode: TtlMode = setting("sliding", kind="name", allowed=_TTL_MODES, about=_TTL_MODE_ABOUT)
+
+    _ttl_mode_fits = field_validator("ttl_mode")(_stand_alone)
 
 
 class HostTierConfig(Section):
@@ -70,12 +83,22 @@ class HostTierConfig(Section):
     )
     policy: PolicyName = setting("auto", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
-    ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
+    ttl_mode: TtlMode = setting("sliding", kind="name", allowed=_TTL_MODES, about=_TTL_MODE_ABOUT)
     quotas: SizesByName = setting(
         {},
         kind="mapping",
         allowed=_QUOTAS,
         about="What tenants can always have here. What they leave unused others borrow, and give back.",
+    )
+    victim_share: float = setting(
+        0.125,
+        key="victim_buffer",
+        kind="number",
+        allowed="more than 0, to 0.5",
+        about="Share of the blocks here that may wait to be written to a tier below after the policy has let them go. They are hits until "
+        "then; what does not fit is dropped without being written (`disk.skipped_blocks`).",
+        gt=0,
+        le=0.5,
     )
     huge_pages: bool = setting(True, kind="boolean", allowed="`true`, `false`", about="Ask the kernel for huge pages: faster copies.")
     numa_node: int | None = setting(
@@ -83,6 +106,7 @@ class HostTierConfig(Section):
     )
 
     _quotas_fit = field_validator("quotas")(_fit_into_capacity)
+    _ttl_mode_fits = field_validator("ttl_mode")(_stand_alone)
 
 
 class DiskTierConfig(Section):
@@ -108,7 +132,7 @@ class DiskTierConfig(Section):
     )
     policy: PolicyName = setting("auto", kind="name", allowed=_POLICY_NAMES, about=_POLICY_ABOUT)
     ttl_s: OptionalDuration = setting(None, key="ttl", kind="duration", allowed=OPTIONAL_DURATIONS, about=_TTL_ABOUT, gt=0)
-    ttl_mode: Literal["sliding", "fixed"] = setting("sliding", kind="name", allowed="`sliding`, `fixed`", about=_TTL_MODE_ABOUT)
+    ttl_mode: TtlMode = setting("sliding", kind="name", allowed=_TTL_MODES, about=_TTL_MODE_ABOUT)
     write: WriteMode = write_mode()
     quotas: SizesByName = setting(
         {},
@@ -116,11 +140,12 @@ class DiskTierConfig(Section):
         allowed=_QUOTAS,
         about="What tenants can always have here. What they leave unused others borrow, and give back.",
     )
-    admit: Literal["all", "second_use"] = setting(
+    admit: Literal["all", "second_use", "index"] = setting(
         "all",
         kind="name",
-        allowed="`all`, `second_use`",
-        about="Which blocks are written. `second_use`: those that were used again after they were stored, to spare the disk.",
+        allowed="`all`, `second_use`, `index`; `index` where the policies of host memory and of the disk are `hazard` or `default` only",
+        about="Which blocks are written. `second_use`: those that were used again after they were stored, to spare the disk. `index`: "
+        "those that host memory's policy takes to be worth as much as what leaves a full disk for them.",
     )
     daily_writes_bytes: OptionalSize = setting(
         None, key="daily_writes", kind="size", allowed=f"null, or more than 0: {SIZES}", about="Bytes written a day at most.", gt=0
@@ -155,6 +180,7 @@ class DiskTierConfig(Section):
     encryption_key_file: ExpandedPath | None = key_file()
 
     _quotas_fit = field_validator("quotas")(_fit_into_capacity)
+    _ttl_mode_fits = field_validator("ttl_mode")(_stand_alone)
 
     _one_key = field_validator("encryption_key_file")(one_key)
 

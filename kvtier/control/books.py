@@ -20,7 +20,9 @@ from kvtier.types import BlockKey
 class Books:
     """One engine's blocks, tiers and counters. Pure, and not thread-safe: it belongs to its planner."""
 
-    def __init__(self, space: HostSpace, host: Residency, lower: Sequence[LowerTierSpec], stats: Stats, *, events: bool) -> None:
+    def __init__(
+        self, space: HostSpace, host: Residency, lower: Sequence[LowerTierSpec], stats: Stats, *, events: bool, victim_share: float
+    ) -> None:
         self.space = space
         self.lower = [LowerTier(index, spec) for index, spec in enumerate(lower, start=1)]
         self.visible = HOST | sum(tier.bit for tier in self.lower)
@@ -29,8 +31,13 @@ class Books:
         self.stats = stats
         self.ids = itertools.count(1)
         self.commands: list[Command] = []
-        self.demoter = Demoter(space, self.lower, self.ids, stats)
+        self.demoter = Demoter(space, self.index, self.lower, self.ids, stats)
         self.host = HostMemory(self.index, space, host, self.demoter, stats, events=events)
+        self.demoter.forget = self.host.forget_lower
+        if lower:
+            host.use_buffer(self.demoter, self.index.__getitem__, victim_share)
+            self.demoter.changed = host.written
+            self.demoter.index_of = lambda entry, now: host.index_of(entry.key, entry.num_bytes, now)
 
     def know_tenants(self) -> None:
         """Blocks of tenants are coming: from now on they are counted."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+from kvtier.control.admission import Admission
 from kvtier.control.commands import Command, Demote
 from kvtier.control.host_space import HostSpace
 from kvtier.control.index import HOST, Entry, Index
-from kvtier.control.lower import MAX_JOB_BYTES, LowerTier
+from kvtier.control.lower import MAX_JOB_BYTES, LowerTier, WriteMode
 from kvtier.control.plans import DemotionPlan
+from kvtier.control.runs import runs_of
+from kvtier.control.victim_buffer import WriteState
 from kvtier.stats import Stats
 from kvtier.types import BlockKey, Outcome
 
@@ -21,10 +24,19 @@ OUTCOME_COUNTERS = {Outcome.MISS: "missing", Outcome.CORRUPT: "corrupt", Outcome
 
 
 class Demoter:
-    """Starts and ends demotions for the planner. Bytes in flight per tier are bounded."""
+    """Starts and ends demotions for the planner. Bytes in flight per tier are bounded.
 
-    def __init__(self, space: HostSpace, lower: Sequence[LowerTier], ids: Iterator[int], stats: Stats) -> None:
+    Implements :class:`~kvtier.control.victim_buffer.Writes`. ``changed`` is told of each block whose write began, ended, or will not be.
+    ``forget``: how a block that leaves a lower tier is forgotten. ``index_of``: what a block is worth to host memory
+    (:meth:`EvictionPolicy.index_of`).
+    """
+
+    def __init__(self, space: HostSpace, index: Index, lower: Sequence[LowerTier], ids: Iterator[int], stats: Stats) -> None:
+        self.changed: Callable[[Entry], None] = lambda _entry: None
+        self.forget: Forget = lambda _tier, _key: None
+        self.index_of: Callable[[Entry, float], float | None] = lambda _entry, _now: None
         self._space = space
+        self._index = index
         self._lower = lower
         self._ids = ids
         self._stats = stats
@@ -53,37 +65,29 @@ class Demoter:
             num_skipped = sum(tier.forget_waiting(entry.key) for entry in entries)
             self._stats.add(f"{tier.residency.name}.skipped_blocks", num_skipped)
 
-    def pump(self, index: Index, now: float, max_dirty: float, forget: Forget) -> None:
-        """Starts the writes that are due, as far as the bound on bytes in flight allows.
+    def pump(self, now: float) -> None:
+        """Starts the writes that are due, as far as the bound on bytes in flight allows."""
+        for tier in self._lower:
+            self._pump(tier, now)
 
-        ``max_dirty``: no more blocks than this may wait, due or not, so that eviction finds blocks it need not write first.
+    def state_of(self, entry: Entry) -> WriteState:
+        """Whether a block is being written or still wanted by a tier that is online."""
+        if entry.busy & ~HOST:
+            return WriteState.WRITING
+        return WriteState.WAITING if any(tier.wants(entry.key) for tier in self._lower) else WriteState.NOTHING
+
+    def hurry(self, entries: Sequence[Entry], now: float) -> None:
+        """Host memory's policy has let blocks go: those that a tier wants are written before others, in this order.
+
+        With write-through they would be written by now if the tier could keep up, so nobody waits for them who needs their room now.
         """
         for tier in self._lower:
-            while tier.has_budget() and tier.has_due(now, max_dirty):
-                batch: list[Entry] = []
-                for key in tier.due(now, max_dirty):
-                    entry = index.get(key)
-                    if entry is None or not entry.readable & HOST or (entry.readable | entry.busy) & tier.bit:
-                        continue
-                    batch.append(entry)
-                    if len(batch) * entry.num_bytes >= MAX_JOB_BYTES:
-                        break
-                self._start_alike(tier, batch, now, forget)
+            for entry in entries:
+                tier.hurry(entry.key)
+            if tier.spec.write is not WriteMode.THROUGH:
+                self._pump(tier, now)
 
-    def on_evict(self, entries: Sequence[Entry], now: float, forget: Forget) -> None:
-        """Blocks are about to leave host memory: those that a tier still wants are written down from their leased slots."""
-        for tier in self._lower:
-            wanted = [entry for entry in entries if tier.wants_on_evict(entry)]
-            if not wanted:
-                continue
-            for entry in wanted:
-                tier.forget_waiting(entry.key)
-            if tier.has_budget():
-                self._start_alike(tier, wanted, now, forget)
-            else:
-                self._stats.add(f"{tier.residency.name}.skipped_blocks", len(wanted))
-
-    def finished(self, job_id: int, outcomes: Sequence[Outcome], index: Index, now: float) -> tuple[LowerTier, list[Entry]]:
+    def finished(self, job_id: int, outcomes: Sequence[Outcome], now: float) -> tuple[LowerTier, list[Entry]]:
         """A demotion is done. Returns the tier and the blocks that are readable there now."""
         plan = self._running.pop(job_id)
         tier = self._lower[plan.tier - 1]
@@ -103,7 +107,8 @@ class Demoter:
         if tier.spec.is_shared:
             tier.absent.discard(entry.key for entry in stored)
         for entry in plan.entries:
-            index.drop_if_gone(entry)
+            self.changed(entry)
+            self._index.drop_if_gone(entry)
         if plan.unwanted:
             unwanted = [entry.key for entry in plan.entries if entry.key in plan.unwanted]
             self._commands.append(tier.dropped(unwanted, everywhere=plan.is_unwanted_everywhere))
@@ -121,22 +126,37 @@ class Demoter:
                 is_everywhere = plan.is_unwanted_everywhere or everywhere
                 self._running[job_id] = dataclasses.replace(plan, unwanted=plan.unwanted | keys, is_unwanted_everywhere=is_everywhere)
 
-    def _start_alike(self, tier: LowerTier, entries: Sequence[Entry], now: float, forget: Forget) -> None:
+    def _pump(self, tier: LowerTier, now: float) -> None:
+        while tier.has_budget() and tier.has_due(now):
+            batch: list[Entry] = []
+            for key in tier.due(now):
+                entry = self._index.get(key)
+                if entry is None or not entry.readable & HOST or (entry.readable | entry.busy) & tier.bit:
+                    continue
+                batch.append(entry)
+                if len(batch) * entry.num_bytes >= MAX_JOB_BYTES:
+                    break
+            self._start_alike(tier, batch, now)
+            for entry in batch:
+                self.changed(entry)
+
+    def _start_alike(self, tier: LowerTier, entries: Sequence[Entry], now: float) -> None:
         groups: dict[tuple[int, str], list[Entry]] = {}
         for entry in entries:
             groups.setdefault((entry.num_bytes, entry.tenant), []).append(entry)
         for group in groups.values():
-            self._start(tier, group, now, forget)
+            self._start(tier, group, now)
 
-    def _start(self, tier: LowerTier, entries: list[Entry], now: float, forget: Forget) -> None:
+    def _start(self, tier: LowerTier, entries: list[Entry], now: float) -> None:
         num_bytes = entries[0].num_bytes
         if tier.spec.admission is not None:
+            entries = self._worth(tier, tier.spec.admission, entries, now)
             granted = tier.spec.admission.grant(len(entries), num_bytes, now)
             self._stats.add(f"{tier.residency.name}.over_budget_blocks", len(entries) - granted)
             entries = entries[:granted]
             if not entries:
                 return
-        entries = self._make_room(tier, entries, forget, now)
+        entries = self._make_room(tier, entries, now)
         if not entries:
             return
         job_id = next(self._ids)
@@ -148,7 +168,19 @@ class Demoter:
         self._running[job_id] = DemotionPlan(tier.index, tuple(entries), slots)
         self._commands.append(Demote(job_id, tier.index, tuple(entry.meta for entry in entries), slots))
 
-    def _make_room(self, tier: LowerTier, entries: Sequence[Entry], forget: Forget, now: float) -> list[Entry]:
+    def _worth(self, tier: LowerTier, admission: Admission, entries: list[Entry], now: float) -> list[Entry]:
+        """Without those that are worth less than what would leave a full tier for them."""
+        num_bytes = entries[0].num_bytes
+        if not admission.by_index or tier.shortage(len(entries), num_bytes) <= 0:
+            return entries
+        least = tier.residency.least_index(entries[0].tenant, num_bytes, now)
+        worth: list[Entry] = []
+        for run in runs_of(entries):
+            worth += run[: admission.num_worth([self.index_of(entry, now) for entry in run], least)]
+        self._stats.add(f"{tier.residency.name}.not_admitted_blocks", len(entries) - len(worth))
+        return worth
+
+    def _make_room(self, tier: LowerTier, entries: Sequence[Entry], now: float) -> list[Entry]:
         """Evicts what is missing. Returns the blocks that fit and are worth it: of each run of blocks of one prompt the leading part."""
         residency, num_bytes = tier.residency, entries[0].num_bytes
         # The blocks before the new ones must not make room for them.
@@ -157,12 +189,14 @@ class Demoter:
         for key in anchors:
             residency.pin(key, num_bytes)
         taken: list[Entry] = []
-        for run in _runs(entries):
+        for run in runs_of(entries):
             short = min(len(run), tier.shortage(len(taken) + len(run), num_bytes))
             if short > 0:
-                incoming = [entry.meta for entry in run[-short:]]
+                # what was weighed already is not turned away
+                is_weighed = tier.spec.admission is not None and tier.spec.admission.by_index
+                incoming = [] if is_weighed else [entry.meta for entry in run[-short:]]
                 victims, num_declined = residency.victims(short, num_bytes, now, run[0].tenant, incoming)
-                self._evict(tier, victims, forget)
+                self._evict(tier, victims)
                 self._stats.add(f"{residency.name}.not_admitted_blocks", num_declined)
                 self._stats.add(f"{residency.name}.rejected_blocks", short - len(victims) - num_declined)
                 taken += run[: len(run) - short + len(victims)]
@@ -172,21 +206,10 @@ class Demoter:
             residency.unpin(key, num_bytes, now)
         return taken
 
-    def _evict(self, tier: LowerTier, victims: list[BlockKey], forget: Forget) -> None:
+    def _evict(self, tier: LowerTier, victims: list[BlockKey]) -> None:
         if not victims:
             return
         for key in victims:
-            forget(tier, key)
+            self.forget(tier, key)
         self._stats.add(f"{tier.residency.name}.evicted_blocks", len(victims))
         self._commands.append(tier.dropped(victims))
-
-
-def _runs(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """The blocks in runs, each block of a run being the parent of the next."""
-    runs: list[list[Entry]] = []
-    for entry in entries:
-        if runs and runs[-1][-1].key == entry.parent:
-            runs[-1].append(entry)
-        else:
-            runs.append([entry])
-    return runs

@@ -17,8 +17,6 @@ from kvtier.stats import Stats
 from kvtier.types import BlockKey, BlockMeta
 
 MAX_EVENTS = 100_000
-CLEAN_FRACTION = 8
-"""one in so many blocks of host memory is free or written down already, so that a new block need not wait for a write"""
 
 
 class Room(NamedTuple):
@@ -80,14 +78,17 @@ class HostMemory:
         self._space.vacate((entry,))
         self._index.drop_if_gone(entry)
 
-    def filled(self, entries: Sequence[Entry], blocks: Sequence[BlockMeta], now: float) -> None:
-        """Copies into slots are complete: the blocks, ``entries[i].meta == blocks[i]``, are readable. They come in the given order."""
+    def filled(self, entries: Sequence[Entry], blocks: Sequence[BlockMeta], now: float, *, is_use: bool = True) -> None:
+        """Copies into slots are complete: the blocks, ``entries[i].meta == blocks[i]``, are readable. They come in the given order.
+
+        ``is_use``: as for :meth:`Residency.insert`.
+        """
         for entry in entries:
             entry.busy &= ~HOST
             entry.readable |= HOST
         self._space.filled(entries)
         if blocks:
-            self.residency.insert(blocks, now)
+            self.residency.insert(blocks, now, is_use=is_use)
         if self.events is not None:
             for entry in entries:
                 self.tell(True, self.residency.name, entry)
@@ -112,14 +113,13 @@ class HostMemory:
         if self.events is not None:
             self.events.append(BlockEvent(stored, tier, entry.meta))
 
-    def max_dirty(self) -> float:
-        """How many blocks may wait to be written: such that an eighth of host memory is free or can be had at once."""
-        free = self._space.available(self._num_bytes) if self._num_bytes else 0
-        return (len(self.residency) + free) * (1 - 1 / CLEAN_FRACTION) - free
+    def let_go_ahead(self, now: float) -> None:
+        """Where there is a victim buffer: lets blocks go before their room is needed."""
+        if self._num_bytes:
+            self.residency.let_go(self._num_bytes, self._space.available(self._num_bytes), now)
 
     def _evict(self, keys: Sequence[BlockKey], now: float) -> None:
         entries = [entry for key in keys if (entry := self._index.get(key)) is not None]
-        self._demoter.on_evict(entries, now, self.forget_lower)
         self._left(entries)
         self._stats.add("host.evicted_blocks", len(entries))
 

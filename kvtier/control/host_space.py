@@ -45,6 +45,10 @@ class SlotRegistry(Protocol):
     def vacated(self, slot: int) -> None:
         """A block leaves its slot."""
 
+    @property
+    def num_waiting(self) -> int:
+        """Blocks whose entry is not written or verified yet."""
+
 
 class HostSpace:
     """Slots, their tenants, leases and generations. Pure; ``generations`` is the table readers compare with (plain ints in and out)."""

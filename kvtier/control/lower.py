@@ -22,9 +22,9 @@ class WriteMode(enum.Enum):
     THROUGH = "through"
     """as soon as it is in host memory"""
     BACK = "back"
-    """``WRITE_BACK_DELAY_S`` after it came to host memory, or when it is evicted from there before"""
+    """``WRITE_BACK_DELAY_S`` after it came to host memory, or when host memory's policy has let it go before"""
     ON_EVICT = "on_evict"
-    """only when it is, or is soon to be, evicted from host memory"""
+    """only when host memory's policy has let it go"""
 
 
 WRITE_BACK_DELAY_S = 5.0
@@ -91,7 +91,7 @@ class LowerTier:
         if self.spec.admission is None:
             return
         for key in self.spec.admission.used(keys, lambda key: (entry := index.get(key)) is not None and bool(entry.readable & HOST)):
-            if not (index[key].readable | index[key].busy) & self.bit and key not in self._urgent:
+            if not (index[key].readable | index[key].busy) & self.bit and key not in self._urgent and key not in self._waiting:
                 self._waiting[key] = now + _DELAY_S[self.spec.write]
 
     def dropped(self, keys: Sequence[BlockKey], *, everywhere: bool = False) -> Remove | Forget:
@@ -107,13 +107,14 @@ class LowerTier:
         """Whether a block was asked for by ``write_soon`` and its write has not begun."""
         return key in self._urgent
 
-    def wants_on_evict(self, entry: Entry) -> bool:
-        """Whether a block that leaves host memory must be written here first.
+    def wants(self, key: BlockKey) -> bool:
+        """Whether a block waits to be written here."""
+        return self.online and (key in self._waiting or key in self._urgent)
 
-        Not with write-through: there a block still waits only because the tier cannot keep up, and holding its slot would
-        turn new blocks away for the sake of old ones.
-        """
-        return self.online and self.spec.write is not WriteMode.THROUGH and entry.key in self._waiting
+    def hurry(self, key: BlockKey) -> None:
+        """If a block waits to be written here, it is to be written before others."""
+        if key in self._waiting:
+            self.write_soon(key)
 
     def forget_waiting(self, key: BlockKey) -> bool:
         """Takes a block out of the queue; whether it was there."""
@@ -122,12 +123,9 @@ class LowerTier:
         self._urgent.pop(key, None)
         return was_waiting
 
-    def due(self, now: float, num_dirty: float) -> Iterator[BlockKey]:
-        """Takes out of the queue what is to be written now, oldest first, while it is consumed.
-
-        Beside what is due, that is everything above ``num_dirty`` blocks.
-        """
-        while self.has_due(now, num_dirty):
+    def due(self, now: float) -> Iterator[BlockKey]:
+        """Takes out of the queue what is to be written now, oldest first, while it is consumed."""
+        while self.has_due(now):
             if self._urgent:
                 key = next(iter(self._urgent))
                 del self._urgent[key]
@@ -135,10 +133,9 @@ class LowerTier:
             else:
                 yield self._waiting.popitem(last=False)[0]
 
-    def has_due(self, now: float, num_dirty: float) -> bool:
+    def has_due(self, now: float) -> bool:
         """Whether something waits to be written now."""
-        waiting = self._waiting
-        return bool(self._urgent) or (bool(waiting) and (len(waiting) > num_dirty or next(iter(waiting.values())) <= now))
+        return bool(self._urgent) or (bool(self._waiting) and next(iter(self._waiting.values())) <= now)
 
     def has_budget(self) -> bool:
         """Whether another demotion may start."""

@@ -23,6 +23,7 @@ from kvtier.control.probing import Prober
 from kvtier.control.promotion import Promoter
 from kvtier.control.residency import Residency
 from kvtier.control.storing import Storing
+from kvtier.control.victim_buffer import VICTIM_SHARE
 from kvtier.policies.base import EvictionPolicy
 from kvtier.stats import Stats
 from kvtier.types import BlockKey, BlockMeta, LoadPlan, Outcome, PrefixMatch, StorePlan
@@ -31,11 +32,21 @@ from kvtier.types import BlockKey, BlockMeta, LoadPlan, Outcome, PrefixMatch, St
 class Planner:
     """Decides over one host memory and the tiers below it. Not thread-safe: one thread drives it.
 
-    ``now`` is in seconds, from any clock that does not go backwards.
+    ``now`` is in seconds, from any clock that does not go backwards. ``victim_share``: of host memory's blocks so many may wait to be
+    written after its policy has let them go, where there are tiers below.
     """
 
-    def __init__(self, space: HostSpace, host: Residency, lower: Sequence[LowerTierSpec], stats: Stats, *, events: bool = False) -> None:
-        self._books = Books(space, host, lower, stats, events=events)
+    def __init__(
+        self,
+        space: HostSpace,
+        host: Residency,
+        lower: Sequence[LowerTierSpec],
+        stats: Stats,
+        *,
+        events: bool = False,
+        victim_share: float = VICTIM_SHARE,
+    ) -> None:
+        self._books = Books(space, host, lower, stats, events=events, victim_share=victim_share)
         self._pins = PinTable()
         self._storing = Storing(self._books)
         self._loading = Loading(self._books)
@@ -72,6 +83,10 @@ class Planner:
     def num_running(self) -> int:
         """Promotions, demotions and probes that have not been reported yet."""
         return len(self._promoter) + self._books.demoter.num_running + len(self._prober)
+
+    def draining_blocks(self, num_bytes: int) -> int:
+        """Blocks of a size whose room will be free as soon as the copies that still read it are done."""
+        return self._books.space.draining(num_bytes) + self._books.host.residency.num_leaving(num_bytes)[1]
 
     @property
     def has_work(self) -> bool:
@@ -137,7 +152,8 @@ class Planner:
         if len(self._mover):
             self._mover.step(now)
         if self._books.lower:
-            self._books.demoter.pump(self._books.index, now, self._books.host.max_dirty(), self._books.host.forget_lower)
+            self._books.host.let_go_ahead(now)
+            self._books.demoter.pump(now)
 
     # ---- storing ------------------------------------------------------------------------------------------------
 
@@ -204,7 +220,7 @@ class Planner:
 
     def demoted(self, job_id: int, outcomes: Sequence[Outcome], dropped: Collection[BlockKey], now: float) -> None:
         """A demotion is done; ``dropped`` are blocks the tier gave up on its own."""
-        tier, stored = self._books.demoter.finished(job_id, outcomes, self._books.index, now)
+        tier, stored = self._books.demoter.finished(job_id, outcomes, now)
         for entry in stored:
             self._books.host.tell(True, tier.residency.name, entry)
         for key in dropped:
@@ -312,7 +328,8 @@ class Planner:
         return problems
 
     def leftovers(self) -> dict[str, int]:
-        """What is still open: plans, leases and pins. All zero when nothing is under way."""
+        """What is still open: plans, leases, pins and blocks that are not recorded yet. All zero when nothing is under way."""
+        registry = self._books.space.registry
         return {
             "stores": len(self._storing),
             "loads": len(self._loading),
@@ -320,6 +337,7 @@ class Planner:
             "moves": len(self._mover),
             "leases": self._books.space.num_leases,
             "pins": len(self._pins),
+            "records": 0 if registry is None else registry.num_waiting,
             "device slots": 0 if self._books.host.device is None else self._books.host.device.leftovers(),
         }
 

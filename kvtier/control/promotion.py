@@ -68,7 +68,8 @@ class Promoter:
                 books.host.close_slot(entry)
         books.stats.add(f"{tier.residency.name}.loaded_blocks", len(good))
         tail_first = good[::-1]
-        books.host.filled(tail_first, [entry.meta for entry in tail_first], now)
+        # the request that waits for them uses them when it starts, if it does
+        books.host.filled(tail_first, [entry.meta for entry in tail_first], now, is_use=False)
         if tier.spec.is_exclusive:
             self._leave(tier, [entry for entry in good if entry.readable & tier.bit], now)
 

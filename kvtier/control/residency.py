@@ -7,13 +7,20 @@ in each order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kvtier.control.expiry import ExpiryQueue
+from kvtier.control.index import Entry
 from kvtier.control.quotas import POOL, Quotas
+from kvtier.control.runs import runs_of
+from kvtier.control.victim_buffer import VictimBuffer, Writes
 from kvtier.policies.base import EvictionPolicy
 from kvtier.types import BlockKey, BlockMeta
+
+JUDGE_EVERY_S = 1.0
+"""how often policies are asked what is past its time to live"""
 
 
 class Victims(NamedTuple):
@@ -26,22 +33,64 @@ class Victims(NamedTuple):
 class Residency:
     """The committed blocks of one tier. Pure; ``now`` in seconds."""
 
-    __slots__ = ("_expiry", "_make_policy", "_pins", "_policies", "_quotas", "name", "num_bytes", "tenant_of")
+    __slots__ = (
+        "_buffer",
+        "_expires_by_policy",
+        "_expiry",
+        "_judged_at",
+        "_make_policy",
+        "_pins",
+        "_policies",
+        "_quotas",
+        "name",
+        "num_bytes",
+        "tenant_of",
+    )
 
-    def __init__(self, name: str, make_policy: Callable[[], EvictionPolicy], expiry: ExpiryQueue | None) -> None:
+    def __init__(
+        self, name: str, make_policy: Callable[[], EvictionPolicy], expiry: ExpiryQueue | None, *, expires_by_policy: bool = False
+    ) -> None:
+        """``expiry``: a time to live for all blocks; ``expires_by_policy``: each has the one that its policy has learned. Not both."""
         self.name = name
         self.num_bytes = 0
         self.tenant_of: Callable[[BlockKey], str] | None = None
         """whose a block is; it must know each block as long as it is here. None: all blocks so far are nobody's"""
         self._make_policy = make_policy
+        self._buffer: Callable[[EvictionPolicy], VictimBuffer] | None = None
         self._policies: dict[tuple[int, str], EvictionPolicy] = {}
         """(bytes of a block, tenant with a quota or the pool of the others) -> their order"""
         self._quotas = Quotas()
         self._expiry = expiry
+        self._expires_by_policy = expires_by_policy
+        self._judged_at = -math.inf
         self._pins: dict[BlockKey, int] = {}
 
-    def insert(self, blocks: Sequence[BlockMeta], now: float) -> None:
-        """Takes blocks of one size and one tenant in as just used, in the given order. There must be one at least."""
+    def use_buffer(self, writes: Writes, entry_of: Callable[[BlockKey], Entry], share: float) -> None:
+        """Puts a victim buffer behind each order; before the first block comes."""
+        self._buffer = lambda policy: VictimBuffer(policy, writes, entry_of, share)
+
+    def let_go(self, num_bytes: int, num_free: int, now: float) -> None:
+        """Fills the victim buffers of blocks of a size, as far as the free room is less than they hold."""
+        for (size, _), policy in self._policies.items():
+            if size == num_bytes and isinstance(policy, VictimBuffer):
+                policy.fill(num_free, now)
+
+    def written(self, entry: Entry) -> None:
+        """A write of a block has begun or ended, or will not be: it may leave, or no longer."""
+        policy = self._policy_of((entry.key,), entry.num_bytes)
+        if isinstance(policy, VictimBuffer):
+            policy.written(entry)
+
+    def num_leaving(self, num_bytes: int) -> tuple[int, int]:
+        """How many blocks of a size have been let go and wait to be written, and how many are being written."""
+        buffers = [policy for (size, _), policy in self._policies.items() if size == num_bytes and isinstance(policy, VictimBuffer)]
+        return sum(buffer.num_waiting for buffer in buffers), sum(buffer.num_writing for buffer in buffers)
+
+    def insert(self, blocks: Sequence[BlockMeta], now: float, *, is_use: bool = True) -> None:
+        """Takes blocks of one size and one tenant in as just used, in the given order. There must be one at least.
+
+        ``is_use`` False: they are only brought here; ``touch`` follows if they are used.
+        """
         block_bytes = blocks[0].num_bytes
         num_bytes = block_bytes * len(blocks)
         owner = POOL
@@ -50,9 +99,13 @@ class Residency:
             owner = self._quotas.owner(tenant)
             self._quotas.count(tenant, num_bytes)
         policy = self._ensure_policy(block_bytes, owner)
-        insert = policy.insert
-        for block in blocks:
-            insert(block, now)
+        if is_use:
+            insert = policy.insert
+            for block in blocks:
+                insert(block, now)
+        else:
+            for run in runs_of(blocks[::-1]):
+                policy.put_back(run, now)
         self.num_bytes += num_bytes
         if self._expiry is not None:
             for block in blocks:
@@ -77,6 +130,16 @@ class Residency:
         policy = self._policy_of(keys, num_bytes)
         if policy is not None:
             policy.expect(keys, seconds, now)
+
+    def index_of(self, key: BlockKey, num_bytes: int, now: float) -> float | None:
+        """What the place of a block yields, in uses per second; None where its policy does not know."""
+        policy = self._policy_of((key,), num_bytes)
+        return None if policy is None else policy.index_of(key, now)
+
+    def least_index(self, tenant: str, num_bytes: int, now: float) -> float | None:
+        """The same of the block that would leave first for one of a tenant's, in its own order."""
+        policy = self._policies.get((num_bytes, self._quotas.owner(tenant)))
+        return None if policy is None else policy.index_of(None, now)
 
     def remove(self, key: BlockKey, num_bytes: int) -> None:
         """Forgets a block; an absent one is fine. Pins on it stay and hold again when it comes back."""
@@ -165,7 +228,9 @@ class Residency:
         return self._quotas.used | ({POOL: others} if others else {})
 
     def expire(self, prefixes_of: Callable[[Iterable[BlockKey]], set[BlockKey]], now: float) -> list[BlockKey]:
-        """The blocks whose time is over; they stay known until ``remove``. Pinned prefixes get a new time to live instead."""
+        """The blocks whose time is over; ``remove`` them. Pinned prefixes get a new time to live instead."""
+        if self._expires_by_policy:
+            return self._judged(now)
         over = [] if self._expiry is None else self._expiry.expired(now)
         if not over or self._expiry is None or not self._pins:
             return over
@@ -185,7 +250,8 @@ class Residency:
     def _ensure_policy(self, num_bytes: int, owner: str) -> EvictionPolicy:
         policy = self._policies.get((num_bytes, owner))
         if policy is None:
-            policy = self._policies[num_bytes, owner] = self._make_policy()
+            policy = self._make_policy()
+            policy = self._policies[num_bytes, owner] = policy if self._buffer is None else self._buffer(policy)
         return policy
 
     def _policy_of(self, keys: Sequence[BlockKey], num_bytes: int) -> EvictionPolicy | None:
@@ -198,6 +264,18 @@ class Residency:
 
     def _owner_of(self, key: BlockKey) -> str:
         return POOL if self.tenant_of is None else self._quotas.owner(self.tenant_of(key))
+
+    def _judged(self, now: float) -> list[BlockKey]:
+        """What the policies say is past its time to live; they are asked once in a while."""
+        if now - self._judged_at < JUDGE_EVERY_S:
+            return []
+        self._judged_at = now
+        over: list[BlockKey] = []
+        for (num_bytes, _), policy in self._policies.items():
+            gone = policy.expired(now)
+            self._left(gone, num_bytes)
+            over += gone
+        return over
 
     def _left(self, keys: Sequence[BlockKey], num_bytes: int) -> None:
         self.num_bytes -= num_bytes * len(keys)
@@ -215,7 +293,7 @@ class Residency:
             pinned = [key for key in self._pins if key in old]
             for key in pinned:
                 old.unpin(key, now)
-            for key in old.victims(len(old), now):
+            for key in list(old.drain(now) if isinstance(old, VictimBuffer) else old.victims(len(old), now)):
                 self._ensure_policy(num_bytes, self._owner_of(key)).insert(meta_of(key), now)
             for key in pinned:
                 self._ensure_policy(num_bytes, self._owner_of(key)).pin(key)

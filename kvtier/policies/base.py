@@ -20,6 +20,10 @@ class EvictionPolicy(Protocol):
     def insert(self, block: BlockMeta, now: float) -> None:
         """Takes a block in as just used. The key must not be present. The parent may be absent or come later."""
 
+    def put_back(self, blocks: Sequence[BlockMeta], now: float) -> None:
+        """Takes in blocks in a row, at least one, in the order of their prompt, that come without being used: if they are, ``touch``
+        follows. A policy that remembers them has them as they were when they left; others as just used. Else as ``insert``."""
+
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:
         """Marks blocks as used, in the given order. Absent keys are fine, and pinned blocks stay pinned."""
 
@@ -44,6 +48,13 @@ class EvictionPolicy(Protocol):
         which are uses of blocks that were not here. Without ``incoming``, fewer are returned only where no more candidates exist.
         O(1) amortised per block.
         """
+
+    def index_of(self, key: BlockKey | None, now: float) -> float | None:
+        """What the place of a block yields, in uses per second; of the one that would leave first where ``key`` is None. None: it is not
+        known, as by most policies, or there is no such block."""
+
+    def expired(self, now: float) -> list[BlockKey]:
+        """Chooses and forgets the blocks that are hardly ever used any more at their age, each a leaf when taken. Most know none."""
 
     @property
     def num_declined(self) -> int:

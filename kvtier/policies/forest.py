@@ -76,6 +76,14 @@ class Forest(Generic[N]):
     def victims(self, num_blocks: int, now: float, incoming: Sequence[BlockMeta] = ()) -> list[BlockKey]:
         raise NotImplementedError
 
+    def index_of(self, key: BlockKey | None, now: float) -> float | None:
+        """Does not know."""
+        return None
+
+    def expired(self, now: float) -> list[BlockKey]:
+        """Knows none."""
+        return []
+
     def expect(self, keys: Sequence[BlockKey], seconds: float, now: float) -> None:
         """Does not listen."""
 
@@ -95,6 +103,10 @@ class Forest(Generic[N]):
         node.state = CANDIDATE
         self._nodes[key] = node
         self._came(node, now)
+
+    def put_back(self, blocks: Sequence[BlockMeta], now: float) -> None:
+        for block in reversed(blocks):
+            self.insert(block, now)
 
     def remove(self, key: BlockKey) -> None:
         node = self._nodes.get(key)

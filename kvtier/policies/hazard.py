@@ -103,6 +103,21 @@ class HazardPolicy:
         self._fresh.append(block)
         self._fresh_keys.add(block.key)
 
+    def put_back(self, blocks: Sequence[BlockMeta], now: float) -> None:
+        """Blocks that are remembered come into the segments that they were in; of others it is their first use."""
+        self._settle()
+        self._now = now
+        keys, parent, first = [block.key for block in blocks], blocks[0].parent, 0
+        for known in self._ghosts.take(keys):
+            part = keys[first : first + known.num_blocks]
+            if known.segment is not None and self._log.remembers(known.segment):
+                self._forest.add(part, parent, known.segment, had_child=known.had_child)
+            else:
+                for block in reversed(blocks[first : first + known.num_blocks]):
+                    self.insert(block, now)
+                self._settle()
+            first, parent = first + known.num_blocks, part[-1]
+
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:
         """As the protocol has it; keys that are not here teach it nothing (``incoming`` does), and one named twice counts once."""
         self._begin(now)
@@ -155,6 +170,30 @@ class HazardPolicy:
         self._settle()
         self._forest.unpin(key)
 
+    def index_of(self, key: BlockKey | None, now: float) -> float | None:
+        self._settle()
+        if key is None:
+            first = [queue[0][1] for queue in self._queues if _trim(queue)]
+            return min((self._model.index(segment.class_id, now - segment.time_s) for segment in first), default=None)
+        run = self._forest.runs.get(key)
+        return None if run is None else self._model.index(run.segment.class_id, now - run.segment.time_s)
+
+    def expired(self, now: float) -> list[BlockKey]:
+        """Those of which, at their age, fewer than ``MIN_CHANCE`` are used again as far as the statistics reach. They are remembered, so
+        that it is learned when that is no longer so."""
+        self._begin(now)
+        gone: list[BlockKey] = []
+        class_id = 0
+        while class_id < NUM_CLASSES:
+            queue = self._queues[class_id]
+            if not _trim(queue) or now - queue[0][1].time_s <= self._model.ttl_s(class_id):
+                class_id += 1
+                continue
+            run = queue[0][1].leaves[-1]
+            gone += reversed(self._cut(run, len(run.keys)))
+            class_id = 0  # what was before it may be a leaf now, of any class
+        return gone
+
     # ---- leaving ------------------------------------------------------------------------------------------------
 
     def victims(self, num_blocks: int, now: float, incoming: Sequence[BlockMeta] = ()) -> list[BlockKey]:
@@ -177,10 +216,7 @@ class HazardPolicy:
                 self.num_declined += num_blocks - end
                 break
             run = segment.leaves[-1]
-            had_child, following = run.had_child, run.following
-            gone = self._forest.cut(run, min(len(run.keys), end - len(chosen)))
-            self._ghosts.put(gone, segment, had_child=had_child, following=following)
-            chosen += reversed(gone)
+            chosen += reversed(self._cut(run, min(len(run.keys), end - len(chosen))))
             if not segment.leaves:
                 self._rank_first(segment.class_id)
         self._ranking = None
@@ -196,12 +232,17 @@ class HazardPolicy:
             end += count
         return num_blocks
 
+    def _cut(self, run: Run, count: int) -> list[BlockKey]:
+        """Blocks leave from the end of a leaf, and are remembered."""
+        segment, had_child, following = run.segment, run.had_child, run.following
+        gone = self._forest.cut(run, count)
+        self._ghosts.put(gone, segment, had_child=had_child, following=following)
+        return gone
+
     def _rank_first(self, class_id: int) -> None:
         """Ranks the least recently used segment of a class that has a leaf."""
         queue = self._queues[class_id]
-        while queue and not queue[0][1].leaves:
-            heappop(queue)[1].is_queued = False
-        if queue and self._ranking is not None:
+        if _trim(queue) and self._ranking is not None:
             segment_id, segment = queue[0]
             heappush(self._ranking, (self._model.index(class_id, self._now - segment.time_s), segment_id, segment))
 
@@ -263,7 +304,8 @@ class HazardPolicy:
             segment.gap_s = max(0.0, before.gap_s)
             segment.class_id = class_of_extension(segment.num_turns, segment.gap_s)
         else:
-            segment.class_id = class_of_first_use(num_blocks / self._mean_length, is_branch=not is_root)
+            parent_uses = 0 if is_root else 1 if before is None else before.num_uses
+            segment.class_id = class_of_first_use(num_blocks / self._mean_length, parent_uses)
         return segment
 
     def _used(self, keys: Sequence[BlockKey], parent: BlockKey | None) -> list[Part]:
@@ -345,6 +387,13 @@ class HazardPolicy:
                 self._forest.add(keys[first : first + length], parent, segment, had_child=had_child)
                 parent = keys[first + length - 1]
                 first += length
+
+
+def _trim(queue: list[tuple[int, RunSegment]]) -> bool:
+    """Makes the first segment one with a leaf. False: there is none."""
+    while queue and not queue[0][1].leaves:
+        heappop(queue)[1].is_queued = False
+    return bool(queue)
 
 
 def _segment_of(run: Run) -> RunSegment:

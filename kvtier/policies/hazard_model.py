@@ -3,8 +3,8 @@
 **Statistics.** A class is a kind of use (below); time since the last use, the *age*, falls into bins that grow by the same
 factor. Per class and bin two sums are kept: *hits*, the weight of what was used again in that bin, and *risk*, the weight of all
 that came to that bin and left it again, used or not. Their ratio is the Kaplan-Meier estimate of the probability ``q`` of a use
-within the bin. Where little has been seen it is shrunk towards a prior, which is scaled by what was seen in the class's row
-(equal counts) and column (equal gaps).
+within the bin. Where little has been seen it is shrunk towards a prior, which is scaled by what was seen of all classes, and beyond that of
+the class's row (equal counts) and column (equal gaps), each in the bin and two on either side of it.
 
 **Prior.** Not fitted to anything. If uses come at a constant but unknown rate (Jeffreys-like ignorance of scale), then after a
 gap ``g`` the next one comes later than ``a`` with probability ``g / (g + a)`` (Lomax, the Gamma-Poisson predictive of shape 1),
@@ -31,11 +31,14 @@ FIRST_GAP_S = 300.0
 NUM_COUNTS = 6
 NUM_GAPS = 15
 NUM_LENGTHS = 10
-_ROOT, _BRANCH, _EXTENSION, _KNOWN = 0, NUM_LENGTHS, 2 * NUM_LENGTHS, 2 * NUM_LENGTHS + NUM_COUNTS * NUM_GAPS
+OFTEN = 4
+"""uses from which on what a prompt branches off from is much used"""
+_ROOT, _BRANCH, _EXTENSION = 0, NUM_LENGTHS, 3 * NUM_LENGTHS
+_KNOWN = _EXTENSION + NUM_COUNTS * NUM_GAPS
 _EXPECTED = _KNOWN + NUM_COUNTS * NUM_GAPS
 NUM_CLASSES = _EXPECTED + NUM_GAPS
-"""prompts that begin anew or branch off, by length; what prolongs a prompt, and what was used again, by count and gap; and what somebody
-expects to be used, by how soon"""
+"""prompts that begin anew, and what branches off from little and from much used ones, by length; what prolongs a prompt, and what was used
+again, by count and gap; and what somebody expects to be used, by how soon"""
 
 SHRINK_CELL = 32.0
 """so many uses must a cell have seen for its own figures to count half"""
@@ -45,11 +48,14 @@ DECAY = 0.999
 REQUESTS_PER_DECAY = 64
 REQUESTS_PER_UPDATE = 2
 """one class's indexes are computed anew every so many requests"""
+MIN_CHANCE = 0.01
+"""what is used with a smaller chance, as far as the table reaches, is past its time to live"""
 _MAX_SCALE = 1e100
 _MAX_CHANCE = 0.98
 _RATIO = (LAST_EDGE_S / FIRST_EDGE_S) ** (1.0 / (NUM_BINS - 1))
-EDGES_S = (0.0, *(FIRST_EDGE_S * _RATIO**power for power in range(NUM_BINS)))
+EDGES_S: tuple[float, ...] = (0.0, *(FIRST_EDGE_S * _RATIO**power for power in range(NUM_BINS)))
 _INNER_EDGES = EDGES_S[1:-1]
+_ONES = (1.0,) * NUM_BINS
 _WIDTHS_S = tuple(end - begin for begin, end in itertools.pairwise(EDGES_S))
 
 
@@ -58,10 +64,12 @@ def bin_of(age_s: float) -> int:
     return bisect_right(_INNER_EDGES, age_s)
 
 
-def class_of_first_use(length: float, *, is_branch: bool) -> int:
-    """``length``: blocks that the prompt adds, relative to the mean."""
+def class_of_first_use(length: float, parent_uses: int) -> int:
+    """``length``: blocks that the prompt adds, relative to the mean; ``parent_uses``: uses of what it branches off from, this one too, 0
+    where it begins anew."""
     bucket = int(log2(length) + NUM_LENGTHS // 2) if length > 0 else 0
-    return (_BRANCH if is_branch else _ROOT) + max(0, min(NUM_LENGTHS - 1, bucket))
+    kind = _ROOT if not parent_uses else _BRANCH if parent_uses < OFTEN else _BRANCH + NUM_LENGTHS
+    return kind + max(0, min(NUM_LENGTHS - 1, bucket))
 
 
 def class_of_extension(num_turns: int, gap_s: float) -> int:
@@ -134,6 +142,20 @@ def gittins(chances: Sequence[float]) -> list[float]:
     return indexes
 
 
+def time_to_live(chances: Sequence[float]) -> float:
+    """The age from which on, of what is unused until then, less than ``MIN_CHANCE`` is used in all bins behind it; at most the last edge.
+
+    ``chances``: the probability of a use in each bin. The chance for the rest never rises with age, so there is one such age.
+    """
+    alive = 1.0
+    for position in range(len(chances) - 1, -1, -1):
+        alive *= 1.0 - chances[position]
+        if 1.0 - alive >= MIN_CHANCE:
+            age_s: float = EDGES_S[position + 1]
+            return age_s
+    return 0.0
+
+
 class Sums:
     """Hits and what the prior expected of them, per bin."""
 
@@ -142,6 +164,17 @@ class Sums:
     def __init__(self) -> None:
         self.hits = [0.0] * NUM_BINS
         self.expected = [0.0] * NUM_BINS
+
+    def ratios(self, margin: float, scales: Sequence[float]) -> list[float]:
+        """Per bin, hits by what was expected of them where the prior is scaled, both of the bins around it too."""
+        expected = _around([scale * value for scale, value in zip(scales, self.expected, strict=True)])
+        return [(hits + margin) / (value + margin) for hits, value in zip(_around(self.hits), expected, strict=True)]
+
+
+def _around(values: Sequence[float]) -> list[float]:
+    """The sum of each and the two on either side of it."""
+    padded = (0.0, 0.0, *values, 0.0, 0.0)
+    return [a + b + c + d + e for a, b, c, d, e in zip(padded, padded[1:], padded[2:], padded[3:], padded[4:], strict=False)]
 
 
 class _Seen:
@@ -165,6 +198,7 @@ class HazardModel:
     """
 
     __slots__ = (
+        "_all",
         "_classes",
         "_columns",
         "_next_class",
@@ -175,17 +209,20 @@ class HazardModel:
         "_seen",
         "_squares",
         "_table",
+        "_ttl_s",
         "_weights",
     )
 
     def __init__(self) -> None:
         self._priors = _PRIORS
         self._table = list(_PRIOR_TABLE)
+        self._ttl_s = list(_PRIOR_TTLS_S)
         self._seen: dict[int, _Seen] = {}
         rows = {_row_of(class_id) for class_id in range(NUM_CLASSES)}
         columns = {_column_of(class_id) for class_id in range(NUM_CLASSES)}
         self._rows = {row: Sums() for row in sorted(rows)}
         self._columns = {column: Sums() for column in sorted(columns)}
+        self._all = Sums()
         self._classes: list[int] = []
         """those that something was seen of"""
         self._next_class = 0
@@ -195,7 +232,16 @@ class HazardModel:
 
     def index(self, class_id: int, age_s: float) -> float:
         """The index of blocks of a class that were last used ``age_s`` ago."""
-        return self._table[class_id][bisect_right(_INNER_EDGES, age_s)]
+        indexes = self._table[class_id]
+        position = bisect_right(_INNER_EDGES, age_s)
+        if position == NUM_BINS - 1:
+            return indexes[position]
+        index = indexes[position]
+        return index + (indexes[position + 1] - index) * (age_s - EDGES_S[position]) / _WIDTHS_S[position]
+
+    def ttl_s(self, class_id: int) -> float:
+        """The time to live of blocks of a class."""
+        return self._ttl_s[class_id]
 
     def reused(self, class_id: int, age_s: float, weight: float) -> None:
         """Blocks were used again at an age."""
@@ -205,7 +251,7 @@ class HazardModel:
         expected = scaled * seen.prior[position]
         seen.risk[position] += scaled
         seen.hits[position] += scaled
-        for sums in (seen.row, seen.column):
+        for sums in (seen.row, seen.column, self._all):
             sums.expected[position] += expected
             sums.hits[position] += scaled
         self._weights += scaled
@@ -217,8 +263,8 @@ class HazardModel:
         scaled = weight * self._scale
         expected = scaled * seen.prior[position]
         seen.risk[position] += scaled
-        seen.row.expected[position] += expected
-        seen.column.expected[position] += expected
+        for sums in (seen.row, seen.column, self._all):
+            sums.expected[position] += expected
 
     def end_request(self) -> None:
         """Brings part of the table up to date. Call it once a request."""
@@ -230,7 +276,9 @@ class HazardModel:
         if self._classes and self._num_requests % REQUESTS_PER_UPDATE == 0:
             self._next_class = (self._next_class + 1) % len(self._classes)
             class_id = self._classes[self._next_class]
-            self._table[class_id] = gittins(self.chances(class_id))
+            chances = self.chances(class_id)
+            self._table[class_id] = gittins(chances)
+            self._ttl_s[class_id] = time_to_live(chances)
 
     def chances(self, class_id: int) -> list[float]:
         """The probability of a use in each bin, of what came there, as it is believed now."""
@@ -240,13 +288,11 @@ class HazardModel:
         # Weights differ, so a use counts as many as a typical one weighs.
         unit = self._scale * (self._squares / self._weights if self._weights else 1.0)
         cell, margin = SHRINK_CELL * unit, SHRINK_MARGIN * unit
+        common = self._all.ratios(margin, _ONES)
+        rows, columns = seen.row.ratios(margin, common), seen.column.ratios(margin, common)
         out: list[float] = []
-        columns = zip(
-            seen.prior, seen.hits, seen.risk, seen.row.hits, seen.row.expected, seen.column.hits, seen.column.expected, strict=True
-        )
-        for chance, hits, risk, row_hits, row_expected, column_hits, column_expected in columns:
-            ratio = (row_hits + margin) / (row_expected + margin) * ((column_hits + margin) / (column_expected + margin))
-            believed = min(_MAX_CHANCE, chance * sqrt(ratio))
+        for chance, ratio, row, column, hits, risk in zip(seen.prior, common, rows, columns, seen.hits, seen.risk, strict=True):
+            believed = min(_MAX_CHANCE, chance * ratio * sqrt(row * column))
             out.append(min(_MAX_CHANCE, (hits + cell * believed) / (risk + cell)))
         return out
 
@@ -265,7 +311,7 @@ class HazardModel:
 
     def _rescale(self) -> None:
         factor = 1.0 / self._scale
-        sums = [*self._rows.values(), *self._columns.values()]
+        sums = [self._all, *self._rows.values(), *self._columns.values()]
         of_classes = [column for seen in self._seen.values() for column in (seen.hits, seen.risk)]
         for column in (*of_classes, *(s.hits for s in sums), *(s.expected for s in sums)):
             column[:] = [value * factor for value in column]
@@ -276,7 +322,7 @@ class HazardModel:
 
 def _row_of(class_id: int) -> int:
     """Classes of a row have the kind and the count in common."""
-    return class_id // NUM_LENGTHS if class_id < _EXTENSION else 2 + (class_id - _EXTENSION) // NUM_GAPS
+    return class_id // NUM_LENGTHS if class_id < _EXTENSION else 3 + (class_id - _EXTENSION) // NUM_GAPS
 
 
 def _column_of(class_id: int) -> int:
@@ -288,3 +334,4 @@ def _column_of(class_id: int) -> int:
 
 _PRIORS = tuple(prior_chances(class_id) for class_id in range(NUM_CLASSES))
 _PRIOR_TABLE = tuple(gittins(chances) for chances in _PRIORS)
+_PRIOR_TTLS_S = tuple(time_to_live(chances) for chances in _PRIORS)

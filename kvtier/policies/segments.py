@@ -93,7 +93,7 @@ class SegmentLog(Generic[L]):
     def _pass(self, position: int, now: float, model: HazardModel) -> float:
         """Counts those that have left a bin. Returns when the next one will, at the earliest."""
         ring = self._ring
-        length_s: float = EDGES_S[position + 1]
+        length_s = EDGES_S[position + 1]
         first = max(self._passed[position], self._next_id - self._size)
         while (segment := ring.get(first)) is not None and segment.time_s + length_s <= now:
             if segment.num_alive > 0:

@@ -107,12 +107,12 @@ class Replay:
         self._block_bytes = trace.block_tokens * machine.kv_bytes_per_token
         self._stats = Stats()
         self._times = PolicyTimes()
-        self._planner, space = setup.planner(
+        self._planner = setup.planner(
             self._block_bytes, self._stats, make_policy=lambda name: self._times.wrap(create_policy(name)), events=record_evictions
         )
         self._serving = Serving(
             self._planner,
-            lambda: space.draining(self._block_bytes),
+            lambda: self._planner.draining_blocks(self._block_bytes),
             self._run_commands,
             max_pinned_blocks=int(setup.max_pinned_fraction * setup.host.capacity_blocks),
             promote_wait_s=setup.promote_wait_s,

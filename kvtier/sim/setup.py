@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kvtier.config import Config
+from kvtier.control.admission import Admission
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
 from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
+from kvtier.control.victim_buffer import VICTIM_SHARE
 from kvtier.memory.slab import SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.policies.base import EvictionPolicy
@@ -31,7 +33,7 @@ class TierSetup:
     def residency(self, name: str, make_policy: PolicyFactory) -> Residency:
         """The tier's books."""
         expiry = None if self.ttl_s is None else ExpiryQueue(self.ttl_s, sliding=self.ttl_mode == "sliding")
-        return Residency(name, lambda: make_policy(self.policy), expiry)
+        return Residency(name, lambda: make_policy(self.policy), expiry, expires_by_policy=self.ttl_mode == "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,11 @@ class Setup:
     host: TierSetup
     disk: TierSetup | None = None
     write: str = "through"
+    admit: str = "all"
+    daily_writes_bytes: int | None = None
+    exclusive: bool = False
     max_in_flight_bytes: int = 256 << 20
+    victim_share: float = VICTIM_SHARE
     promote_wait_s: float = 2.0
     max_pinned_fraction: float = 0.5
     max_kept_fraction: float = 0.25
@@ -56,8 +62,9 @@ class Setup:
         return cls(
             TierSetup(slots, config.policy_of(host), host.ttl_s, host.ttl_mode),
             None if disk is None else TierSetup(disk.capacity_bytes // block_bytes, config.policy_of(disk), disk.ttl_s, disk.ttl_mode),
-            "through" if disk is None else disk.write.value,
+            *(("through", "all", None, False) if disk is None else (disk.write.value, disk.admit, disk.daily_writes_bytes, disk.exclusive)),
             256 << 20 if disk is None else disk.max_in_flight_bytes,
+            host.victim_share,
             config.connector.promote_wait_s,
             config.connector.max_pinned_fraction,
             config.control.max_pinned_fraction,
@@ -69,10 +76,8 @@ class Setup:
         disk = None if self.disk is None else replace(self.disk, policy=policy)
         return replace(self, host=replace(self.host, policy=policy), disk=disk)
 
-    def planner(
-        self, block_bytes: int, stats: Stats, *, make_policy: PolicyFactory = create_policy, events: bool = False
-    ) -> tuple[Planner, HostSpace]:
-        """A planner with empty tiers, and its host space. Raises ValueError where a tier holds no block."""
+    def planner(self, block_bytes: int, stats: Stats, *, make_policy: PolicyFactory = create_policy, events: bool = False) -> Planner:
+        """A planner with empty tiers. Raises ValueError where a tier holds no block."""
         for name, tier in (("host", self.host), ("disk", self.disk)):
             if tier is not None and tier.capacity_blocks < 1:
                 raise ValueError(f"the {name} tier holds {tier.capacity_blocks} blocks of {block_bytes} bytes; allowed: at least 1")
@@ -81,9 +86,11 @@ class Setup:
         if self.disk is not None:
             bound = self.disk.capacity_blocks
             residency = self.disk.residency("disk", make_policy)
-            lower.append(LowerTierSpec(residency, lambda _num_bytes: bound, WriteMode(self.write), self.max_in_flight_bytes))
-        planner = Planner(space, self.host.residency("host", make_policy), lower, stats, events=events)
-        return planner, space
+            admission = Admission.of(self.admit, self.daily_writes_bytes)
+            write = WriteMode(self.write)
+            lower.append(LowerTierSpec(residency, lambda _: bound, write, self.max_in_flight_bytes, admission, is_exclusive=self.exclusive))
+        host = self.host.residency("host", make_policy)
+        return Planner(space, host, lower, stats, events=events, victim_share=self.victim_share)
 
 
 class CountedSlots:

@@ -11,7 +11,7 @@ from kvtier.types import BlockKey
 
 STRIDE = 17
 """one request in so many is timed; prime, so that it does not beat with what a policy does every 2^n requests"""
-_METHODS = ("insert", "touch", "expect", "remove", "pin", "unpin", "victims")
+_METHODS = ("insert", "put_back", "touch", "expect", "remove", "pin", "unpin", "victims", "index_of", "expired")
 
 
 class PolicyTimes:
@@ -52,12 +52,15 @@ class _TimedPolicy:
     """Forwards to a policy. With the clock off its methods are the policy's own, so that forwarding costs nothing."""
 
     insert: Callable[..., None]
+    put_back: Callable[..., None]
     touch: Callable[..., None]
     expect: Callable[..., None]
     remove: Callable[..., None]
     pin: Callable[..., None]
     unpin: Callable[..., None]
     victims: Callable[..., list[BlockKey]]
+    index_of: Callable[..., float | None]
+    expired: Callable[..., list[BlockKey]]
 
     def __init__(self, policy: EvictionPolicy, times: PolicyTimes) -> None:
         self._policy = policy

@@ -61,10 +61,10 @@ class _Verifier:
         host = TierSetup(header["host_blocks"], policy, header.get("host_ttl_s"), header.get("host_ttl_mode", "sliding"))
         setup = Setup(host)
         self._block_bytes = header["block_bytes"]
-        self._planner, space = setup.planner(self._block_bytes, Stats(), events=True)
+        self._planner = setup.planner(self._block_bytes, Stats(), events=True)
         self._serving = Serving(
             self._planner,
-            lambda: space.draining(self._block_bytes),
+            lambda: self._planner.draining_blocks(self._block_bytes),
             lambda: None,
             max_pinned_blocks=header["max_pinned_blocks"],
             promote_wait_s=0.0,

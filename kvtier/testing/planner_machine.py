@@ -20,6 +20,7 @@ from kvtier.control.lower import LowerTierSpec, WriteMode
 from kvtier.control.moves import Move
 from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
+from kvtier.control.victim_buffer import VICTIM_SHARE
 from kvtier.memory.slab import SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.stats import Stats
@@ -51,7 +52,10 @@ class PlannerMachine(RuleBasedStateMachine):
     ttl_s: float | None = None
     device_slots = 0
     """slots of the pool in device memory; 0: no pool"""
+    ttl_mode = "sliding"
+    victim_share = VICTIM_SHARE
     second_use = False
+    by_index = False
     daily_blocks: int | None = None
     is_exclusive = False
 
@@ -72,9 +76,11 @@ class PlannerMachine(RuleBasedStateMachine):
         self.moves: list[Move] = []
         extents = SlabAllocator(HOST_BLOCKS * PAGE_BYTES, 4 * PAGE_BYTES)
         self.generations = [0] * HOST_BLOCKS
-        admission = Admission(second_use=self.second_use, daily_bytes=self.daily_blocks and self.daily_blocks * PAGE_BYTES)
+        daily_bytes = self.daily_blocks and self.daily_blocks * PAGE_BYTES
+        admission = Admission(second_use=self.second_use, by_index=self.by_index, daily_bytes=daily_bytes)
         spec = LowerTierSpec(self.residency("disk"), lambda _: TIER_BLOCKS, self.write, 4 * PAGE_BYTES, admission, self.is_exclusive)
-        self.planner = Planner(HostSpace(extents, self.generations), self.residency("host"), [spec, *self.more_tiers()], Stats())
+        space, tiers = HostSpace(extents, self.generations), [spec, *self.more_tiers()]
+        self.planner = Planner(space, self.residency("host"), tiers, Stats(), victim_share=self.victim_share)
         self.device: dict[int, BlockKey | None] = {}
         """slot of the pool -> whose bytes are there; None: nobody's"""
         if self.device_slots:
@@ -82,7 +88,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     def residency(self, name: str) -> Residency:
         make: Callable[[], ExpiryQueue | None] = lambda: None if self.ttl_s is None else ExpiryQueue(self.ttl_s, sliding=True)  # noqa: E731
-        return Residency(name, lambda: create_policy(self.policy), make())
+        return Residency(name, lambda: create_policy(self.policy), make(), expires_by_policy=self.ttl_mode == "auto")
 
     def more_tiers(self) -> list[LowerTierSpec]:
         """Tiers below the disk."""
@@ -182,6 +188,11 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
     def touch(self, prompt: int, count: int) -> None:
         self.planner.touch(chain(prompt, count), self.now)
+
+    @rule(hours=st.integers(1, 12))
+    def wait(self, hours: int) -> None:
+        """Long enough for blocks to be past what their policy takes to be worth keeping."""
+        self.tick(hours * 3600.0)
 
     @rule(seconds=st.floats(0.0, 10.0))
     def tick(self, seconds: float) -> None:
@@ -296,6 +307,7 @@ class PlannerMachine(RuleBasedStateMachine):
             if not self.queue:
                 break
             self.do(self.queue.pop(0), lambda count: [Outcome.OK] * count)
+        assert self.planner.draining_blocks(PAGE_BYTES) <= self.planner.leftovers()["leases"], "a block waits for no write"
 
     @rule(data=st.data())
     def carry_out(self, data: st.DataObject) -> None:

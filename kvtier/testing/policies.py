@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 
 from hypothesis import strategies as st
@@ -82,6 +83,18 @@ class PolicyMachine(RuleBasedStateMachine):
                     self.naive.insert(position, self.now)
                 self.present.add(position)
 
+    @rule(tip=_POSITIONS)
+    def put_back(self, tip: int) -> None:
+        """Blocks in a row that are not here come without being used."""
+        self.now += 1.0
+        behind = itertools.dropwhile(self.present.__contains__, path_to(tip))
+        run = list(itertools.takewhile(lambda position: position not in self.present, behind))
+        if run:
+            self.policy.put_back([meta_of(position) for position in run], self.now)
+            if self.naive is not None:
+                self.naive.put_back(run, self.now)
+            self.present.update(run)
+
     @rule(tip=_POSITIONS, seconds=st.floats(0.0, 100.0))
     def use(self, tip: int, seconds: float) -> None:
         """A prompt is used, its tail first."""
@@ -150,6 +163,18 @@ class PolicyMachine(RuleBasedStateMachine):
             assert candidates == []
         if self.naive is not None:
             assert victims == self.naive.victims(count, self.now, [int.from_bytes(block.key, "little") for block in incoming])
+
+    @rule(seconds=st.floats(0.0, 50_000.0))
+    def expire(self, seconds: float) -> None:
+        """What is past its time to live leaves; leaves first, and nothing that is pinned."""
+        self.now += seconds
+        gone = [int.from_bytes(key, "little") for key in self.policy.expired(self.now)]
+        for position in gone:
+            assert position in self.present - self.pinned
+            assert self.children(position) == set()
+            self.present.discard(position)
+        if self.naive is not None:
+            assert self.naive.expired(self.now) == gone
 
     @precondition(lambda self: not self.pinned)
     @rule()

@@ -56,6 +56,15 @@ class NaivePolicy:
         self.now = now
         self.came(block)
 
+    def put_back(self, blocks: Sequence[int], now: float) -> None:
+        """As the protocol has it: nothing is remembered."""
+        for block in reversed(blocks):
+            self.insert(block, now)
+
+    def expired(self, now: float) -> list[int]:
+        """As the protocol has it: nobody knows."""
+        return []
+
     def touch(self, blocks: Sequence[int], now: float) -> None:
         """As the protocol has it."""
         self.now = now

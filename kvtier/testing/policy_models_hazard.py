@@ -73,6 +73,19 @@ class NaiveHazard(NaivePolicy):
         self.now = now
         self.fresh.append(block)
 
+    def put_back(self, blocks: Sequence[int], now: float) -> None:
+        self.settle()
+        self.now = now
+        rest = list(blocks)
+        for segment, count, had_child in self.recalled(list(blocks)):
+            part, rest = rest[:count], rest[count:]
+            if segment is None:
+                super().put_back(part, now)
+                self.settle()
+            else:
+                for place, block in enumerate(part, start=1):
+                    self.come(block, segment, place < count or had_child)
+
     def touch(self, blocks: Sequence[int], now: float) -> None:
         self.begin(now)
         path = [block for block in list(dict.fromkeys(blocks))[::-1] if block in self.home]
@@ -116,6 +129,14 @@ class NaiveHazard(NaivePolicy):
                 self.unlist(block)
                 self.segments[block] = segment
                 self.list_leaf(block)
+
+    def expired(self, now: float) -> list[int]:
+        self.begin(now)
+        gone: list[int] = []
+        while over := [each for each in self.all_segments if each.leaves and now - each.time_s > self.model.ttl_s(each.class_id)]:
+            gone.append(min(over, key=lambda each: (each.class_id, each.number)).leaves[-1])
+            self.evict(gone[-1])
+        return gone
 
     def remove(self, block: int) -> None:
         self.settle()
@@ -289,7 +310,8 @@ class NaiveHazard(NaivePolicy):
                 segment.num_turns, segment.gap_s = before.num_turns + 1, max(0.0, before.gap_s)
                 segment.class_id = class_of_extension(segment.num_turns, segment.gap_s)
             else:
-                segment.class_id = class_of_first_use(count / self.mean_length, is_branch=not is_root)
+                uses_before = before.num_uses if before is not None else 1
+                segment.class_id = class_of_first_use(count / self.mean_length, 0 if is_root else uses_before)
             before = segment
         before.num_blocks += count
         before.num_alive += count

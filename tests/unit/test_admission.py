@@ -131,3 +131,62 @@ def test_an_exclusive_tier_has_no_second_copies() -> None:
     for prompt in range(10, 14):
         disk.store(prompt)
     assert (0, 2) == (disk.planner.match(keys_of(0, 2)).ready_blocks, disk.planner.match(keys_of(0, 2)).hit_blocks)
+
+
+WORTHS = st.lists(st.none() | st.floats(0.0, 1.0), max_size=8)
+
+
+@given(WORTHS, st.none() | st.floats(0.0, 1.0))
+def test_what_is_worth_less_than_what_would_leave_is_not_written(worths: list[float | None], least: float | None) -> None:
+    """Of a prompt only up to the first such block, because what is behind it would be of no use."""
+    expected = 0
+    for worth in worths:
+        if worth is not None and least is not None and worth < least:
+            break
+        expected += 1
+    assert expected == Admission(by_index=True).num_worth(worths, least)
+
+
+class TestByIndex:
+    """Both policies are ``hazard``, and the disk holds four blocks that are used every second."""
+
+    def planner(self, stats: Stats) -> Planner:
+        """Room for eight blocks in host memory."""
+        residency = [Residency(name, lambda: create_policy("hazard"), None) for name in ("host", "disk")]
+        spec = LowerTierSpec(residency[1], lambda _: 4, WriteMode.THROUGH, 1 << 30, Admission(by_index=True))
+        planner = Planner(HostSpace(SlabAllocator(8 * PAGE_BYTES, 8 * PAGE_BYTES), [0] * 8), residency[0], [spec], stats)
+        for second in range(100):
+            store(planner, keys_of(1, 4), now=float(second))
+            self.settle(planner, float(second))
+            planner.touch(keys_of(1, 4), float(second))
+        return planner
+
+    def settle(self, planner: Planner, now: float) -> None:
+        """The disk does what it is told."""
+        for _ in range(3):
+            planner.tick(now)
+            for command in planner.take_commands():
+                if isinstance(command, Demote):
+                    planner.demoted(command.job_id, [Outcome.OK] * len(command.blocks), (), now)
+
+    def test_a_full_disk_takes_what_is_worth_more_only(self) -> None:
+        """A prompt that was never used again is turned away and counted; once it is used all the time, it is written."""
+        stats = Stats()
+        planner = self.planner(stats)
+        store(planner, keys_of(2, 4), now=100.5)
+        self.settle(planner, 100.5)
+        assert (4, 0) == (stats["disk.not_admitted_blocks"], planner.holdings(keys_of(2, 4))[1].num_blocks)
+        for tenth in range(1010, 1400):
+            planner.touch(keys_of(2, 4), tenth / 10)
+            self.settle(planner, tenth / 10)
+        assert 4 == planner.holdings(keys_of(2, 4))[1].num_blocks
+        assert [] == planner.check()
+
+    def test_a_disk_with_room_takes_everything(self) -> None:
+        """Nobody has to leave."""
+        stats = Stats()
+        planner = self.planner(stats)
+        planner.evict(keys_of(1, 4), {1})
+        store(planner, keys_of(2, 4), now=100.5)
+        self.settle(planner, 100.5)
+        assert (0, 4) == (stats["disk.not_admitted_blocks"], planner.holdings(keys_of(2, 4))[1].num_blocks)

@@ -77,11 +77,11 @@ def test_every_setting_is_taken(tmp_path: Path) -> None:
 block_tokens: 64
 namespace_salt: a
 tiers:
-  - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1,
+  - {type: host, capacity: 500MB, policy: fifo, ttl: 30min, ttl_mode: fixed, huge_pages: false, numa_node: 1, victim_buffer: 0.25,
      quotas: {acme: 2MB, "7": 100}}
   - {type: disk, path: /x, capacity: 100GiB, segment: 16MiB, policy: fifo, ttl: 7, ttl_mode: fixed, write: on_evict, direct_io: on,
      io_engine: threads, queue_depth: 32, io_threads: 3, max_in_flight: 1MiB, durable: false, admit: second_use, daily_writes: 1GiB,
-     exclusive: true}
+     exclusive: true, encryption_key_env: KEY}
 connector: {store_decode_blocks: false, async_load: true, layerwise: on, promote_wait: 250ms, store: false, load: false,
     max_pinned_fraction: 1, gpu_copy: staged, copy_threads: 3, load_or_recompute: always}
 log_level: debug
@@ -89,9 +89,16 @@ log_level: debug
         )
     )
     host = {"type": "host", "capacity_bytes": 500_000_000, "policy": "fifo", "ttl_s": 1800.0, "ttl_mode": "fixed"}
-    assert {**host, "huge_pages": False, "numa_node": 1, "quotas": {"acme": 2_000_000, "7": 100}} == config.host.model_dump()
+    assert {
+        **host,
+        "huge_pages": False,
+        "numa_node": 1,
+        "victim_share": 0.25,
+        "quotas": {"acme": 2_000_000, "7": 100},
+    } == config.host.model_dump()
     disk = {"type": "disk", "path": Path("/x"), "capacity_bytes": 100 << 30, "segment_bytes": 16 << 20, "policy": "fifo", "ttl_s": 7.0}
     disk |= {"ttl_mode": "fixed", "write": WriteMode.ON_EVICT, "direct_io": "on", "io_threads": 3, "max_in_flight_bytes": 1 << 20}
+    disk |= {"encryption_key_env": "KEY", "encryption_key_file": None}
     disk |= {
         "io_engine": "threads",
         "queue_depth": 32,
@@ -126,6 +133,16 @@ log_level: debug
             ['kvtier.yaml:4: tiers[1]: type "dsk" is unknown; allowed: gpu, host, disk, redis, mooncake, object; did you mean disk?'],
         ),
         (HOST + "  - type: host\n    capacity: 1\n", ["kvtier.yaml:4: tiers[1]: a second tier of type host, after tiers[0]"]),
+        (
+            DISK + "    admit: index\n",
+            ['tiers[1].admit: "index" is wrong (the policies are lru in host memory and lru here)', "hazard, default in both"],
+        ),
+        (
+            DISK + "    ttl_mode: auto\n",
+            ['tiers[1].ttl_mode: "auto" is wrong (the policy is lru); allowed: sliding, fixed, or the policies'],
+        ),
+        (DISK + "    policy: hazard\n    ttl: 5s\n    ttl_mode: auto\n", ['tiers[1].ttl_mode: "auto" is wrong (`ttl` is set)']),
+        (HOST + "    victim_buffer: 0.6\n", ["tiers[0].victim_buffer: 0.6 is wrong; allowed: more than 0, to 0.5"]),
         (DISK + "    exclusive: true\n", ["tiers[1].exclusive: true is wrong (the write mode is through)", "with write: on_evict only"]),
         (HOST + "    quotas: [a]\n", ["tiers[0].quotas: a list is wrong (not a mapping of names to sizes)", "allowed: tenants and sizes"]),
         (HOST + "    quotas: {a: 1G}\n", ["yaml:4: tiers[0].quotas: ", "a: G is not a unit"]),
@@ -153,7 +170,7 @@ log_level: debug
         (HOST + "    ttl: 0\n", ["yaml:4: tiers[0].ttl: 0 is wrong; allowed: null, or more than 0: 30s"]),
         (HOST + "    ttl: 5m\n", ['yaml:4: tiers[0].ttl: "5m" is wrong', "did you mean 5ms or 5min?"]),
         (HOST + "    ttl: 900000d\n", ["yaml:4: tiers[0].ttl:", "hundred years"]),
-        (HOST + "    ttl_mode: slide\n", ['yaml:4: tiers[0].ttl_mode: "slide" is wrong; allowed: sliding, fixed; did you mean sliding?']),
+        (HOST + "    ttl_mode: slide\n", ['yaml:4: tiers[0].ttl_mode: "slide" is wrong; allowed: sliding, fixed, auto;']),
         (HOST + "    policy: mru\n", ['yaml:4: tiers[0].policy: "mru" is wrong; allowed: auto, default, lru, fifo, arc']),
         (
             HOST + "    polcy: lru\n",
@@ -394,5 +411,5 @@ def test_what_auto_stands_for() -> None:
     stacked = Config.from_mapping({"tiers": [host, disk]})
     assert stacked.disk is not None
     assert ("lru", "lru") == (stacked.policy_of(stacked.host), stacked.policy_of(stacked.disk))
-    named = Config.from_mapping({"tiers": [{**host, "policy": "hazard"}, disk]})
-    assert "hazard" == named.policy_of(named.host)
+    named = Config.from_mapping({"tiers": [{**host, "policy": "arc"}, disk]})
+    assert "arc" == named.policy_of(named.host)

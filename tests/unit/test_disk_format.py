@@ -157,5 +157,5 @@ def test_segment_names() -> None:
 
 def test_codec_ids() -> None:
     """Codec ids never change."""
-    assert {"RAW": 0, "AES_GCM": 1} == {codec.name: codec.value for codec in CodecId}
-    assert [True, True, False] == [is_known_codec(number) for number in range(3)]
+    assert {"RAW": 0, "AES_GCM": 1, "AES_GCM_APART": 2} == {codec.name: codec.value for codec in CodecId}
+    assert [True, True, True, False] == [is_known_codec(number) for number in range(4)]

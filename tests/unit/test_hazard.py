@@ -13,8 +13,10 @@ from kvtier.policies.ghosts import MAX_MERGED, MIN_BYTES, PIECE_BYTES, Ghosts, K
 from kvtier.policies.hazard_model import (
     DECAY,
     EDGES_S,
+    MIN_CHANCE,
     NUM_BINS,
     NUM_CLASSES,
+    OFTEN,
     REQUESTS_PER_DECAY,
     HazardModel,
     bin_of,
@@ -23,6 +25,7 @@ from kvtier.policies.hazard_model import (
     class_of_reuse,
     gittins,
     prior_chances,
+    time_to_live,
 )
 from kvtier.policies.segments import Segment, SegmentLog
 from kvtier.types import BlockKey, BlockMeta
@@ -81,6 +84,20 @@ class TestTable:
                 best = max(best, reward / cost)
             assert best == pytest.approx(indexes[first], rel=1e-6, abs=1e-12)
 
+    @settings(max_examples=40)
+    @given(CHANCES | st.lists(st.floats(0.0, 0.002), min_size=NUM_BINS, max_size=NUM_BINS))
+    def test_time_to_live_is_the_first_age_without_prospects(self, chances: list[float]) -> None:
+        """From each edge on, the chance of a use in any later bin, summed up bin by bin: before that age it is enough."""
+        prospects = []
+        for first in range(NUM_BINS):
+            alive, used = 1.0, 0.0
+            for chance in chances[first:]:
+                used += alive * chance
+                alive *= 1.0 - chance
+            prospects.append(used)
+        expected = next((age for age, used in zip(EDGES_S, prospects, strict=False) if used < MIN_CHANCE), EDGES_S[-1])
+        assert expected == time_to_live(chances) or any(used == pytest.approx(MIN_CHANCE, rel=1e-9) for used in prospects)
+
     def test_prior_is_a_probability_that_falls_with_the_gap(self) -> None:
         """Chances lie between 0 and 1; a longer gap means a later use; more uses, a surer one."""
         for class_id in range(NUM_CLASSES):
@@ -93,8 +110,8 @@ class TestTable:
     @given(st.floats(0.0, 1e6), st.integers(1, 10**6), st.floats(0.0, 1e6))
     def test_every_use_has_a_class_of_its_kind(self, gap_s: float, count: int, length: float) -> None:
         """Kinds never share a class, and ages fall into the bin whose edges enclose them."""
-        first, branch = class_of_first_use(length, is_branch=False), class_of_first_use(length, is_branch=True)
-        assert 0 <= first < branch < class_of_extension(count, gap_s) < class_of_reuse(count, gap_s) < NUM_CLASSES
+        first, branch, other = (class_of_first_use(length, parent_uses) for parent_uses in (0, 1, OFTEN))
+        assert 0 <= first < branch < other < class_of_extension(count, gap_s) < class_of_reuse(count, gap_s) < NUM_CLASSES
         assert EDGES_S[bin_of(gap_s)] <= gap_s
         assert bin_of(gap_s) == NUM_BINS - 1 or gap_s < EDGES_S[bin_of(gap_s) + 1]
 
@@ -116,7 +133,7 @@ class TestStatistics:
     @given(EVENTS)
     def test_hits_and_risk_are_a_recount(self, events: list[tuple[str, int, float, float]]) -> None:
         """The sums are those of a recount of all events, to the last bit."""
-        classes = [class_of_reuse(2, 1.5), class_of_reuse(2, 40.0), class_of_reuse(9, 1.5), class_of_first_use(1.0, is_branch=True)]
+        classes = [class_of_reuse(2, 1.5), class_of_reuse(2, 40.0), class_of_reuse(9, 1.5), class_of_first_use(1.0, 2)]
         model = HazardModel()
         hits = {class_id: [0.0] * NUM_BINS for class_id in classes}
         risk = {class_id: [0.0] * NUM_BINS for class_id in classes}
@@ -154,20 +171,38 @@ class TestStatistics:
         assert pytest.approx(0.5, abs=0.01) == model.chances(class_id)[position]
 
     def test_what_is_known_of_others_counts_where_nothing_is_known(self) -> None:
-        """More uses than believed raise the belief in the row (the same count) and the column (the same gap), and nowhere else."""
+        """Uses beyond belief raise the belief in all classes at about that age, and more so in the row (the same count) and the column
+        (the same gap); at other ages in none."""
         model = HazardModel()
         position = bin_of(60.0)
         for _ in range(500):
             model.reused(class_of_reuse(2, 40.0), 60.0, 1.0)
-        for class_id, is_raised in (
-            (class_of_reuse(3, 700.0), True),
-            (class_of_reuse(20, 40.0), True),
-            (class_of_reuse(20, 700.0), False),
-        ):
+        model.survived(class_of_reuse(2, 40.0), position, 500.0)
+        classes = [class_of_reuse(20, 700.0), class_of_reuse(3, 700.0), class_of_reuse(20, 40.0)]
+        for _ in range(500):
+            model.reused(class_of_reuse(9, 3.0), 60.0, 1.0)
+        model.survived(class_of_reuse(9, 3.0), position, 20_000.0)
+        ratios = []
+        for class_id in classes:
             model.survived(class_id, 0, 1e-6)  # so that something was seen of it
-            believed, prior = model.chances(class_id)[position], prior_chances(class_id)[position]
-            assert (believed > 1.5 * prior) == is_raised
-            assert is_raised or believed == pytest.approx(prior, rel=0.01)
+            prior = prior_chances(class_id)
+            believed = model.chances(class_id)
+            ratios.append(believed[position] / prior[position])
+            for near in (-2, -1, 1, 2):
+                assert ratios[-1] == pytest.approx(believed[position + near] / prior[position + near], rel=0.01)
+            for far in (-3, 3):
+                assert believed[position + far] == pytest.approx(prior[position + far], rel=0.01)
+        assert ratios[0] < 0.7
+        assert ratios[1] == ratios[2] > 1.5
+
+    def test_an_index_changes_steadily_with_age(self) -> None:
+        """Between the ages at which bins begin it lies on the line between theirs; behind the last one it stays."""
+        model, class_id = HazardModel(), class_of_reuse(2, 40.0)
+        for position in range(NUM_BINS - 1):
+            begin, end = EDGES_S[position], EDGES_S[position + 1]
+            middle = (model.index(class_id, begin) + model.index(class_id, end)) / 2.0
+            assert model.index(class_id, (begin + end) / 2.0) == pytest.approx(middle, rel=1e-9)
+        assert model.index(class_id, EDGES_S[NUM_BINS - 1]) == model.index(class_id, 1e9)
 
     def test_scale_is_taken_out_when_it_is_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """When the weights of what is new become huge, all are divided, and nothing else changes."""
@@ -298,6 +333,21 @@ class TestPolicy:
         for block in reversed(prompt_of(("a", 5))):
             policy.insert(block, 0.0)
         assert [block.key for block in reversed(prompt_of(("a", 5)))] == policy.victims(9, 1.0)
+
+    def test_what_is_hardly_used_any_more_expires(self) -> None:
+        """What is used every minute stays; a prompt that never came again goes after hours, its last block first, unless it is pinned."""
+        policy = HazardPolicy()
+        for block in reversed(prompt_of(("once", 3))):
+            policy.insert(block, 0.0)
+        for minute in range(1, 601):
+            serve(policy, prompt_of(("hot", 3)), minute * 60.0, 100)
+            if minute == 60:
+                assert [] == policy.expired(minute * 60.0)
+        policy.pin(key_of("/once", 0))
+        assert [key_of("/once", 2), key_of("/once", 1)] == policy.expired(36_060.0)
+        policy.unpin(key_of("/once", 0), 36_060.0)
+        assert [key_of("/once", 0)] == policy.expired(36_060.0)
+        assert 3 == len(policy)
 
     def test_equal_calls_give_equal_answers(self) -> None:
         """There is no chance in it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvtier.control.admission import Admission
 from kvtier.control.commands import Demote, Promote, Remove
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
@@ -54,6 +55,26 @@ class HazardMachine(PlannerMachine):
     device_slots = 3
 
 
+class IndexMachine(HazardMachine):
+    by_index = True
+    write = WriteMode.BACK
+
+
+class LearnedTTLMachine(HazardMachine):
+    ttl_mode = "auto"
+    write = WriteMode.ON_EVICT
+
+
+class LargeBufferMachine(PlannerMachine):
+    write = WriteMode.ON_EVICT
+    victim_share = 0.5
+
+
+TestIndex = IndexMachine.TestCase
+TestLearnedTTL = LearnedTTLMachine.TestCase
+TestLargeBuffer = LargeBufferMachine.TestCase
+
+
 class ARCMachine(PlannerMachine):
     policy = "arc"
     write = WriteMode.BACK
@@ -88,12 +109,13 @@ def make_planner(
     disk_blocks: int = 100,
     has_disk: bool = True,
     stats: Stats | None = None,
+    admission: Admission | None = None,
 ) -> Planner:
     slab = SlabAllocator(host_blocks * PAGE_BYTES, extent_blocks * PAGE_BYTES)
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=True)
     host = Residency("host", lambda: create_policy(policy), expiry)
     residency = Residency("disk", lambda: create_policy(policy), None)
-    disk = LowerTierSpec(residency, lambda num_bytes: disk_blocks, WriteMode.THROUGH, 1 << 30)
+    disk = LowerTierSpec(residency, lambda num_bytes: disk_blocks, WriteMode.THROUGH, 1 << 30, admission)
     return Planner(HostSpace(slab, [0] * host_blocks), host, [disk] if has_disk else [], stats or Stats())
 
 
@@ -154,7 +176,7 @@ def test_pinned_prefixes_outlive_pressure_until_their_deadline() -> None:
     planner.pin(keys_of(1, 2), deadline=10.0)
     store(planner, keys_of(2, 4), now=1.0)
     assert [2, 2] == [planner.match(keys_of(prompt, 4)).ready_blocks for prompt in (1, 2)]
-    planner.tick(10.0)
+    write_down(planner, 10.0)
     store(planner, keys_of(3, 4), now=11.0)
     assert 0 == planner.match(keys_of(1, 2)).ready_blocks
 

@@ -343,19 +343,19 @@ def test_a_killed_daemon_leaves_its_host_memory_to_the_next(folder: Path, lets_g
 
 def test_host_memory_of_another_model_is_not_taken_over(folder: Path) -> None:
     """Nor with ``adopt: false``; what was left is removed."""
-    for more, num_kept in (({}, 8), ({"daemon": {"adopt": False}}, 0)):
+    for prompt, more, num_kept in ((1, {}, 8), (2, {"daemon": {"adopt": False}}, 0)):
         daemon = start_daemon(folder)
-        engine = EngineWithoutModel(folder / "socket", "engine")
+        engine = EngineWithoutModel(folder / "socket", "engine", deadline="5s")
         engine.wait_until_usable()
-        engine.store(keys_of(1, 8))
+        assert 8 == engine.store(keys_of(prompt, 8))
         wait_for(lambda: not open_in(folder))
         daemon.kill()
         engine.close()
         daemon = start_daemon(folder, **more)
-        engine = EngineWithoutModel(folder / "socket", "engine")
+        engine = EngineWithoutModel(folder / "socket", "engine", deadline="5s")
         engine.wait_until_usable()
         wait_for(lambda: not open_in(folder))
-        assert num_kept == engine.cache.match(keys_of(1, 8)).ready_blocks
+        assert num_kept == engine.cache.match(keys_of(prompt, 8)).ready_blocks
         engine.close()
         daemon.kill()
     daemon = start_daemon(folder)

@@ -62,9 +62,7 @@ class DiskTier:
         sealer: Sealer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Opens or makes the directory. ``memory``: address and length of the memory that most buffers lie in.
-
-        ``sealer``: encrypts payloads; blocks that are stored otherwise are not found.
+        """Opens or makes the directory. ``memory``: address and length of the memory that most buffers lie in. ``sealer``: encrypts.
 
         Raises TierBusyError where another process holds it, TierFormatError where another version wrote it, TierError
         where it cannot be used (not writable, too little space, a capacity below one segment and the index).
