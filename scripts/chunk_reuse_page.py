@@ -16,14 +16,12 @@ TASKS = ("single", "hops", "border", "prose")
 CURVES = ("combined, primed", "epic, primed", "cacheblend, alone")
 OPTIONS = "--model .cache/smollm2 --dtype bfloat16 --threads 1 --only-answered"
 COMMANDS: dict[str, str] = {
-    "blend": f'kvtier bench blend {OPTIONS} --items 46 --variants "cacheblend, alone" "epic, primed" "combined, primed"',
-    "blend-methods": f"kvtier bench blend {OPTIONS} --items 8 --questions 6 --variants alone primed --rows blend-methods.jsonl",
-    "blend-ratios": f"kvtier bench blend {OPTIONS} --items 6 --questions 6 --ratio 0.05 0.15 0.3 0.5 --rows blend-ratios.jsonl"
-    ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed"',
+    "blend": f'kvtier bench blend {OPTIONS} --items SETS --variants "cacheblend, alone" "epic, primed" "combined, primed"',
+    "blend-methods": f"kvtier bench blend {OPTIONS} --items SETS --questions 5 --variants alone primed",
+    "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --questions 3 --ratio 0.05 0.15 0.3 0.5"
+    ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
 }
-"""What wrote each JSON, with ``--json``."""
-
-
+"""What wrote each JSON, with ``--json``; the number of sets is the JSON's."""
 TARGETS = (
     ("single: answers kept", ("answers retained", "single"), 0.97, True),
     ("hops: answers kept", ("answers retained", "hops"), 0.93, True),
@@ -58,7 +56,7 @@ def quality(name: str) -> str:
     records = document["records"]
     found = {(item["name"], item["params"].get("method"), item["params"]["task"]): item for item in records}
     methods = list(dict.fromkeys(item["params"]["method"] for item in records if "method" in item["params"]))
-    lines = [f"`{COMMANDS[name]}`", "", about(document["environment"]), "", counts(records), ""]
+    lines = _above(name, document)
     head = ["| Method, entries | " + " | ".join(TASKS) + " |", "| --- |" + " --- |" * len(TASKS)]
     for title, figures in (
         ("Mean KL", ["mean KL"]),
@@ -89,6 +87,12 @@ def targets() -> str:
     return "\n".join(rows)
 
 
+def _above(name: str, document: Mapping[str, Any]) -> list[str]:
+    num_sets = max(item["params"]["sets"] for item in document["records"])
+    command = COMMANDS[name].replace("SETS", str(num_sets))
+    return [f"`{command}`", "", about(document["environment"]), "", counts(document["records"]), ""]
+
+
 def counts(records: Sequence[Mapping[str, Any]]) -> str:
     """How many questions the figures are of."""
     parts = []
@@ -114,7 +118,7 @@ def curves(name: str) -> str:
         for item in document_of("chunks")["records"]
         if item["name"].startswith("of computing, ")
     }
-    lines = [f"`{COMMANDS[name]}`", "", about(document["environment"]), "", counts(document["records"]), ""]
+    lines = _above(name, document)
     columns = ("KL, hops", "KL, prose", "kept, single", "kept, hops", "kept, border", "Rouge-L, prose")
     lines += [
         "| Method, entries | recompute | computed | time to first token | " + " | ".join(columns) + " |",
