@@ -15,13 +15,22 @@ PAGE = ROOT / "docs" / "explanation" / "chunk-reuse.md"
 TASKS = ("single", "hops", "border", "prose")
 CURVES = ("combined, primed", "epic, primed", "cacheblend, alone")
 OPTIONS = "--model .cache/smollm2 --dtype bfloat16 --threads 1 --only-answered"
-COMMANDS: Mapping[str, str] = {
-    "blend": f'kvtier bench blend {OPTIONS} --items 46 --variants "cacheblend, alone" "epic, primed" "combined, primed"',
-    "blend-methods": f"kvtier bench blend {OPTIONS} --items 8 --questions 6 --variants alone primed --rows blend-methods.jsonl",
-    "blend-ratios": f"kvtier bench blend {OPTIONS} --items 6 --questions 6 --ratio 0.05 0.15 0.3 0.5 --rows blend-ratios.jsonl"
-    ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed"',
+COMMANDS: dict[str, str] = {
+    "blend": f'kvtier bench blend {OPTIONS} --items SETS --variants "cacheblend, alone" "epic, primed" "combined, primed"',
+    "blend-methods": f"kvtier bench blend {OPTIONS} --items SETS --questions 5 --variants alone primed",
+    "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --questions 3 --ratio 0.05 0.15 0.3 0.5"
+    ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
 }
-"""What wrote each JSON, with ``--json``."""
+"""What wrote each JSON, with ``--json``; the number of sets is the JSON's."""
+TARGETS = (
+    ("single: answers kept", ("answers retained", "single"), 0.97, True),
+    ("hops: answers kept", ("answers retained", "hops"), 0.93, True),
+    ("hops: KL, of plain CacheBlend's", ("KL of plain CacheBlend's", "hops"), 0.5, False),
+    ("prose: KL, of plain CacheBlend's", ("KL of plain CacheBlend's", "prose"), 1.0, False),
+)
+"""what, which figure, the bound, and whether it is the least that was wanted"""
+VERDICTS = ("missed", "not met", "met, but not beyond doubt", "met")
+"""by how many of the figure and the two ends of its interval are good enough"""
 
 
 def chunk_reuse() -> str:
@@ -29,11 +38,12 @@ def chunk_reuse() -> str:
     text = PAGE.read_text(encoding="utf-8")
     makers: Mapping[str, Callable[[], str]] = {
         "blend": lambda: quality("blend"),
+        "blend-targets": targets,
         "blend-methods": lambda: quality("blend-methods"),
         "blend-ratios": lambda: curves("blend-ratios"),
     }
     for name, make in makers.items():
-        if not (FOLDER / f"{name}.json").is_file():
+        if not (FOLDER / f"{name.removesuffix('-targets')}.json").is_file():
             continue
         pattern = rf"(<!-- figures: {name} -->\n).*?(<!-- end of figures -->)"
         text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
@@ -46,7 +56,7 @@ def quality(name: str) -> str:
     records = document["records"]
     found = {(item["name"], item["params"].get("method"), item["params"]["task"]): item for item in records}
     methods = list(dict.fromkeys(item["params"]["method"] for item in records if "method" in item["params"]))
-    lines = [f"`{COMMANDS[name]}`", "", about(document["environment"]), "", counts(records), ""]
+    lines = _above(name, document)
     head = ["| Method, entries | " + " | ".join(TASKS) + " |", "| --- |" + " --- |" * len(TASKS)]
     for title, figures in (
         ("Mean KL", ["mean KL"]),
@@ -56,6 +66,31 @@ def quality(name: str) -> str:
         rows = [(method, [_cell(found, figures, method, task) for task in TASKS]) for method in methods]
         lines += [f"{title}:", "", *head, *(f"| {method} | " + " | ".join(cells) + " |" for method, cells in rows if any(cells)), ""]
     return "\n".join(lines[:-1])
+
+
+def targets() -> str:
+    """What was wanted of ``combined`` with primed entries, and whether the figures show it."""
+    found = {
+        (item["name"], item["params"]["task"]): item
+        for item in document_of("blend")["records"]
+        if item["params"].get("method") == "combined, primed"
+    }
+    rows = ["| At 15 % | wanted | found, 95 % interval | |", "| --- | --- | --- | --- |"]
+    for what, key, wanted, is_least in TARGETS:
+        item = found[key]
+        low, high = (float(part) for part in item["params"]["interval"].split(" to "))
+        bounds = (low, item["value"], high) if is_least else (-high, -item["value"], -low)
+        target = wanted if is_least else -wanted
+        verdict = VERDICTS[sum(bound >= target for bound in bounds)]
+        sign = "at least" if is_least else "at most"
+        rows.append(f"| {what} | {sign} {wanted} | {item['value']:.3f} [{low:.2f}, {high:.2f}] | {verdict} |")
+    return "\n".join(rows)
+
+
+def _above(name: str, document: Mapping[str, Any]) -> list[str]:
+    num_sets = max(item["params"]["sets"] for item in document["records"])
+    command = COMMANDS[name].replace("SETS", str(num_sets))
+    return [f"`{command}`", "", about(document["environment"]), "", counts(document["records"]), ""]
 
 
 def counts(records: Sequence[Mapping[str, Any]]) -> str:
@@ -83,7 +118,7 @@ def curves(name: str) -> str:
         for item in document_of("chunks")["records"]
         if item["name"].startswith("of computing, ")
     }
-    lines = [f"`{COMMANDS[name]}`", "", about(document["environment"]), "", counts(document["records"]), ""]
+    lines = _above(name, document)
     columns = ("KL, hops", "KL, prose", "kept, single", "kept, hops", "kept, border", "Rouge-L, prose")
     lines += [
         "| Method, entries | recompute | computed | time to first token | " + " | ".join(columns) + " |",

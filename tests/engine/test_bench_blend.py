@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvtier.bench.blend.answers import Begun, Gold, answer_all, with_room, write_all, write_anew
 from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.quality import PROSE_TOKENS, Case, Primer, SetRun
 from kvtier.bench.blend.summary import FULL
@@ -104,9 +105,9 @@ class Plainly:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A tiny model of transformers."""
+    """A tiny model, of the family whose random one does not say the same again and again."""
     torch.set_num_threads(1)
-    return tiny("llama")[1]
+    return tiny("qwen3")[1]
 
 
 def test_shared_work_changes_no_figure(model: Any) -> None:
@@ -139,3 +140,25 @@ def test_questions_that_full_prefill_does_not_answer_can_be_left_out(model: Any)
     answered = {row["question"] for row in rows if row["variant"] == FULL and row["is_right"]}
     assert answered - {3} < {0, 1, 2}, "some are not answered"
     assert answered | {3} == {row["question"] for row in rows if row["variant"] != FULL}
+
+
+def test_texts_go_on_from_where_they_leave_the_right_answer(model: Any) -> None:
+    """What is written behind the first wrong token is what would be written one token at a time, given tokens in between or not."""
+    prompt = [(7 * index * index + 3 * index) % SIZES["vocab_size"] for index in range(40)]
+    kv = with_room(model, full_prefill(model, torch.tensor(prompt[:-6]))[0], 40)
+
+    def begun() -> Begun:
+        return Begun(kv, len(prompt) - 6, prompt[-6:])
+
+    text = write_anew(model, begun(), 16)
+    assert len(set(text)) > 6, "a model that says always the same would show nothing"
+    for place in range(16):
+        wrong = [*text[:place], (text[place] + 1) % SIZES["vocab_size"], *text[place + 1 :]]
+        for given in (set(), {place + 1, place + 4}):
+            gold = Gold(wrong, [index not in given for index in range(16)])
+            at = begun()
+            written = write_all(model, [at], gold, answer_all(model, [at], gold))
+            if not given:
+                assert [text] == written
+            else:
+                assert [token for index, token in enumerate(text) if index not in given] == written[0], place

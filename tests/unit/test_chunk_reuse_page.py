@@ -1,0 +1,60 @@
+"""The figures of the page on chunk reuse are those of the JSON, and its verdicts follow from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import benchmark_pages
+import chunk_reuse_page
+import pytest
+
+
+def item(name: str, task: str, value: float, interval: str, *, ratio: float = 0.15, method: str = "combined, primed") -> dict[str, object]:
+    """A record of the quality benchmark."""
+    params = {"task": task, "method": method, "recompute": ratio, "questions": 7, "sets": 2, "interval": interval}
+    return {"name": name, "params": params, "value": value}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of docs/benchmarks."""
+    monkeypatch.setattr(benchmark_pages, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, name: str, records: list[dict[str, object]]) -> None:
+    """A document of these records."""
+    environment = {"kvtier": "1", "python": "3", "cores": 2, "cpu": "x", "native_core": True}
+    (folder / f"{name}.json").write_text(json.dumps({"environment": environment, "records": records}))
+
+
+def test_a_target_is_met_where_the_whole_interval_is(folder: Path) -> None:
+    """Met, met in the mean, not met in the mean, missed; of a figure that has to be small the other way round."""
+    intervals = {"answers retained": ("0.970 to 0.990", "0.910 to 0.920"), "KL of plain CacheBlend's": ("0.300 to 0.700", "0.900 to 1.100")}
+    values = iter((0.98, 0.915, 0.4, 1.05))
+    tasks = {"answers retained": ("single", "hops"), "KL of plain CacheBlend's": ("hops", "prose")}
+    pairs = [(name, task, interval) for name in tasks for task, interval in zip(tasks[name], intervals[name], strict=True)]
+    write(folder, "blend", [item(name, task, next(values), interval) for name, task, interval in pairs])
+    verdicts = [line.rsplit("|", 2)[1].strip() for line in chunk_reuse_page.targets().splitlines()[2:]]
+    assert ["met", "missed", "met, but not beyond doubt", "not met"] == verdicts
+
+
+def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By method and task; by method and ratio, with the time to first token where it was measured."""
+    records = [
+        item("mean KL", "hops", 0.1234, "0.100 to 0.200"),
+        item("answers retained", "hops", 0.75, "0.600 to 0.900"),
+        item("computed, of full prefill", "prose", 0.18, "0.180 to 0.180"),
+        item("computed, of full prefill", "prose", 0.02, "0.020 to 0.020", ratio=0.0, method="none, primed"),
+    ]
+    write(folder, "some", records)
+    write(folder, "chunks", [{"name": "of computing, combined", "params": {"ratio": 0.15}, "value": 0.28}])
+    monkeypatch.setitem(chunk_reuse_page.COMMANDS, "some", "kvtier bench blend")
+    page = chunk_reuse_page.quality("some")
+    assert "| combined, primed |  | 0.123 [0.10, 0.20] |  |  |" in page
+    assert "hops 7 of 2 sets" in page
+    assert "| combined, primed |  | 0.750 [0.60, 0.90] |  |  |" in page
+    curve = chunk_reuse_page.curves("some")
+    assert "| none, primed | 0% | 2% |  |" in curve
+    assert "| combined, primed | 15% | 18% | 28% | 0.12 |" in curve
