@@ -261,6 +261,7 @@ class DyingMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        gc.freeze()  # what other tests have left would be searched at every death
         self.folder = tempfile.mkdtemp()
         self.machine = Machine(Path(self.folder), 8)
         self.forgotten: set[BlockKey] = set()
@@ -344,6 +345,7 @@ class DyingMachine(RuleBasedStateMachine):
         return self.machine.cache.match([key]).ready_blocks == 1
 
     def teardown(self) -> None:
+        gc.unfreeze()
         self.machine.cache.close()
         shutil.rmtree(self.folder)
 
