@@ -3,8 +3,9 @@
 **Statistics.** A class is a kind of use (below); time since the last use, the *age*, falls into bins that grow by the same
 factor. Per class and bin two sums are kept: *hits*, the weight of what was used again in that bin, and *risk*, the weight of all
 that came to that bin and left it again, used or not. Their ratio is the Kaplan-Meier estimate of the probability ``q`` of a use
-within the bin. Where little has been seen it is shrunk towards a prior, which is scaled by what was seen of all classes, and beyond that of
-the class's row (equal counts) and column (equal gaps), each in the bin and two on either side of it.
+within the bin. Where little has been seen it is shrunk towards a prior, which is scaled by what was seen of all classes, and
+beyond that of the class's row (equal counts) and column (equal gaps), each in the bin and two on either side of it. Classes that
+rest on somebody's word share with each other alone: what words are worth says nothing about the rest.
 
 **Prior.** Not fitted to anything. If uses come at a constant but unknown rate (Jeffreys-like ignorance of scale), then after a
 gap ``g`` the next one comes later than ``a`` with probability ``g / (g + a)`` (Lomax, the Gamma-Poisson predictive of shape 1),
@@ -180,10 +181,11 @@ def _around(values: Sequence[float]) -> list[float]:
 class _Seen:
     """What was seen of one class, per bin."""
 
-    __slots__ = ("column", "hits", "prior", "risk", "row")
+    __slots__ = ("column", "common", "hits", "prior", "risk", "row")
 
-    def __init__(self, prior: list[float], row: Sums, column: Sums) -> None:
+    def __init__(self, prior: list[float], common: Sums, row: Sums, column: Sums) -> None:
         self.prior = prior
+        self.common = common
         self.row = row
         self.column = column
         self.hits = [0.0] * NUM_BINS
@@ -222,7 +224,8 @@ class HazardModel:
         columns = {_column_of(class_id) for class_id in range(NUM_CLASSES)}
         self._rows = {row: Sums() for row in sorted(rows)}
         self._columns = {column: Sums() for column in sorted(columns)}
-        self._all = Sums()
+        self._all = (Sums(), Sums())
+        """of classes without and with somebody's word"""
         self._classes: list[int] = []
         """those that something was seen of"""
         self._next_class = 0
@@ -251,7 +254,7 @@ class HazardModel:
         expected = scaled * seen.prior[position]
         seen.risk[position] += scaled
         seen.hits[position] += scaled
-        for sums in (seen.row, seen.column, self._all):
+        for sums in (seen.row, seen.column, seen.common):
             sums.expected[position] += expected
             sums.hits[position] += scaled
         self._weights += scaled
@@ -263,7 +266,7 @@ class HazardModel:
         scaled = weight * self._scale
         expected = scaled * seen.prior[position]
         seen.risk[position] += scaled
-        for sums in (seen.row, seen.column, self._all):
+        for sums in (seen.row, seen.column, seen.common):
             sums.expected[position] += expected
 
     def end_request(self) -> None:
@@ -288,7 +291,7 @@ class HazardModel:
         # Weights differ, so a use counts as many as a typical one weighs.
         unit = self._scale * (self._squares / self._weights if self._weights else 1.0)
         cell, margin = SHRINK_CELL * unit, SHRINK_MARGIN * unit
-        common = self._all.ratios(margin, _ONES)
+        common = seen.common.ratios(margin, _ONES)
         rows, columns = seen.row.ratios(margin, common), seen.column.ratios(margin, common)
         out: list[float] = []
         for chance, ratio, row, column, hits, risk in zip(seen.prior, common, rows, columns, seen.hits, seen.risk, strict=True):
@@ -305,13 +308,14 @@ class HazardModel:
     def _begin(self, class_id: int) -> _Seen:
         """The first that is seen of a class."""
         self._classes.append(class_id)
-        seen = _Seen(self._priors[class_id], self._rows[_row_of(class_id)], self._columns[_column_of(class_id)])
+        common = self._all[class_id >= _EXPECTED]
+        seen = _Seen(self._priors[class_id], common, self._rows[_row_of(class_id)], self._columns[_column_of(class_id)])
         self._seen[class_id] = seen
         return seen
 
     def _rescale(self) -> None:
         factor = 1.0 / self._scale
-        sums = [self._all, *self._rows.values(), *self._columns.values()]
+        sums = [*self._all, *self._rows.values(), *self._columns.values()]
         of_classes = [column for seen in self._seen.values() for column in (seen.hits, seen.risk)]
         for column in (*of_classes, *(s.hits for s in sums), *(s.expected for s in sums)):
             column[:] = [value * factor for value in column]
