@@ -19,8 +19,8 @@ from kvtier.types import BlockKey, BlockMeta
 VICTIM_SHARE = 0.125
 """of host memory's blocks, so many may wait to be written after they were let go"""
 
-
 _MAX_STALE = 1000
+"""entries of the ranking that are out of date, beside as many as are not, until it is made anew"""
 
 
 class WriteState(enum.Enum):

@@ -14,7 +14,7 @@ from kvtier.copy.base import BlockCopy
 from kvtier.copy.cuda_calibrate import calibrate, move_on_cpu
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
 from kvtier.copy.cuda_copier import ArenaPlace, CopierOptions, CudaCopier
-from kvtier.copy.cuda_params import segment_table
+from kvtier.copy.cuda_params import MAX_BLOCKS, segment_table
 from kvtier.copy.cuda_rope import CudaKeyShifter, KeyLayout
 from kvtier.copy.cuda_runs import runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceMemory
@@ -49,6 +49,7 @@ SHAPES = (
     Shape("pages with a gap behind each", ((64, 5120, 4096), (0, 4352, 4224), (16, 48, 32)), 33),
     Shape("odd sizes at odd addresses", ((1, 1003, 1001), (6, 6146, 6145), (4, 12, 5), (8, 9000, 8200)), 37),
     Shape("pieces larger than a chunk", ((0, 24_592, 24_592), (0, 8208, 8208)), 19),
+    Shape("more blocks than two launches take", ((0, 64, 48), (0, 96, 96)), 2 * MAX_BLOCKS + 44),
 )
 
 

@@ -1,4 +1,4 @@
-"""A process that stores and removes blocks without end, to be killed at any moment.
+"""A process that stores, reads and removes blocks without end, to be killed at any moment.
 
 Usage: python disk_victim.py DIRECTORY SEED CAPACITY_BYTES SEGMENT_BYTES
 Standard output, one line each: ``open``; ``+N`` once the store of block N was acknowledged; ``-N`` before its removal.
@@ -27,6 +27,11 @@ def victim_meta(number: int) -> BlockMeta:
     return BlockMeta(BlockKey(number.to_bytes(16, "little")), None, SIZES[number % 3])
 
 
+def number_of(key: BlockKey) -> int:
+    """The number of the block with this key."""
+    return int.from_bytes(key, "little")
+
+
 def victim_payload(meta: BlockMeta) -> bytes:
     """The block's only right content."""
     return random.Random(meta.key).randbytes(meta.num_bytes)
@@ -39,7 +44,7 @@ def say(*words: str) -> None:
 
 def named(sign: str, keys: Iterable[BlockKey]) -> list[str]:
     """The lines that say something of blocks."""
-    return [f"{sign}{int.from_bytes(key, 'little')}" for key in keys]
+    return [f"{sign}{number_of(key)}" for key in keys]
 
 
 def some(choose: random.Random, stored: set[BlockKey]) -> list[BlockKey]:
@@ -48,6 +53,15 @@ def some(choose: random.Random, stored: set[BlockKey]) -> list[BlockKey]:
         size = choose.randrange(3)
         return sorted(key for key in stored if int.from_bytes(key, "little") % 3 == size)
     return choose.sample(sorted(stored), min(len(stored), choose.randint(1, 6)))
+
+
+def read(tier: DiskTier, job_id: int, keys: list[BlockKey]) -> None:
+    """Loads blocks; they are what they were. Most of a victim's life goes into this, and little into handing in stores."""
+    blocks = tuple(BlockIO(meta, memoryview(bytearray(meta.num_bytes))) for meta in map(victim_meta, map(number_of, keys)))
+    tier.submit(TransferJob(job_id, JobKind.LOAD, NAMESPACE, blocks))
+    (result,) = tier.poll(10.0)
+    assert {Outcome.OK} >= set(result.outcomes)
+    assert all(victim_payload(block.meta) == block.buffer for block in blocks)
 
 
 def main(directory: str, seed: str, capacity_bytes: str, segment_bytes: str) -> None:
@@ -84,6 +98,7 @@ def main(directory: str, seed: str, capacity_bytes: str, segment_bytes: str) -> 
             fresh = [meta.key for meta, outcome in zip(metas, result.outcomes, strict=True) if outcome is Outcome.OK]
             say(*named("+", fresh))
             stored.update(fresh)
+        read(tier, job_id, choose.sample(sorted(stored), min(len(stored), 8)))
 
 
 if __name__ == "__main__":

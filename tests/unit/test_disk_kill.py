@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.testing import disk_victim
-from kvtier.testing.disk_victim import NAMESPACE, SIZES, victim_meta, victim_payload
+from kvtier.testing.disk_victim import NAMESPACE, SIZES, number_of, victim_meta, victim_payload
 from kvtier.tiers.disk import DiskTier, check_path
 from kvtier.types import BlockIO, JobKind, Outcome, TransferJob
 
@@ -70,7 +70,7 @@ class Account:
 
 def verify(tier: DiskTier, account: Account) -> None:
     """All acknowledged blocks are there, all blocks that are there have the right bytes."""
-    found = {int.from_bytes(meta.key, "little"): meta for meta in tier.entries()}
+    found = {number_of(meta.key): meta for meta in tier.entries()}
     lost = account.acknowledged - found.keys()
     assert lost <= account.doubtful, f"acknowledged blocks are lost: {lost - account.doubtful}"
     assert len(SIZES) > len({number % 3 for number in lost}), "only blocks of other sizes are crowded out"

@@ -242,6 +242,22 @@ TestBuffer = BufferMachine.TestCase
 TestHazardBuffer = HazardBufferMachine.TestCase
 
 
+def test_a_full_buffer_gives_up_ends_of_prompts_first() -> None:
+    """Also where the beginning has waited for longer than what is behind it."""
+    parent, child = next((parent_of(block), block) for block in range(32) if parent_of(block) is not None)
+    assert parent is not None
+    writes = FakeWrites()
+    writes.states = {parent: WriteState.WAITING, child: WriteState.WRITING}
+    buffer = VictimBuffer(LRUPolicy(), writes, writes.entry_of, 1.0)
+    for block in (parent, child):
+        buffer.insert(meta_of(block), 0.0)
+    assert [] == buffer.victims(2, 1.0), "the one is being written, the other is before it"
+    writes.states[child] = WriteState.WAITING
+    buffer.written(writes.entry_of(key_of(child)))
+    assert 2 == buffer.num_waiting
+    assert [key_of(child), key_of(parent)] == buffer.victims(2, 2.0)
+
+
 def test_what_was_let_go_is_a_hit_until_its_room_is_needed() -> None:
     """Being written, it is read; written, its room is given away; used before that, it stays."""
     stats = Stats()
