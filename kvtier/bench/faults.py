@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=6, help="requests per fault (default: 6)")
-    parser.add_argument("--tokens", type=int, default=300, help="tokens of a prompt (default: 300)")
+    parser.add_argument("--rounds", type=int, default=10, help="requests per fault (default: 10)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a prompt (default: 128)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="what goes wrong (default: all)")
 
 

@@ -86,12 +86,15 @@ class Bench:
         self._in = [memoryview(block).cast("B") for block in data[1]]
         self._metas = [BlockMeta(BlockKey(number.to_bytes(16, "big")), None, block_bytes) for number in range(num_blocks)]
         self._next_id = 0
+        self._raw_names = [f"raw-{block_bytes}-{number}" for number in range(num_blocks)]
+        self._raw_delete = store.raw_delete
 
     def put(self) -> float:
         """Stores the batch, which the server does not have."""
         self._tier.remove([meta.key for meta in self._metas])
         while self._tier._num_erasing:
             time.sleep(0.001)
+        self._raw_delete(self._raw_names)
         return self._move(JobKind.STORE, self._out)
 
     def get(self) -> float:
@@ -99,9 +102,10 @@ class Bench:
         return self._move(JobKind.LOAD, self._in)
 
     def raw(self, move: Callable[[str, memoryview], None], num_lanes: int, side: str) -> float:
-        """Moves the batch with bare transfers, some at once."""
-        buffers = self._out if side == "w" else self._in
-        names = [f"raw-{len(buffers[0])}-{number}" for number in range(len(buffers))]
+        """Moves the batch with bare transfers, some at once; like ``put``, only to where nothing is."""
+        buffers, names = self._out if side == "w" else self._in, self._raw_names
+        if side == "w":
+            self._raw_delete(names)
         lanes = [
             threading.Thread(target=_move_all, args=(move, names[lane::num_lanes], buffers[lane::num_lanes])) for lane in range(num_lanes)
         ]

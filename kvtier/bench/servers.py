@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from kvtier.testing.servers import MooncakeMaster, S3Server, ValkeyServer
 from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
 from kvtier.tiers.object import ObjectAccess, ObjectClient
 from kvtier.tiers.redis import RedisAccess, RedisClient
+from kvtier.tiers.redis.wire import command
 from kvtier.tiers.remote import Deadline, RemoteClient
 
 STORES = ("redis-unix", "redis-tcp", "mooncake", "s3")
 
-
 _SEGMENT_BYTES = 2 << 30
+_REPLY_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,15 @@ class Store:
     """given the address and length of the memory that its blocks lie in"""
     raw_put: Callable[[str, memoryview], None]
     raw_get: Callable[[str, memoryview], None]
+    raw_delete: Callable[[Sequence[str]], None]
+    """of names that may not be there; returns once the server is done with it, and with what others have deleted"""
     options: Mapping[str, Any] = field(default_factory=dict)
     """settings of the tier"""
     peer_url: str = ""
     """for a peer; empty: it has no way there"""
 
 
-def start_stores(stack: ExitStack, directory: Path, names: Sequence[str]) -> Iterator[Store]:
+def start_stores(stack: contextlib.ExitStack, directory: Path, names: Sequence[str]) -> Iterator[Store]:
     """The stores of these names, each started when it is its turn. Raises ValueError for other names."""
     for name in names:
         if name not in STORES:
@@ -52,7 +56,7 @@ def start_stores(stack: ExitStack, directory: Path, names: Sequence[str]) -> Ite
             yield _s3(stack, folder) if name == "s3" else _redis(stack, folder, name)
 
 
-def _redis(stack: ExitStack, folder: Path, name: str) -> Store:
+def _redis(stack: contextlib.ExitStack, folder: Path, name: str) -> Store:
     server = ValkeyServer(folder).start()
     stack.callback(server.kill)
     place: Any = str(server.socket_path) if name == "redis-unix" else ("127.0.0.1", server.port)
@@ -61,10 +65,10 @@ def _redis(stack: ExitStack, folder: Path, name: str) -> Store:
     stack.callback(raw.close)
     access = RedisAccess(url=url, stall_timeout_s=30.0)
     peer_url = "" if name == "redis-unix" else f"resp://127.0.0.1:{server.port}"
-    return Store(name, "redis", lambda _: RedisClient(access), raw.put, raw.get, peer_url=peer_url)
+    return Store(name, "redis", lambda _: RedisClient(access), raw.put, raw.get, raw.delete, peer_url=peer_url)
 
 
-def _s3(stack: ExitStack, folder: Path) -> Store:
+def _s3(stack: contextlib.ExitStack, folder: Path) -> Store:
     server = S3Server(folder).start()
     stack.callback(server.kill)
     access = ObjectAccess(
@@ -76,10 +80,10 @@ def _s3(stack: ExitStack, folder: Path) -> Store:
         request_timeout_s=60.0,
     )
     raw = _RawObjects(access)
-    return Store("s3", "object", lambda _: ObjectClient(access), raw.put, raw.get, {"threads": 8, "batch_bytes": 1})
+    return Store("s3", "object", lambda _: ObjectClient(access), raw.put, raw.get, raw.delete, {"threads": 8, "batch_bytes": 1})
 
 
-def _mooncake(stack: ExitStack, folder: Path) -> Store:
+def _mooncake(stack: contextlib.ExitStack, folder: Path) -> Store:
     """A master, and a member that gives memory, in this process; the tier and the raw transfers use a client of their own each."""
     master = MooncakeMaster(folder).start()
     stack.callback(master.kill)
@@ -89,36 +93,47 @@ def _mooncake(stack: ExitStack, folder: Path) -> Store:
     member.ping(Deadline(60.0))
     raw = _RawMooncake(place)
     stack.callback(raw.close)
-    return Store("mooncake", "mooncake", lambda memory: MooncakeClient(MooncakeAccess(master=place), memory=memory), raw.put, raw.get)
+
+    def open_client(memory: tuple[int, int]) -> RemoteClient:
+        raw.register(memory)
+        return MooncakeClient(MooncakeAccess(master=place), memory=memory)
+
+    return Store("mooncake", "mooncake", open_client, raw.put, raw.get, raw.delete)
 
 
 class _RawMooncake:
-    """Mooncake's own put and get, on buffers that are registered once."""
+    """Mooncake's own put and get, on memory that is registered once."""
 
     def __init__(self, place: str) -> None:
         self._client = MooncakeClient(MooncakeAccess(master=place))
         self._client.ping(Deadline(60.0))
         self._store = self._client._store
-        self._registered: set[tuple[int, int]] = set()
+        self._registered = 0
+
+    def register(self, memory: tuple[int, int]) -> None:
+        """Where all buffers lie from now on."""
+        if self._registered:
+            self._store.unregister_buffer(self._registered)
+        self._registered = memory[0]
+        assert self._store.register_buffer(*memory) == 0
 
     def put(self, name: str, buffer: memoryview) -> None:
-        self._store.remove(name, True)
         statuses = self._store.batch_put_from([name], [self._address(buffer)], [len(buffer)])
         assert [0] == statuses, statuses
 
     def get(self, name: str, buffer: memoryview) -> None:
         assert [len(buffer)] == self._store.batch_get_into([name], [self._address(buffer)], [len(buffer)])
 
+    def delete(self, names: Sequence[str]) -> None:
+        self._store.batch_remove(list(names), True)
+
     def close(self) -> None:
         """Leaves the store."""
         self._client.close()
 
-    def _address(self, buffer: memoryview) -> int:
-        address = ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
-        if (address, len(buffer)) not in self._registered:
-            self._store.register_buffer(address, len(buffer))
-            self._registered.add((address, len(buffer)))
-        return address
+    @staticmethod
+    def _address(buffer: memoryview) -> int:
+        return ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
 
 
 class _RawRedis:
@@ -130,14 +145,12 @@ class _RawRedis:
         self._sockets: list[socket.socket] = []
 
     def put(self, name: str, buffer: memoryview) -> None:
-        views: list[bytes | memoryview] = [
-            b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name.encode(), len(buffer)),
-            buffer,
-            b"\r\n",
-        ]
+        begin = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name.encode(), len(buffer))
         sock = self._socket()
-        for view in views:
-            sock.sendall(view)
+        num_sent = sock.sendmsg([begin, buffer, b"\r\n"])
+        if num_sent < len(begin) + len(buffer) + 2:
+            sock.sendall(buffer[max(0, num_sent - len(begin)) :])
+            sock.sendall(b"\r\n"[max(0, num_sent - len(begin) - len(buffer)) :])
         assert sock.recv(5, socket.MSG_WAITALL) == b"+OK\r\n"
 
     def get(self, name: str, buffer: memoryview) -> None:
@@ -148,10 +161,25 @@ class _RawRedis:
         count = len(line) + len(buffer) + len(end)
         assert count == sock.recvmsg_into([line, buffer, end], 0, socket.MSG_WAITALL)[0]
 
+    def delete(self, names: Sequence[str]) -> None:
+        sock = self._socket()
+        sock.sendall(command(b"DEL", *(name.encode() for name in names)))
+        assert sock.recv(_REPLY_BYTES).startswith(b":")
+        while b"lazyfree_pending_objects:0\r\n" not in self._memory_info(sock):
+            time.sleep(0.001)
+
     def close(self) -> None:
         """Closes the sockets of all threads."""
         for sock in self._sockets:
             sock.close()
+
+    @staticmethod
+    def _memory_info(sock: socket.socket) -> bytes:
+        sock.sendall(command(b"INFO", b"memory"))
+        reply = sock.recv(_REPLY_BYTES)
+        while len(reply) < reply.index(b"\r\n") + int(reply[1 : reply.index(b"\r\n")]) + 4:
+            reply += sock.recv(_REPLY_BYTES)
+        return reply
 
     def _socket(self) -> socket.socket:
         if not hasattr(self._local, "socket"):
@@ -173,3 +201,8 @@ class _RawObjects:
 
     def get(self, name: str, buffer: memoryview) -> None:
         buffer[:] = memoryview(self._store.get(name).bytes())
+
+    def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                self._store.delete(name)

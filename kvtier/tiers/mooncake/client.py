@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from mooncake.store import MooncakeDistributedStore
 
 from kvtier.errors import RemoteError
+from kvtier.tiers.mooncake.lane import Lane
 from kvtier.tiers.remote import Answer, Deadline, Get, Put, Reply
 from kvtier.tiers.remote.client import ABSENT, DONE, OTHER_SIZE
 
@@ -24,6 +25,8 @@ _WRONG_SIZE = (-600, -800)
 """of a read; also of other mistakes, so the length is asked for"""
 _NO_ROOM = (-200, -1010)
 _HEADER_ROOM_BYTES = 1 << 16
+_MAX_CALLS = 64
+"""that move blocks at once over RDMA; there are no more threads that make them"""
 _MAX_WAITING_CALLS = 8
 """questions that were given up and have not come back"""
 _T = TypeVar("_T")
@@ -73,6 +76,7 @@ class MooncakeClient:
         self._store = store
         self._lock = threading.Lock()
         self._is_aborted = False
+        self._lane = Lane(1 if access.protocol == "tcp" else _MAX_CALLS)
         self._num_waiting = 0
         self._questions = ThreadPoolExecutor(_MAX_WAITING_CALLS, "kvtier-mooncake")
         self._memory = memory
@@ -87,9 +91,9 @@ class MooncakeClient:
         self.sizes(["kvtier-ping"], deadline)
 
     def put(self, items: Sequence[Put], deadline: Deadline) -> Iterator[Reply]:
-        self._begin(deadline)
         views = [item.payload if not item.payload.readonly else memoryview(bytearray(item.payload)) for item in items]
         with contextlib.ExitStack() as stack:
+            self._begin_move(stack, deadline, is_read=False)
             headers = self._room_for_headers(stack, sum(len(item.header) for item in items))
             headers[:] = b"".join(item.header for item in items)
             places = self._places(stack, headers, [len(item.header) for item in items], views)
@@ -98,10 +102,10 @@ class MooncakeClient:
         return iter([self._put_reply(status) for status in statuses])
 
     def get_into(self, items: Sequence[Get], deadline: Deadline) -> Iterator[Reply]:
-        self._begin(deadline)
         lengths = [len(item.header) for item in items]
         names = [item.name for item in items]
         with contextlib.ExitStack() as stack:
+            self._begin_move(stack, deadline, is_read=True)
             headers = self._room_for_headers(stack, sum(lengths))
             places = self._places(stack, headers, lengths, [item.payload for item in items])
             statuses = self._store.batch_get_into_multi_buffers(names, *_columns(places))
@@ -133,9 +137,10 @@ class MooncakeClient:
 
     def abort(self) -> None:
         self._is_aborted = True
+        self._lane.close()
 
     def close(self) -> None:
-        self._is_aborted = True
+        self.abort()
         self._release()
         if self._store is not None:
             self._store.close()
@@ -151,7 +156,17 @@ class MooncakeClient:
         if self._is_aborted:
             raise RemoteError("connect_errors", f"{self.address}: the tier is closing", may_pass=False)
         if deadline.is_over:
-            raise RemoteError("timeouts", f"{self.address}: not done within the total deadline", may_pass=False)
+            raise self._too_late()
+
+    def _too_late(self) -> RemoteError:
+        return RemoteError("timeouts", f"{self.address}: not done within the total deadline", may_pass=False)
+
+    def _begin_move(self, stack: contextlib.ExitStack, deadline: Deadline, *, is_read: bool) -> None:
+        """A call that moves blocks begins, and lasts as long as the stack is open."""
+        is_in = stack.enter_context(self._lane.place(deadline, is_read=is_read))
+        self._begin(deadline)
+        if not is_in:
+            raise self._too_late()
 
     def _connect(self) -> None:
         """Joins the store, which may take some seconds; Mooncake itself tries for a minute and more where nobody listens."""
@@ -184,7 +199,7 @@ class MooncakeClient:
         try:
             return future.result(deadline.remaining_s())
         except FutureTimeoutError as error:
-            raise RemoteError("timeouts", f"{self.address}: not done within the total deadline", may_pass=False) from error
+            raise self._too_late() from error
 
     def _came_back(self) -> None:
         with self._lock:
