@@ -69,7 +69,7 @@ def _redis(stack: contextlib.ExitStack, folder: Path, name: str) -> Store:
 
 
 def _s3(stack: contextlib.ExitStack, folder: Path) -> Store:
-    server = S3Server(folder).start()
+    server = S3Server(folder, names_buckets=True).start()
     stack.callback(server.kill)
     access = ObjectAccess(
         url=f"s3://{server.bucket}",
@@ -80,7 +80,9 @@ def _s3(stack: contextlib.ExitStack, folder: Path) -> Store:
         request_timeout_s=60.0,
     )
     raw = _RawObjects(access)
-    return Store("s3", "object", lambda _: ObjectClient(access), raw.put, raw.get, raw.delete, {"threads": 8, "batch_bytes": 1})
+    options = {"threads": 8, "batch_bytes": 1}
+    peer_url = f"s3://{server.bucket_by_host}"
+    return Store("s3", "object", lambda _: ObjectClient(access), raw.put, raw.get, raw.delete, options, peer_url)
 
 
 def _mooncake(stack: contextlib.ExitStack, folder: Path) -> Store:

@@ -219,26 +219,37 @@ def can_connect(place: Path | tuple[str, int]) -> bool:
 
 
 class S3Server(Server):
-    """SeaweedFS with its S3 interface on a loopback port, with one bucket, open to everybody."""
+    """SeaweedFS with its S3 interface on a loopback port, with one bucket, open to everybody.
+
+    ``names_buckets``: also with a bucket that is named by the host alone (``127`` by ``127.0.0.1``), for clients that put no bucket into
+    the path.
+    """
 
     bucket = "kvtier"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, names_buckets: bool = False) -> None:
         ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
-        self.endpoint = f"http://127.0.0.1:{ports['s3']}"
+        self.endpoint = f"http://{'localhost' if names_buckets else '127.0.0.1'}:{ports['s3']}"
+        self.bucket_by_host = f"127.0.0.1:{ports['s3']}" if names_buckets else ""
         options = [f"-{name}.port={port}" for name, port in ports.items()]
         options += [f"-{name}.port.grpc={free_port()}" for name in ports]
+        options += ["-s3.domainName=0.0.1"] if names_buckets else []
         options += [f"-s3.port.{name}={free_port()}" for name in ("iceberg", "lance")]  # they have fixed ports otherwise
         binary = find_binary(("weed",), [Path(folder) / "bin" / "weed" for folder in sys.path])
         fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=20", "-master.volumeSizeLimitMB=1024", "-s3", "-s3.iam=false"]
         super().__init__([binary, "server", f"-dir={directory}", *fixed, *options], directory, self._is_ready_with_bucket)
 
     def _is_ready_with_bucket(self) -> bool:
-        request = urllib.request.Request(f"{self.endpoint}/{self.bucket}", method="PUT")
-        try:
-            with urllib.request.urlopen(request, timeout=5.0):
-                return True
-        except urllib.error.HTTPError as error:
-            return error.code == http.HTTPStatus.CONFLICT
-        except OSError:
-            return False
+        buckets = [self.bucket, self.bucket_by_host.partition(".")[0]]
+        return all(_has_made(f"{self.endpoint}/{bucket}") for bucket in buckets if bucket)
+
+
+def _has_made(bucket_url: str) -> bool:
+    request = urllib.request.Request(bucket_url, method="PUT")
+    try:
+        with urllib.request.urlopen(request, timeout=5.0):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code == http.HTTPStatus.CONFLICT
+    except OSError:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from kvtier.tiers.base import Tier
 from kvtier.tiers.object import ObjectAccess, ObjectClient
 from kvtier.tiers.object import client as object_client
 from kvtier.tiers.record import pack_text
-from kvtier.tiers.remote import Deadline, RemoteSettings, RemoteTier
+from kvtier.tiers.remote import Answer, Deadline, Get, Put, RemoteSettings, RemoteTier
 from kvtier.tiers.remote.records import FORMAT_TITLE
 from kvtier.types import BlockMeta, Outcome, ProbeJob
 
@@ -93,6 +94,29 @@ def test_two_engines_share_a_bucket(server: S3Server, monkeypatch: pytest.Monkey
     assert [] == first.check()  # it was not overwritten
     for tier in (first, second, third):
         tier.close()
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder", "s3"])
+def test_large_objects_are_read_by_ranges(kind: str, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte lands where it belongs, at lengths around those of ranges; one of another length is told from one that is not there."""
+    monkeypatch.setattr(object_client, "RANGE_BYTES", 1000)
+    access = {"memory": ObjectAccess(url="memory:///"), "folder": ObjectAccess(url=tmp_path.as_uri()), "s3": s3(server.endpoint)}[kind]
+    client = ObjectClient(access)
+
+    def get(name: str, num_bytes: int) -> tuple[Answer, bytes]:
+        header, payload = memoryview(bytearray(128)), memoryview(bytearray(num_bytes - 128))
+        (reply,) = client.get_into([Get(name, header, payload)], Deadline(30.0))
+        return reply.answer, bytes(header) + bytes(payload)
+
+    for num_bytes in (129, 999, 1000, 1001, 3000, 3001):
+        value = random.Random(num_bytes).randbytes(num_bytes)
+        (reply,) = client.put([Put(f"ranges/{num_bytes}", value[:128], memoryview(value)[128:])], Deadline(30.0))
+        assert reply.answer is Answer.DONE
+        assert (Answer.DONE, value) == get(f"ranges/{num_bytes}", num_bytes)
+        for other in (num_bytes - 1, num_bytes + 1, num_bytes + 1000, 5000):
+            assert get(f"ranges/{num_bytes}", other)[0] is Answer.OTHER_SIZE
+    assert get("ranges/none", 2500)[0] is Answer.ABSENT
+    client.close()
 
 
 def test_slow_cut_and_back(server: S3Server) -> None:

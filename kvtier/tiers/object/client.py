@@ -29,6 +29,8 @@ from kvtier.tiers.remote.client import ABSENT, DONE, OTHER_SIZE
 MULTIPART_BYTES = 64 << 20
 """from this size on an object is written in parts; that cannot be made conditional, so it is asked for first"""
 _PART_BYTES = 16 << 20
+RANGE_BYTES = 8 << 20
+"""of one request that reads; a larger object is read by several at once, since one connection rarely has a server's whole rate"""
 _MAX_MESSAGE = 300
 _MAX_QUESTIONS = 64
 """requests under way at once that ask for lengths: they are small, but a server counts them all the same"""
@@ -118,9 +120,7 @@ class ObjectClient:
             if isinstance(found, Reply):
                 yield found
                 continue
-            value = memoryview(found)
-            item.header[:] = value[: len(item.header)]
-            item.payload[:] = value[len(item.header) :]
+            _fill(item, found)
             yield DONE
 
     def sizes(self, names: Sequence[str], deadline: Deadline) -> list[int | None]:
@@ -187,15 +187,31 @@ class ObjectClient:
             return Reply(Answer.REFUSED, self._text(error))
         return DONE
 
-    async def _get(self, name: str, num_bytes: int) -> Any:
+    async def _get(self, name: str, num_bytes: int) -> Reply | list[memoryview]:
+        """What a value consists of, in order."""
+        ends = [*range(RANGE_BYTES, num_bytes, RANGE_BYTES), num_bytes]
+        spans = list(zip([0, *ends], ends, strict=False))
+        reads = [self._get_range(name, span if len(spans) > 1 else None, num_bytes) for span in spans]
+        pieces: list[memoryview] = []
+        for found in await asyncio.gather(*reads, return_exceptions=True):  # one that is too short fails for what lies behind its end
+            if isinstance(found, BaseException):
+                raise found
+            if isinstance(found, Reply):
+                return found
+            pieces.append(found)
+        return pieces
+
+    async def _get_range(self, name: str, span: tuple[int, int] | None, num_bytes: int) -> Reply | memoryview:
+        """A part of a value, or all of it."""
         try:
-            result = await obstore.get_async(self._store, name)
+            result = await obstore.get_async(self._store, name, options={} if span is None else {"range": span})
         except _ABSENT_ERRORS:
             return ABSENT
         if result.meta["size"] != num_bytes:
             return OTHER_SIZE
-        value = await result.bytes_async()
-        return value if len(value) == num_bytes else OTHER_SIZE
+        first, end = span or (0, num_bytes)
+        piece = memoryview(await result.bytes_async())
+        return piece if len(piece) == end - first else OTHER_SIZE
 
     async def _size(self, name: str) -> int | None:
         try:
@@ -215,3 +231,13 @@ class ObjectClient:
 
     def _text(self, error: Exception) -> str:
         return f"{self.address}: {' '.join(str(error).split())}"[:_MAX_MESSAGE]
+
+
+def _fill(item: Get, pieces: Sequence[memoryview]) -> None:
+    """Copies what a value consists of to where it belongs; the header lies in the first piece."""
+    header_bytes = len(item.header)
+    item.header[:] = pieces[0][:header_bytes]
+    position = 0
+    for piece in (pieces[0][header_bytes:], *pieces[1:]):
+        item.payload[position : position + len(piece)] = piece
+        position += len(piece)
