@@ -52,7 +52,7 @@ class ChunkBlender:
         ValueError: a slot does not hold exactly the rows of ``block_tokens`` tokens.
     """
 
-    def __init__(self, arena: Arena, model: BlendModel, tokens: TokenBlocks, *, block_tokens: int, block_bytes: int) -> None:
+    def __init__(self, model: BlendModel, tokens: TokenBlocks, *, block_tokens: int, block_bytes: int) -> None:
         layers, heads, head_dim = tokens.row_shape
         self._shape = (layers, 2, heads, block_tokens, head_dim)
         self._block_tokens = block_tokens
@@ -61,13 +61,12 @@ class ChunkBlender:
         if num_bytes != block_bytes:
             raise ValueError(f"rows of {block_tokens} tokens have {num_bytes} bytes, a slot has {block_bytes}")
         self._block_bytes = block_bytes
-        self._arena = arena
         self._model = model
         self._tokens = tokens
         self._anchors: OrderedDict[bytes, TokenKV] = OrderedDict()
 
     @torch.inference_mode()
-    def blend(self, job: BlendJob) -> tuple[int, int]:
+    def blend(self, job: BlendJob, arena: Arena) -> tuple[int, int]:
         """Fills the engine's blocks of the tokens from ``job.first`` to ``job.end``.
 
         Returns how many tokens came from chunks, and how many of them were computed anew.
@@ -77,7 +76,7 @@ class ChunkBlender:
         """
         layout = job.layout
         pairs = zip(layout.placements, job.chunks, strict=True)
-        entries = [ChunkEntry(at.chunk, self._read(at.chunk, slots)) for at, slots in pairs]
+        entries = [ChunkEntry(at.chunk, self._read(arena, at.chunk, slots)) for at, slots in pairs]
         prefix = self._tokens.read(layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
         made = blend(self._model, job.token_ids, layout, entries, METHODS[job.method](), FixedRatio(job.ratio), prefix=prefix, end=job.end)
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
@@ -85,22 +84,22 @@ class ChunkBlender:
         return num_tokens, made.num_chosen
 
     @torch.inference_mode()
-    def store(self, job: EntryJob) -> None:
+    def store(self, job: EntryJob, arena: Arena) -> None:
         """Computes a chunk behind its anchor into its slots. Raises LostChunkError where they have got other tenants."""
         anchor = self._anchor(job)
         first = len(job.anchor_ids)
         device = self._model.device
         kv, _ = full_prefill(self._model, torch.tensor((*job.anchor_ids, *job.token_ids), device=device), anchor)
         kv = kv.part(first, first + len(job.token_ids))
-        self._check(job.slots)
+        _check(arena, job.slots)
         for position, slot in zip(job.slots.positions, job.slots.slots, strict=True):
             start = position * self._block_tokens
-            rows = self._rows(slot)
+            rows = self._rows(arena, slot)
             part = kv.part(start, min(start + self._block_tokens, kv.num_tokens))
             rows[:, 0, :, : part.num_tokens] = part.keys
             rows[:, 1, :, : part.num_tokens] = part.values
             rows[:, :, :, part.num_tokens :] = 0  # what lay there may be somebody else's
-        self._check(job.slots)
+        _check(arena, job.slots)
 
     def _anchor(self, job: EntryJob) -> TokenKV | None:
         if not job.anchor_ids:
@@ -113,20 +112,21 @@ class ChunkBlender:
             self._anchors.popitem(last=False)
         return kv
 
-    def _read(self, chunk: Chunk, slots: ChunkSlots) -> TokenKV:
+    def _read(self, arena: Arena, chunk: Chunk, slots: ChunkSlots) -> TokenKV:
         if len(slots.slots) != len(chunk.block_keys):
             raise LostChunkError(f"chunk {chunk.key.hex()} has {len(slots.slots)} of {len(chunk.block_keys)} blocks")
-        both = torch.cat([self._rows(slot) for slot in slots.slots], 3)[:, :, :, : chunk.num_tokens].to(self._model.device)
-        self._check(slots)
+        both = torch.cat([self._rows(arena, slot) for slot in slots.slots], 3)[:, :, :, : chunk.num_tokens].to(self._model.device)
+        _check(arena, slots)
         return TokenKV(both[:, 0], both[:, 1])
 
-    def _rows(self, slot: int) -> torch.Tensor:
+    def _rows(self, arena: Arena, slot: int) -> torch.Tensor:
         """A view of a slot."""
         offset = slot * PAGE_BYTES
-        raw = torch.frombuffer(self._arena.buffer, dtype=torch.uint8, count=self._block_bytes, offset=offset)
+        raw = torch.frombuffer(arena.buffer, dtype=torch.uint8, count=self._block_bytes, offset=offset)
         return raw.view(self._tokens.dtype).view(self._shape)
 
-    def _check(self, slots: ChunkSlots) -> None:
-        generations = self._arena.generations
-        if any(int(generations[slot]) != planned for slot, planned in zip(slots.slots, slots.generations, strict=True)):
-            raise LostChunkError("a slot has another tenant")
+
+def _check(arena: Arena, slots: ChunkSlots) -> None:
+    generations = arena.generations
+    if any(int(generations[slot]) != planned for slot, planned in zip(slots.slots, slots.generations, strict=True)):
+        raise LostChunkError("a slot has another tenant")

@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from kvtier.blend.chunks import Chunk
-from kvtier.blend.layout import lay_out
+from kvtier.blend.layout import Placement, lay_out
 from kvtier.cache import Cache
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
@@ -105,6 +105,8 @@ class Blending:
         self._blends: dict[int, _Blend] = {}
         self._entries = _Entries()
         self._known = KnownChunks()
+        self.is_waiting = False
+        """whether a request waits for chunks, since the last ``take_entries``"""
 
     @property
     def has_pending_work(self) -> bool:
@@ -144,7 +146,8 @@ class Blending:
         state.plan = None
         num_exact = request.num_computed_tokens + (0 if exact.is_async else exact.num_tokens)
         ready = [at for at in state.placements if at.end > num_exact and self._is_ready(at.chunk)]
-        if len(ready) < len(state.placements) and self._is_promoting(request, num_exact):
+        if len(ready) < len(state.placements) and self._is_bringing(request, num_exact):
+            self.is_waiting = True
             return _LATER
         size = self._geometry.engine_block_tokens
         end = min(max((at.end for at in ready), default=0), state.num_prompt_tokens - 1, num_tokens - 1) // size * size
@@ -220,20 +223,36 @@ class Blending:
     def _is_ready(self, chunk: Chunk) -> bool:
         return self._engine.match(chunk.block_keys).ready_blocks == len(chunk.block_keys)
 
-    def _is_promoting(self, request: Request, num_exact: int) -> bool:
-        """Starts to bring chunks from slower tiers, and says whether to wait for them."""
+    def _is_bringing(self, request: Request, num_exact: int) -> bool:
+        """Starts to bring chunks from slower tiers, asks for them what other engines share, and says whether to wait for that."""
         state = request.blend
         assert state is not None
-        is_coming = False
-        for at in state.placements:
-            found = self._engine.match(at.chunk.block_keys)
-            if at.end > num_exact and found.hit_blocks == len(at.chunk.block_keys) > found.ready_blocks:
-                promised = found.ready_blocks if found.pending else self._engine.promote(at.chunk.block_keys)
-                is_coming = is_coming or found.pending or promised > found.ready_blocks
         now = self._clock()
         if state.deadline is None:
             state.deadline = end_of_wait(now, self._settings.promote_wait_s)
+        is_coming = False
+        for at in state.placements:
+            found = self._engine.match(at.chunk.block_keys)
+            if at.end <= num_exact or found.ready_blocks == len(at.chunk.block_keys):
+                continue
+            if found.hit_blocks < len(at.chunk.block_keys):
+                is_coming |= self._is_asked_for(request, at, found.hit_blocks)
+            else:
+                promised = found.ready_blocks if found.pending else self._engine.promote(at.chunk.block_keys)
+                is_coming |= found.pending or promised > found.ready_blocks
         return is_coming and now < state.deadline
+
+    def _is_asked_for(self, request: Request, at: Placement, num_known: int) -> bool:
+        """Has shared tiers be asked for the rest of a chunk. Whether an answer is under way."""
+        sharing = self._engine.sharing
+        if not sharing.tiers:
+            return False
+        keys = at.chunk.block_keys
+        tiers = sharing.tiers
+        if self._settings.load_or_recompute == "auto":
+            num_missing = len(keys) - num_known
+            tiers = sharing.worth_probing(at.start, num_missing * self._geometry.block_tokens, num_missing)
+        return bool(tiers) and sharing.probe(keys, num_known, request.tenant, tiers=tiers)
 
     def _order(self, request: Request, state: BlendState, plan: BlendPlan, block_ids: Sequence[int]) -> None:
         load_ids: list[int] = []
@@ -271,6 +290,7 @@ class Blending:
 
     def take_entries(self, *, is_prefilling: bool) -> list[EntryJob]:
         """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""
+        self.is_waiting = False
         entries = self._entries
         if not entries.waiting or not self._num_blenders:
             return []

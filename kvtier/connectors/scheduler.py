@@ -180,7 +180,7 @@ class SchedulerHalf:
         if due:
             with self._boundary.at("build_step"):
                 stores = self._copying.plan_stores(due)
-        if not scheduled and not loads and (self._matcher.num_waiting or self._engine.busy):
+        if not scheduled and not loads and (self._matcher.num_waiting or self._blending.is_waiting or self._engine.busy):
             with self._boundary.at("poll"):
                 self._engine.poll(IDLE_WAIT_S)
         blends = self._blending.take_blends(computing or ())

@@ -117,6 +117,7 @@ class WorkerHalf:
     ) -> None:
         """Copies to and from this arena from now on, which orders call ``arena_id``; None: every copy fails. Between two steps."""
         self._tenancy = Tenancy(None if arena is None else arena.generations, arena_id)
+        self._blends.attach(arena, arena_id)
         self._copier = copier
         self._layers = LayerPipeline(loader)
         self._layer_stores = LayerStores(storer)
@@ -172,7 +173,8 @@ class WorkerHalf:
             self._async_loads.append(self._start(job, is_load=True))
         if self._orders.blends:
             self.wait_for_loads()
-            self._failed_block_ids |= self._blends.blend(self._orders.blends, self._failed_block_ids, self._report)
+            orders = self._orders
+            self._failed_block_ids |= self._blends.blend(orders.blends, self._failed_block_ids, self._report, orders.arena_id)
 
     def wait_for_loads(self) -> None:
         """Returns when the sync loads of the step are in the engine's blocks or have failed. Idempotent."""
@@ -238,7 +240,7 @@ class WorkerHalf:
         self.wait_for_loads()
         self._layers.reset()
         self.start_stores()
-        self._blends.store(self._orders.entries, self._report)
+        self._blends.store(self._orders.entries, self._report, self._orders.arena_id)
         self._orders = _NO_ORDERS
         loads, self._async_loads = self._async_loads, []
         for copy in loads:

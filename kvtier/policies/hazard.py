@@ -120,9 +120,9 @@ class HazardPolicy:
 
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:
         """As the protocol has it; keys that are not here teach it nothing (``incoming`` does), and one named twice counts once."""
-        self._begin(now)
         path = list(dict.fromkeys(keys))
         path.reverse()
+        self._begin(now, len(path))
         forest = self._forest
         segment: RunSegment | None = None
         for old, runs in [(old, list(runs)) for old, runs in groupby(forest.along(path), _segment_of)]:
@@ -181,7 +181,7 @@ class HazardPolicy:
     def expired(self, now: float) -> list[BlockKey]:
         """Those of which, at their age, fewer than ``MIN_CHANCE`` are used again as far as the statistics reach. They are remembered, so
         that it is learned when that is no longer so."""
-        self._begin(now)
+        self._begin(now, 0)
         gone: list[BlockKey] = []
         class_id = 0
         while class_id < NUM_CLASSES:
@@ -197,7 +197,7 @@ class HazardPolicy:
     # ---- leaving ------------------------------------------------------------------------------------------------
 
     def victims(self, num_blocks: int, now: float, incoming: Sequence[BlockMeta] = ()) -> list[BlockKey]:
-        self._begin(now)
+        self._begin(now, num_blocks)
         self._resize(len(self))
         offers = self._offered(incoming)
         chosen: list[BlockKey] = []
@@ -256,11 +256,11 @@ class HazardPolicy:
 
     # ---- learning -----------------------------------------------------------------------------------------------
 
-    def _begin(self, now: float) -> None:
+    def _begin(self, now: float, num_blocks: int) -> None:
         self._settle()
         self._now = now
         self._log.advance(now, self._model)
-        self._model.end_request()
+        self._model.asked_for(num_blocks)
 
     def _used_again(self, old: RunSegment, num_blocks: int, before: RunSegment | None) -> RunSegment:
         """Blocks of a segment were used. Their new one: that of the blocks before them in the prompt, where it is of the same class."""

@@ -47,8 +47,8 @@ SHRINK_MARGIN = 8.0
 """the same for a row or column"""
 DECAY = 0.999
 REQUESTS_PER_DECAY = 64
-REQUESTS_PER_UPDATE = 1
-"""one class's indexes are computed anew every so many requests"""
+BLOCKS_PER_REQUEST = 8
+"""so many blocks count as a request: those that are being generated come one by one, and must not cost what a request costs"""
 MIN_CHANCE = 0.01
 """what is used with a smaller chance, as far as the table reaches, is past its time to live"""
 _MAX_SCALE = 1e100
@@ -204,6 +204,7 @@ class HazardModel:
         "_classes",
         "_columns",
         "_next_class",
+        "_num_blocks",
         "_num_requests",
         "_priors",
         "_rows",
@@ -232,6 +233,8 @@ class HazardModel:
         self._scale = 1.0
         self._weights = self._squares = 0.0
         self._num_requests = 0
+        self._num_blocks = 0
+        """since the last request"""
 
     def index(self, class_id: int, age_s: float) -> float:
         """The index of blocks of a class that were last used ``age_s`` ago."""
@@ -269,14 +272,21 @@ class HazardModel:
         for sums in (seen.row, seen.column, seen.common):
             sums.expected[position] += expected
 
+    def asked_for(self, num_blocks: int) -> None:
+        """So many blocks were used, or room for them was made, in one call. Ends a request as soon as that is enough for one."""
+        self._num_blocks += num_blocks
+        if self._num_blocks >= BLOCKS_PER_REQUEST:
+            self._num_blocks = 0
+            self.end_request()
+
     def end_request(self) -> None:
-        """Brings part of the table up to date. Call it once a request."""
+        """Brings part of the table up to date."""
         self._num_requests += 1
         if self._num_requests % REQUESTS_PER_DECAY == 0:
             self._scale /= DECAY
             if self._scale > _MAX_SCALE:
                 self._rescale()
-        if self._classes and self._num_requests % REQUESTS_PER_UPDATE == 0:
+        if self._classes:
             self._next_class = (self._next_class + 1) % len(self._classes)
             class_id = self._classes[self._next_class]
             chances = self.chances(class_id)

@@ -87,7 +87,7 @@ class NaiveHazard(NaivePolicy):
                     self.come(block, segment, place < count or had_child)
 
     def touch(self, blocks: Sequence[int], now: float) -> None:
-        self.begin(now)
+        self.begin(now, len(set(blocks)))
         path = [block for block in list(dict.fromkeys(blocks))[::-1] if block in self.home]
         groups: list[list[int]] = []
         for block in path:
@@ -131,7 +131,7 @@ class NaiveHazard(NaivePolicy):
                 self.list_leaf(block)
 
     def expired(self, now: float) -> list[int]:
-        self.begin(now)
+        self.begin(now, 0)
         gone: list[int] = []
         while over := [each for each in self.all_segments if each.leaves and now - each.time_s > self.model.ttl_s(each.class_id)]:
             gone.append(min(over, key=lambda each: (each.class_id, each.number)).leaves[-1])
@@ -156,7 +156,7 @@ class NaiveHazard(NaivePolicy):
             self.list_leaf(block)
 
     def victims(self, count: int, now: float = 0.0, incoming: Sequence[int] = ()) -> list[int]:
-        self.begin(now)
+        self.begin(now, count)
         offers = self.offered(incoming)
         chosen: list[int] = []
         while len(chosen) < count and (segment := self.worst()) is not None:
@@ -263,7 +263,7 @@ class NaiveHazard(NaivePolicy):
 
     # ---- learning -----------------------------------------------------------------------------------------------
 
-    def begin(self, now: float) -> None:
+    def begin(self, now: float, num_blocks: int) -> None:
         """As every use and every eviction begins."""
         self.settle()
         self.now = now
@@ -273,7 +273,7 @@ class NaiveHazard(NaivePolicy):
                     segment.passed.add(position)
                     if segment.num_alive > 0:
                         self.model.survived(segment.class_id, position, segment.weight(segment.num_alive))
-        self.model.end_request()
+        self.model.asked_for(num_blocks)
 
     def new_segment(self) -> NaiveSegment:
         """One whose use is now."""

@@ -99,6 +99,16 @@ def test_two_engines_share_mooncake(tmp_path: Path, alone: list[Result]) -> None
         master.kill()
 
 
+def test_chunks_are_shared_too(valkey: ValkeyServer) -> None:
+    """Chunks that one engine computed another one takes from Valkey, in other orders: with everything computed anew the same tokens."""
+    expected = run("blended_briefly")["answers"]
+    settings = {**with_tier(redis_tier(valkey.unix_url)), "blend": {"enabled": True}}
+    for stores in (True, False):
+        answers = run("blended_briefly", kvtier=settings, stores=stores)["answers"]
+        assert_same(expected, answers)
+        assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)
+
+
 def test_a_store_that_goes_wrong(alone: list[Result], tmp_path: Path) -> None:
     """Every fault of the server: each request completes with the same tokens, in bounded time; then hits are back without a restart."""
     orders = tmp_path / "orders"

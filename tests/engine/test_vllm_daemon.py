@@ -127,6 +127,19 @@ def test_a_daemon_that_is_killed_and_started_again(alone: list[Result], machine:
     assert loaded[4] > NEARLY_ALL, loaded
 
 
+def test_chunks_are_shared_too(machine: Machine) -> None:
+    """Chunks that one engine computed are put together by the next one, also after the daemon was killed: they lie on its disk by then."""
+    expected = run("blended_briefly")["answers"]
+    settings = {**machine.settings, "blend": {"enabled": True}}
+    for stores in (True, False, False):
+        answers = run("blended_briefly", kvtier=settings, stores=stores)["answers"]
+        assert_same(expected, answers)
+        assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)
+        if not stores:
+            machine.daemon.kill()
+            machine.start()
+
+
 def test_a_killed_daemon_leaves_its_host_memory_to_the_next(alone: list[Result], tmp_path: Path) -> None:
     """Without a disk: what a real engine stored in the host memory of a daemon that was killed, it loads from the next one."""
     machine = Machine(tmp_path, has_disk=False)

@@ -86,10 +86,12 @@ class Memory:
 class System:
     """Both halves' chunk reuse over a real cache; steps are made by hand."""
 
-    def __init__(self, directory: Path, parts: BlendParts | None = None, *, host_blocks: int = HOST_BLOCKS) -> None:
+    def __init__(
+        self, directory: Path, parts: BlendParts | None = None, *, host_blocks: int = HOST_BLOCKS, below: Sequence[dict[str, Any]] = ()
+    ) -> None:
         arena = Arena.open(str(directory / "arena"), host_blocks * 4096, huge_pages=False)
         arena.unlink()
-        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": host_blocks * 4096}]})
+        config = Config.from_mapping({"tiers": [{"type": "host", "capacity": host_blocks * 4096}, *below]})
         self.cache = CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES, arena=arena)
         geometry = Geometry(NAMESPACE.digest, BLOCK, BLOCK, 1, host_blocks)
         self.half = SchedulerHalf(
@@ -97,7 +99,8 @@ class System:
         )
         self.model = SmallModel()
         self.memory = Memory()
-        self.blender = ChunkBlender(arena, self.model, self.memory, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)
+        self.blender = ChunkBlender(self.model, self.memory, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)
+        self.arena = arena
         self.next_block = 1
         self.half.finish_step(CAN_BLEND)
 
@@ -119,11 +122,17 @@ class System:
         """A step; what concerns chunks is done, stores of prompts fail."""
         message = self.half.build_step(scheduled)
         report = WorkerReport()
-        steps = BlendSteps(None if fail else self.blender, lambda: None)
+        steps = self.steps(None if fail else self.blender)
         steps.blend(message.blends, set(), report)
         steps.store(message.entries, report)
         self.finish(message, report)
         return message
+
+    def steps(self, blender: ChunkBlender | None) -> BlendSteps:
+        """A worker's, over the arena."""
+        steps = BlendSteps(blender, lambda: None)
+        steps.attach(self.arena, "")
+        return steps
 
     def finish(self, message: StepMessage, report: WorkerReport) -> None:
         """Ends a step in which no block of a prompt could be stored."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvtier.blend.model import TokenKV
 from kvtier.config import BlendConfig
-from kvtier.connectors.blend_steps import BlendSteps, LostChunkError
+from kvtier.connectors.blend_steps import LostChunkError
 from kvtier.connectors.blending import MAX_DEFERRED_STEPS, BlendParts
 from kvtier.connectors.messages import BlendJob, RequestOptions, ScheduledRequest, StepMessage, WorkerReport
 from kvtier.connectors.requests import RequestIdentity
@@ -171,6 +171,33 @@ def test_too_few_chunks_are_computed(make: Callable[..., System]) -> None:
     system.close()
 
 
+def test_chunks_that_another_engine_stored_are_found(make: Callable[..., System], tmp_path: Path) -> None:
+    """In a store that both share: the request waits for an answer, then for the chunks. What the store does not have is not waited for."""
+    below = [{"type": "object", "url": (tmp_path / "store").as_uri()}]
+    documents = [document(number, 9) for number in range(3)]
+    first = make(below=below)
+    tokens, spans = joined(documents[:2], SYSTEM, [1, 2])
+    assert 2 == first.serve("first", tokens, spans=spans)
+    while first.half.has_pending_work:
+        first.step()
+    first.close()
+    second = make(below=below)
+    tokens, spans = joined(documents[1::-1], SYSTEM, [1, 2])
+    second.add("shared", tokens, spans=spans)
+    assert second.half.match("shared", len(tokens), 0).num_tokens is None
+    while (matched := second.half.match("shared", len(tokens), 0)).num_tokens is None:
+        second.step()
+    assert matched.is_blended
+    second.half.request_finished("shared")
+    tokens, spans = joined(documents[2:], SYSTEM, [1, 2])
+    second.add("new", tokens, spans=spans)
+    while (matched := second.half.match("new", len(tokens), 0)).num_tokens is None:
+        second.step()
+    assert 0 == matched.num_tokens
+    second.half.request_finished("new")
+    second.close()
+
+
 def begun_blend(system: System, *, num_computed_tokens: int) -> tuple[StepMessage, list[int]]:
     """The step that puts the second of two prompts of the same documents together, and the engine blocks of that prompt."""
     documents = [document(1, 9), document(2, 8)]
@@ -191,8 +218,12 @@ def test_a_failed_blend_is_reported_and_ends(make: Callable[..., System]) -> Non
     message, block_ids = begun_blend(system, num_computed_tokens=4)
     (job,) = message.blends
     report = WorkerReport()
-    assert set(block_ids[1:5]) == BlendSteps(None, lambda: None).blend([job], set(), report)
-    assert set(block_ids[1:5]) == BlendSteps(system.blender, lambda: None).blend([job], {block_ids[0]}, WorkerReport()), "its prefix failed"
+    assert set(block_ids[1:5]) == system.steps(None).blend([job], set(), report)
+    steps = system.steps(system.blender)
+    assert set(block_ids[1:5]) == steps.blend([job], {block_ids[0]}, WorkerReport()), "its prefix failed"
+    assert set(block_ids[1:5]) == steps.blend([job], set(), WorkerReport(), "other"), "planned for another arena"
+    steps.attach(None, "")
+    assert set(block_ids[1:5]) == steps.blend([job], set(), WorkerReport()), "no arena"
     system.finish(message, report)
     assert 1 == system.cache.stats["blend.failed"]
     system.half.request_finished("second")
@@ -214,7 +245,7 @@ def test_slots_with_other_tenants_are_lost(make: Callable[..., System]) -> None:
         }
     )
     with pytest.raises(LostChunkError, match="tenant"):
-        system.blender.blend(stale)
+        system.blender.blend(stale, system.arena)
     system.finish(message, WorkerReport({job.job_id: 1}))
     system.half.request_finished("second")
     system.close()

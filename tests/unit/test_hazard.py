@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvtier.policies import EvictionPolicy, HazardPolicy, LRUPolicy, hazard_model
 from kvtier.policies.ghosts import MAX_MERGED, MIN_BYTES, PIECE_BYTES, Ghosts, Known
 from kvtier.policies.hazard_model import (
+    BLOCKS_PER_REQUEST,
     DECAY,
     EDGES_S,
     MIN_CHANCE,
@@ -203,6 +204,22 @@ class TestStatistics:
             middle = (model.index(class_id, begin) + model.index(class_id, end)) / 2.0
             assert model.index(class_id, (begin + end) / 2.0) == pytest.approx(middle, rel=1e-9)
         assert model.index(class_id, EDGES_S[NUM_BINS - 1]) == model.index(class_id, 1e9)
+
+    def test_blocks_that_come_one_by_one_are_no_requests(self) -> None:
+        """The table is brought up to date when enough blocks were asked for, once a call."""
+        model = HazardModel()
+        class_id = class_of_reuse(2, 40.0)
+        before = model.index(class_id, 60.0)
+        model.reused(class_id, 60.0, 50.0)
+        for num_blocks in (0, *(1,) * (BLOCKS_PER_REQUEST - 1)):
+            model.asked_for(num_blocks)
+            assert before == model.index(class_id, 60.0)
+        model.asked_for(1)
+        after = model.index(class_id, 60.0)
+        assert after > before
+        model.reused(class_id, 60.0, 50.0)
+        model.asked_for(100 * BLOCKS_PER_REQUEST)
+        assert model.index(class_id, 60.0) > after
 
     def test_scale_is_taken_out_when_it_is_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """When the weights of what is new become huge, all are divided, and nothing else changes."""

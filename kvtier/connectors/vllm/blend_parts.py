@@ -18,7 +18,6 @@ from kvtier.connectors.vllm.geometry import BlockSizes
 from kvtier.connectors.vllm.model_access import loaded_model
 from kvtier.connectors.vllm.paged_tokens import PagedTokens
 from kvtier.errors import BlendRefusedError, ConfigError
-from kvtier.memory.arena import Arena
 
 _LOG = logging.getLogger(__name__)
 TURN_MARKERS = ("<|im_start|>", "<|start_header_id|>", "[INST]", "[TOOL_RESULTS]", "<tool_response>")
@@ -33,7 +32,7 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -
     return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), _refusal(vllm_config, config, sizes))
 
 
-def blender_of(arena: Arena, num_blocks: int, sizes: BlockSizes) -> ChunkBlender | None:
+def blender_of(num_blocks: int, sizes: BlockSizes) -> ChunkBlender | None:
     """A worker's blender; ``None``, and a warning that says why, where this worker cannot. Call it when KV memory is registered."""
     loaded = loaded_model()
     if loaded is None:
@@ -42,7 +41,7 @@ def blender_of(arena: Arena, num_blocks: int, sizes: BlockSizes) -> ChunkBlender
     try:
         model = EngineModel(loaded)
         tokens = PagedTokens(model.attentions, num_blocks, sizes.engine_block_tokens)
-        return ChunkBlender(arena, model, tokens, block_tokens=sizes.block_tokens, block_bytes=sizes.part_bytes)
+        return ChunkBlender(model, tokens, block_tokens=sizes.block_tokens, block_bytes=sizes.part_bytes)
     except (BlendRefusedError, ValueError) as error:
         _LOG.warning("kvtier: chunks are not reused: %s", error)
         return None

@@ -120,8 +120,6 @@ def _attach(config: Config, namespace: Namespace, sizes: BlockSizes, arena_path:
     """A daemon's cache. Raises DaemonError where there is none, ConfigError for what only an engine's own cache can do."""
     if config.gpu is not None:
         raise ConfigError("daemon.socket is set and tiers[0].type is gpu; allowed with a daemon: host and what is below it")
-    if config.blend.enabled:
-        raise ConfigError("daemon.socket is set and blend.enabled is true; allowed with a daemon: false")
     hello = Hello(
         "scheduler",
         os.path.basename(arena_path),
@@ -167,12 +165,12 @@ class WorkerSide:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 return movers_of(arena, layout, views, layers=used_layers, pool_bytes=pool_bytes, settings=self._config.connector)
 
+        blender = blender_of(self._num_blocks, self._sizes) if self._config.blend.enabled else None
         if self._arena is not None:
             movers = movers_for(self._arena)
-            blender = blender_of(self._arena, self._num_blocks, self._sizes) if self._config.blend.enabled else None
             self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer, blender=blender)
         else:
-            self._half = WorkerHalf(None, None, part)
+            self._half = WorkerHalf(None, None, part, blender=blender)
             hello = Hello("worker", self._name, str(rank), {})
             self._served = ServedArena(self._config.daemon, hello, self, movers_for)
 
