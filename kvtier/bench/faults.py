@@ -2,8 +2,9 @@
 
 Two engines by turns: one without kvtier, and one that shares a Valkey, which is slowed down, frozen, killed and so on while it is asked.
 Both get the same prompts. The second one has them nowhere but in the store; ``load_or_recompute`` is ``always``, so that it goes there
-each time. What a request takes longer than in the first one is to stay below ``promote_wait``: that is checked for each request. On a
-machine that does other things too, computing alone differs by more from request to request; the part before the engine begins does not.
+each time. What a request takes longer than in the first one is to stay below ``promote_wait``: that is checked for each request. The
+first engine is asked before and after the second one. By how much its two answers differ in time is what computing differs by itself: the
+time of a whole request may be above the bound by that, the part before the engine begins may not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvtier.bench.engine import ENVIRONMENT, FORGET, open_engine, prompt_of
 from kvtier.bench.report import Record, publish, record
@@ -31,11 +32,21 @@ _SETTLE_S = 2.5
 _RECOVERY_S = 120.0
 
 
+class Asked(NamedTuple):
+    """The answers to one prompt, with how long they took."""
+
+    before: dict[str, Any]
+    """without kvtier"""
+    served: dict[str, Any]
+    after: dict[str, Any]
+    """without kvtier"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=10, help="requests per fault (default: 10)")
+    parser.add_argument("--rounds", type=int, default=6, help="requests per fault (default: 6)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a prompt (default: 128)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="what goes wrong (default: all)")
 
@@ -74,26 +85,28 @@ def measure(model: str, num_tokens: int, rounds: int, faults: Sequence[str], dir
             recover(served, prompts[0])
             if fault != "none":
                 store.begin(fault)
-            pairs = []
+            asked = []
             for number, prompt in enumerate(prompts):
                 served(FORGET)
-                pairs.append((alone([prompt]), served([prompt])))
-                if any(answer["tokens"] != expected[number] for answer in pairs[-1]):
+                asked.append(Asked(alone([prompt]), served([prompt]), alone([prompt])))
+                if any(answer["tokens"] != expected[number] for answer in asked[-1]):
                     raise RuntimeError(f"other tokens than vLLM alone has, with the fault {fault!r}")
             if fault != "none":
                 store.end(fault)
-            yield from records_of(fault, num_tokens, pairs)
+            yield from records_of(fault, num_tokens, asked)
         recover(served, prompts[0])
 
 
-def records_of(fault: str, num_tokens: int, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[Record]:
+def records_of(fault: str, num_tokens: int, asked: Sequence[Asked]) -> Iterator[Record]:
     """What requests took, and what the store added to them beside the deadline: until the engine began with them, and in all."""
-    params = {"fault": fault, "tokens": num_tokens, "requests": len(pairs), "promote_wait": format_duration(DEADLINE_S)}
-    yield record("a request without kvtier", params, [alone["seconds"] for alone, _ in pairs], "ms")
-    for what, key in (("waiting", "waited_s"), ("in all", "seconds")):
-        added = [served[key] - alone[key] for alone, served in pairs]
+    params = {"fault": fault, "tokens": num_tokens, "requests": len(asked), "promote_wait": format_duration(DEADLINE_S)}
+    yield record("a request without kvtier", params, [one.before["seconds"] for one in asked], "ms")
+    noise_s = max(abs(one.after["seconds"] - one.before["seconds"]) for one in asked)
+    yield record("the same twice without kvtier, largest difference", params, [noise_s], "ms")
+    for what, key, more_s in (("waiting", "waited_s", 0.0), ("in all", "seconds", noise_s)):
+        added = [one.served[key] - (one.before[key] + one.after[key]) / 2 for one in asked]
         yield record(f"added by the store, {what}, median", params, added, "ms", limit=1e3 * DEADLINE_S)
-        yield record(f"added by the store, {what}, worst", params, [max(added)], "ms", limit=1e3 * DEADLINE_S)
+        yield record(f"added by the store, {what}, worst", params, [max(added)], "ms", limit=1e3 * (DEADLINE_S + more_s))
 
 
 def recover(served: Any, prompt: list[int]) -> None:
