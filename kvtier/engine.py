@@ -157,7 +157,6 @@ class CacheEngine:
         if config.gpu is not None and device_slots:
             pool = _residency("gpu", config.policy_of(config.gpu), config.gpu.ttl_s, config.gpu.ttl_mode)
             planner.use_device_pool(DevicePool(device_slots, block_bytes, pool, stats))
-        recorder = space.registry = None if slots is None else SlotRecorder(slots, arena, stats)
         now = clock()
         for index, tier in enumerate(lower, start=1):
             planner.recover(index, tier.entries(), now)
@@ -167,6 +166,8 @@ class CacheEngine:
         capacity_blocks = slab.max_slots(block_bytes)
         max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
         hints = Hints(planner, estimates, stats, max_blocks=max_blocks, capacity_blocks=capacity_blocks)
+        # last, since it has a thread: nothing behind it can fail
+        recorder = space.registry = None if slots is None else SlotRecorder(slots, arena, stats)
         parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints, recorder)
         return cls(parts, block_bytes=block_bytes, clock=clock)
 

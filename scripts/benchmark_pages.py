@@ -20,9 +20,9 @@ HEAD = """<!-- printed by scripts/generate_reference.py from the JSON beside it;
 
 # Benchmarks
 
-Every figure is a median of one run of the command above its table. *Spread* is the distance between the quartiles. A *limit* was measured
-in the same run: what the hardware gives to the plainest program that moves the same bytes. A *target* is what the project set itself.
-*Peers* did the same work in the same run, in the same unit. LMCache has no copier for paged memory on a CPU: where it copies, that is
+Every figure is a median of one run of the command above its table. *Spread* is the distance between the quartiles, of three rounds or
+fewer the range. A *limit* was measured in the same run: what the hardware gives to the plainest program that moves the same bytes. A
+*target* is what the project set itself. *Peers* did the same work in the same run, in the same unit. LMCache has no copier for paged memory on a CPU: where it copies, that is
 its fallback in torch, not its way to a GPU. What no machine has shown is not here.
 """
 
@@ -34,6 +34,8 @@ COMMANDS: Mapping[str, str] = {
     "disk": "kvtier bench disk",
     "tier": "kvtier bench tier",
     "sharing": "kvtier bench sharing --model .cache/smollm2 --rounds 3",
+    "remote": "kvtier bench remote --rounds 11",
+    "serve": "kvtier bench serve",
     "faults": "kvtier bench faults --model .cache/smollm2",
     "gpu": "make gpu-check",
 }

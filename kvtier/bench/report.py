@@ -22,7 +22,7 @@ from kvtier.machine import cpu_model, version_of
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One figure: the median ``value`` in ``unit``; ``spread`` is the distance between the quartiles."""
+    """One figure: the median ``value`` in ``unit``; ``spread``: from quartile to quartile, of three values or fewer the range."""
 
     name: str
     params: Mapping[str, object]
@@ -52,7 +52,7 @@ def record(name: str, params: Mapping[str, object], times_s: Sequence[float], un
     """A record of times given in seconds, as ``us`` or ``ms``. ``more``: ``limit`` and ``peers``, in ``unit``."""
     scale = {"us": 1e6, "ms": 1e3, "s": 1.0}[unit]
     values = sorted(scale * seconds for seconds in times_s)
-    spread = values[(3 * len(values)) // 4] - values[len(values) // 4] if len(values) > 3 else 0.0
+    spread = values[(3 * len(values)) // 4] - values[len(values) // 4] if len(values) > 3 else values[-1] - values[0]
     value = statistics.median(values)
     limit = more.get("limit")
     peers = more.get("peers", {})

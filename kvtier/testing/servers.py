@@ -236,7 +236,7 @@ class S3Server(Server):
         options += ["-s3.domainName=0.0.1"] if names_buckets else []
         options += [f"-s3.port.{name}={free_port()}" for name in ("iceberg", "lance")]  # they have fixed ports otherwise
         binary = find_binary(("weed",), [Path(folder) / "bin" / "weed" for folder in sys.path])
-        fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=20", "-master.volumeSizeLimitMB=1024", "-s3", "-s3.iam=false"]
+        fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=60", "-master.volumeSizeLimitMB=1024", "-s3", "-s3.iam=false"]
         super().__init__([binary, "server", f"-dir={directory}", *fixed, *options], directory, self._is_ready_with_bucket)
 
     def _is_ready_with_bucket(self) -> bool:
