@@ -22,8 +22,8 @@ HEAD = """<!-- printed by scripts/generate_reference.py from the JSON beside it;
 
 Every figure is a median of one run of the command above its table. *Spread* is the distance between the quartiles, of three rounds or
 fewer the range. A *limit* was measured in the same run: what the hardware gives to the plainest program that moves the same bytes. A
-*target* is what the project set itself. *Peers* did the same work in the same run, in the same unit. LMCache has no copier for paged memory on a CPU: where it copies, that is
-its fallback in torch, not its way to a GPU. What no machine has shown is not here.
+*target* is what the project set itself. *Peers* did the same work in the same run, in the same unit. LMCache has no copier for paged
+memory on a CPU: where it copies, that is its fallback in torch, not its way to a GPU. What no machine has shown is not here.
 """
 
 COMMANDS: Mapping[str, str] = {
