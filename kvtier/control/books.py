@@ -69,6 +69,17 @@ class Books:
         self.host.residency.pin(entry.key, entry.num_bytes)
         return Pin(((0, entry.key, entry.num_bytes),), None)
 
+    def anchor_run(self, run: Sequence[Entry]) -> Pin:
+        """Pins a run where it lies, down to its last block in each tier, for as long as room is made for a part of it."""
+        last = self.last_in_host(run)
+        places = [] if last is None else [(0, last)]
+        for tier in self.lower:
+            end = next((entry for entry in reversed(run) if entry.readable & tier.bit), None)
+            places += [] if end is None else [(tier.index, end)]
+        for tier_index, entry in places:
+            self.residency(tier_index).pin(entry.key, entry.num_bytes)
+        return Pin(tuple((tier_index, entry.key, entry.num_bytes) for tier_index, entry in places), None)
+
     def release(self, pin: Pin, now: float) -> None:
         """Takes a pin's promises back."""
         for tier_index, key, num_bytes in pin.places:

@@ -28,18 +28,19 @@ class Promoter:
         missing = [entry for entry in run if not (entry.readable | entry.busy) & HOST]
         if not missing:
             return len(run)
-        anchored = books.anchor(books.last_in_host(run))
+        # What makes room may be written down, and must not crowd out down there what is about to come up.
+        anchored = books.anchor_run(run)
         # Unconditional: whatever the blocks are worth, the request that waits for them gets them only through host memory.
         room = books.host.make_room(len(missing), missing[0].num_bytes, now, missing[0].tenant).num_blocks
         taken = missing[:room]
         for position, entry in enumerate(taken):
-            if not books.space.take(entry):
+            if self._source_of(entry) is None or not books.space.take(entry):
                 taken = taken[:position]
                 break
             entry.busy |= HOST
         books.release(anchored, now)
         for tier in books.lower:
-            self._start(tier, [entry for entry in taken if self._source(entry) is tier])
+            self._start(tier, [entry for entry in taken if self._source_of(entry) is tier])
         if len(taken) == len(missing):
             return len(run)
         books.stats.add("promote.refused_blocks", len(missing) - len(taken))
@@ -93,13 +94,17 @@ class Promoter:
         books = self._books
         found: list[tuple[str, int]] = []
         for entry in books.index.run(keys, 0, books.visible):
-            name = (books.host if entry.readable & HOST else self._source(entry)).residency.name
+            source = books.host if entry.readable & HOST else self._source_of(entry)
+            if source is None:
+                break
+            name = source.residency.name
             count = found.pop()[1] if found and found[-1][0] == name else 0
             found.append((name, count + 1))
         return found
 
-    def _source(self, entry: Entry) -> LowerTier:
-        return next(tier for tier in self._books.lower if entry.readable & tier.bit & self._books.visible)
+    def _source_of(self, entry: Entry) -> LowerTier | None:
+        """The fastest tier that has a block; None: it has left them all meanwhile."""
+        return next((tier for tier in self._books.lower if entry.readable & tier.bit & self._books.visible), None)
 
     def _start(self, tier: LowerTier, entries: list[Entry]) -> None:
         if not entries:

@@ -110,12 +110,13 @@ def make_planner(
     has_disk: bool = True,
     stats: Stats | None = None,
     admission: Admission | None = None,
+    write: WriteMode = WriteMode.THROUGH,
 ) -> Planner:
     slab = SlabAllocator(host_blocks * PAGE_BYTES, extent_blocks * PAGE_BYTES)
     expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=True)
     host = Residency("host", lambda: create_policy(policy), expiry)
     residency = Residency("disk", lambda: create_policy(policy), None)
-    disk = LowerTierSpec(residency, lambda num_bytes: disk_blocks, WriteMode.THROUGH, 1 << 30, admission)
+    disk = LowerTierSpec(residency, lambda num_bytes: disk_blocks, write, 1 << 30, admission)
     return Planner(HostSpace(slab, [0] * host_blocks), host, [disk] if has_disk else [], stats or Stats())
 
 
@@ -331,6 +332,25 @@ def test_host_memory_turns_nothing_away_that_a_tier_below_might_take() -> None:
     assert 3 == planner.match(keys_of(2, 3)).ready_blocks
     assert 4 == planner.match(hot).hit_blocks
     assert planner.check() == []
+
+
+def test_what_comes_up_is_not_crowded_out_by_what_goes_down_for_it() -> None:
+    """The disk is full and the prompt that is wanted is the first that would leave it: another one leaves."""
+    planner = make_planner(8, extent_blocks=8, disk_blocks=8, write=WriteMode.ON_EVICT)
+    for second, prompt in enumerate((1, 2, 3, 4)):
+        store(planner, keys_of(prompt, 4), now=float(second))
+        write_down(planner, float(second))
+        store(planner, keys_of(prompt, 4), now=float(second))
+    planner.take_commands()
+    assert [4, 4] == [planner.match(keys_of(prompt, 4)).hit_blocks for prompt in (1, 2)]
+    assert 4 == planner.promote(keys_of(1, 4), 10.0)
+    commands = planner.take_commands()
+    (promoted,) = [command for command in commands if isinstance(command, Promote)]
+    assert keys_of(1, 4) == [block.key for block in promoted.blocks]
+    removed = {key for command in commands if isinstance(command, Remove) for key in command.keys}
+    assert removed, "what host memory let go for it was written to a full disk"
+    assert removed <= set(keys_of(2, 4))
+    assert [] == planner.check()
 
 
 def test_a_promotion_is_never_turned_away() -> None:
