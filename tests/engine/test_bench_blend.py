@@ -11,7 +11,7 @@ import torch
 from kvtier.bench.blend.answers import Begun, Gold, answer_all, with_room, write_all, write_anew
 from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.quality import PROSE_TOKENS, Case, Primer, SetRun
-from kvtier.bench.blend.summary import FULL
+from kvtier.bench.blend.summary import FULL, ROUNDED
 from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Question
 from kvtier.bench.blend.variants import VARIANTS
 from kvtier.blend.blender import blend, extend
@@ -140,6 +140,21 @@ def test_questions_that_full_prefill_does_not_answer_can_be_left_out(model: Any)
     answered = {row["question"] for row in rows if row["variant"] == FULL and row["is_right"]}
     assert answered - {3} < {0, 1, 2}, "some are not answered"
     assert answered | {3} == {row["question"] for row in rows if row["variant"] != FULL}
+
+
+def test_rounding_has_rows_of_its_own(model: Any) -> None:
+    """Full prefill by another model beside each question: nothing changes where it is the same, something where it is not."""
+    wanted: dict[int, list[Case]] = {number: [] for number in range(4)}
+    primer = Primer(model, encode)
+    changes = []
+    for other in (model, tiny("llama")[1]):
+        rows = list(SetRun(model, encode, DOCUMENTS, primer, other).rows(wanted, only_answered=False))
+        assert [(number, label) for number in range(4) for label in (FULL, ROUNDED)] == [(row["question"], row["variant"]) for row in rows]
+        changes.append(sum(row["kl"] for row in rows))
+    assert 0 == changes[0] < changes[1]
+    rows = list(SetRun(model, encode, DOCUMENTS, primer, model).rows(wanted, only_answered=True))
+    answered = [row["question"] for row in rows if row["variant"] == FULL and (row["is_right"] or row["task"] == "prose")]
+    assert answered == [row["question"] for row in rows if row["variant"] == ROUNDED]
 
 
 def test_texts_go_on_from_where_they_leave_the_right_answer(model: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvtier.bench.blend.overlap import f1, rouge_l
-from kvtier.bench.blend.summary import by_variant, estimate, paired
+from kvtier.bench.blend.records import records
+from kvtier.bench.blend.summary import ROUNDED, by_variant, estimate, of_ratio, paired
 from kvtier.bench.blend.tasks import make_set
 from kvtier.cli import main
 
@@ -75,6 +76,15 @@ def test_only_answered_questions_count_as_retained() -> None:
     assert 0.2 == pytest.approx(table["a"]["kl_answered"].value)
     assert "retained" not in table["b"]
     assert {} == by_variant(rows, "prose")
+
+
+def test_what_rounding_changes_stands_beside_every_ratio() -> None:
+    """Printed with each ratio, one record, whatever the ratios; it is no method."""
+    rounded = {**row(0, ROUNDED, 0.01), "ratio": 1.0}
+    rows = [row(0, "a", 0.1), {**row(0, "a", 0.2), "ratio": 0.3}, rounded]
+    assert [0.1, 0.01] == [each["kl"] for each in of_ratio(rows, 0.15)]
+    found = [each for each in records(rows, [0.15, 0.3]) if each.params.get("method") == ROUNDED and each.name == "mean KL"]
+    assert [(1.0, 0.01)] == [(each.params["recompute"], each.value) for each in found]
 
 
 def test_variants_are_compared_over_the_questions_both_have() -> None:

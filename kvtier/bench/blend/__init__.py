@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtier.bench.blend.records import BASELINE, records
-from kvtier.bench.blend.summary import FULL, Row, by_variant, of_ratio, paired
+from kvtier.bench.blend.summary import FULL, ROUNDED, Row, by_variant, of_ratio, paired
 from kvtier.bench.blend.tasks import TASKS, DocumentSet, make_set
 from kvtier.bench.report import publish
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model and its KV (default: float32)")
+    parser.add_argument("--rounding", action="store_true", help="full prefill in float32 as well: what rounding alone changes")
     parser.add_argument("--report-only", action="store_true", help="print what the file holds, run nothing")
 
 
@@ -75,6 +76,7 @@ def _measure(args: argparse.Namespace, path: str) -> None:
         torch.set_num_threads(args.threads)
     done = _read(args.rows)
     model, encode = _load(path, args.device, args.dtype)
+    in_float32 = _load(path, args.device, "float32")[0] if args.rounding else None
     primer = Primer(model, encode)
     with args.rows.open("a", encoding="utf-8") as file:
         for number in range(args.first, args.first + args.items):
@@ -84,7 +86,7 @@ def _measure(args: argparse.Namespace, path: str) -> None:
             if not missing:
                 continue
             started_s = time.monotonic()
-            for row in SetRun(model, encode, documents, primer).rows(missing, only_answered=args.only_answered):
+            for row in SetRun(model, encode, documents, primer, in_float32).rows(missing, only_answered=args.only_answered):
                 if (row["question"], row["variant"], row["ratio"]) not in known:
                     file.write(json.dumps({**row, "dtype": args.dtype}) + "\n")
                     file.flush()
@@ -106,7 +108,8 @@ def _missing(args: argparse.Namespace, documents: DocumentSet, known: Mapping[tu
             continue
         left_out = args.only_answered and item.answer is not None and not known.get((question, FULL, 1.0), True)
         wanted = [] if left_out else [case for case in cases if (question, case.variant.label, case.ratio) not in known]
-        if wanted or (question, FULL, 1.0) not in known:
+        full = [FULL, ROUNDED] if args.rounding and not left_out else [FULL]
+        if wanted or any((question, label, 1.0) not in known for label in full):
             missing[question] = wanted
     return missing
 

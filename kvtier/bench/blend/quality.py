@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvtier.bench.blend.answers import Begun, Gold, answer_all, compare, gold_of, with_room, write_all, write_anew
+from kvtier.bench.blend.answers import Answer, Begun, Gold, answer_all, compare, gold_of, with_room, write_all, write_anew
 from kvtier.bench.blend.overlap import f1, rouge_l
-from kvtier.bench.blend.summary import FULL
+from kvtier.bench.blend.summary import FULL, ROUNDED
 from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Question, make_set, neutral_document
 from kvtier.bench.blend.variants import Variant
 from kvtier.blend.blender import blend
@@ -67,8 +67,12 @@ class Primer:
 class SetRun:
     """The documents of one set as chunks, and their KV full and in entries."""
 
-    def __init__(self, model: BlendModel, encode: Encode, documents: DocumentSet, primer: Primer) -> None:
+    def __init__(
+        self, model: BlendModel, encode: Encode, documents: DocumentSet, primer: Primer, in_float32: BlendModel | None = None
+    ) -> None:
+        """``in_float32``: the same model, to see what rounding alone changes."""
         self._model = model
+        self._in_float32 = in_float32
         self._encode = encode
         self._documents = documents
         self._primer = primer
@@ -80,6 +84,7 @@ class SetRun:
         full, _ = full_prefill(model, torch.tensor(self._context_ids, device=model.device))
         self._prefix = full.part(0, len(self._prefix_ids)).clone()
         self._full = with_room(model, full, self._room)
+        self._full_float32: TokenKV | None = None
         self._entries: dict[str, tuple[PromptLayout, list[ChunkEntry]]] = {}
         self._joined: dict[tuple[str, float], Joined] = {}
         """what serves all questions"""
@@ -93,10 +98,15 @@ class SetRun:
             full = Begun(self._full, len(self._context_ids), ids)
             (reference,) = answer_all(self._model, [full], gold)
             where = {"set": self._documents.number, "question": number, "task": question.task}
+            whole = {"ratio": 1.0, "share": 1.0, "cost": 1.0}
             figures = compare(reference, reference)
             overlap = self._overlaps(question, gold, write_all(self._model, [full], gold, [reference]))[0]
-            yield {**where, "variant": FULL, "ratio": 1.0, "share": 1.0, "cost": 1.0, **figures, **overlap}
-            if not cases or (only_answered and question.answer is not None and not figures["is_right"]):
+            yield {**where, "variant": FULL, **whole, **figures, **overlap}
+            if only_answered and question.answer is not None and not figures["is_right"]:
+                continue
+            if self._in_float32 is not None:
+                yield {**where, "variant": ROUNDED, **whole, **self._rounded(self._in_float32, question, ids, gold, reference)}
+            if not cases:
                 continue
             joined = [self._join(case, ids) for case in cases]
             begun = [Begun(at.kv, at.num_tokens, () if at.last is not None else ids, at.last) for at in joined]
@@ -117,6 +127,15 @@ class SetRun:
             return gold_of(self._encode(part) for part in question.answer)
         written = write_anew(self._model, Begun(self._full, len(self._context_ids), ids), PROSE_TOKENS)
         return Gold(written, [True] * PROSE_TOKENS)
+
+    def _rounded(self, model: BlendModel, question: Question, ids: list[int], gold: Gold, reference: Answer) -> dict[str, Any]:
+        """Full prefill by the model in float32."""
+        if self._full_float32 is None:
+            full, _ = full_prefill(model, torch.tensor(self._context_ids, device=model.device))
+            self._full_float32 = with_room(model, full, self._room)
+        begun = [Begun(self._full_float32, len(self._context_ids), ids)]
+        answers = answer_all(model, begun, gold)
+        return {**compare(reference, answers[0]), **self._overlaps(question, gold, write_all(model, begun, gold, answers))[0]}
 
     def _num_tokens(self, question: Question) -> int:
         parts = question.answer or ()

@@ -22,7 +22,7 @@ def records(rows: Sequence[Row], ratios: Sequence[float]) -> Iterator[Record]:
         if full is not None and task != "prose":
             params = {"task": task, "questions": full["n"], "sets": full["sets"]}
             yield Record("answered by full prefill", params, full["answered"] / full["n"], "ratio")
-        for ratio in (0.0, *sorted(ratios)):
+        for ratio in (0.0, *sorted({*ratios, 1.0})):
             yield from _of_task([row for row in rows if row["ratio"] == ratio], of_ratio(rows, ratio), task, ratio)
 
 

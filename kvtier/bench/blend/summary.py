@@ -11,6 +11,8 @@ import numpy as np
 
 FULL = "full"
 """the label of full prefill's own rows"""
+ROUNDED = "full, float32"
+"""the label of full prefill's in another precision: what rounding alone changes"""
 NUM_DRAWS = 2000
 Row = Mapping[str, Any]
 
@@ -74,8 +76,8 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
 
 
 def of_ratio(rows: Sequence[Row], ratio: float) -> list[Row]:
-    """Those of one ratio, with full reuse and full prefill to compare with."""
-    return [row for row in rows if row["ratio"] in (0.0, ratio) or row["variant"] == FULL]
+    """Those of one ratio, with full reuse and full prefill, both of them, to compare with."""
+    return [row for row in rows if row["ratio"] in (0.0, ratio) or row["variant"] in (FULL, ROUNDED)]
 
 
 def paired(rows: Sequence[Row], task: str, variant: str, baseline: str) -> Estimate | None:
