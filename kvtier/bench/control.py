@@ -126,9 +126,12 @@ def decode_steps(cache: Cache, rounds: int, num_requests: int) -> list[float]:
 
     Host memory is full before, as it is nearly always: of prompts of which one was used again and again.
     """
-    for prompt, _ in zip(_prompts(), range(num_requests * 256 // BLOCKS_PER_PROMPT + 2), strict=False):
-        _store(cache, prompt)
-        cache.touch([BlockKey((0).to_bytes(16, "little"))])
+    prompts = _prompts(1 << 120)  # the cache may have others already
+    often = next(prompts)
+    _store(cache, often)
+    for _ in range(num_requests * 256 // BLOCKS_PER_PROMPT):
+        _store(cache, next(prompts))
+        cache.touch(often[::-1])
         cache.poll()
     block_tokens = STEP_BLOCK_TOKENS
     geometry = Geometry(b"n" * 16, block_tokens, block_tokens, num_workers=1, host_blocks=num_requests * 256)
@@ -265,8 +268,8 @@ def _put(planner: Planner, keys: list[BlockKey]) -> None:
     planner.commit_store(plan.job_id, (), 0.0)
 
 
-def _prompts() -> Iterator[list[BlockKey]]:
-    number = 0
+def _prompts(number: int = 0) -> Iterator[list[BlockKey]]:
+    """The keys of prompts that share nothing, beginning with ``number``."""
     while True:
         yield [BlockKey((number + position).to_bytes(16, "little")) for position in range(BLOCKS_PER_PROMPT)]
         number += BLOCKS_PER_PROMPT
