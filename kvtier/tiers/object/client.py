@@ -30,7 +30,7 @@ MULTIPART_BYTES = 64 << 20
 """from this size on an object is written in parts; that cannot be made conditional, so it is asked for first"""
 _PART_BYTES = 16 << 20
 RANGE_BYTES = 8 << 20
-"""of one request that reads; a larger object is read by several at once, since one connection rarely has a server's whole rate"""
+"""at least of each request where several at once read an object, since one connection rarely has a server's whole rate"""
 _MAX_MESSAGE = 300
 _MAX_QUESTIONS = 64
 """requests under way at once that ask for lengths: they are small, but a server counts them all the same"""
@@ -189,8 +189,8 @@ class ObjectClient:
 
     async def _get(self, name: str, num_bytes: int) -> Reply | list[memoryview]:
         """What a value consists of, in order."""
-        ends = [*range(RANGE_BYTES, num_bytes, RANGE_BYTES), num_bytes]
-        spans = list(zip([0, *ends], ends, strict=False))
+        step = -(-num_bytes // max(1, num_bytes // RANGE_BYTES))  # equal ones: a header's few bytes are no range of their own
+        spans = [(start, min(start + step, num_bytes)) for start in range(0, num_bytes, step)]
         reads = [self._get_range(name, span if len(spans) > 1 else None, num_bytes) for span in spans]
         pieces: list[memoryview] = []
         for found in await asyncio.gather(*reads, return_exceptions=True):  # one that is too short fails for what lies behind its end
