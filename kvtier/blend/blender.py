@@ -64,12 +64,7 @@ def blend(  # noqa: PLR0913 - by keyword
     chosen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=model.device)
     chosen[prompt.candidates[selection.chosen.to(model.device)]] = True
     chosen[end:] &= end is None
-    rows = prompt.rows_of(chosen)
-    hook = None
-    if selection.shift_weight:
-        hook = MeanShift(prompt.kv, layout, rows.positions, chosen, selection.shift_weight)
-    if len(rows.positions):
-        prompt.advance(rows, hook=hook, kv_only=end is not None)
+    rows = prompt.compute(chosen, selection, kv_only=end is not None)
     logits = model.logits(rows.hidden[-1:])[0] if end is None else None
     return Blended(prompt.kv, logits, int(chosen.sum()), prompt.num_token_layers)
 
@@ -114,6 +109,7 @@ class _Prompt:
     ) -> None:
         self.layout = layout
         self.num_token_layers = 0
+        self.num_layers = model.num_layers
         self._model = model
         self._tokens = token_ids
         self._entries = entries
@@ -136,7 +132,26 @@ class _Prompt:
         self.num_token_layers += len(rows.positions) * (end - rows.next_layer)
         advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=hook, kv_only=kv_only)
 
-    def rows_of(self, chosen: torch.Tensor) -> Rows:
+    def compute(self, chosen: torch.Tensor, selection: Selection, *, kv_only: bool) -> Rows:
+        """Computes what was chosen up to its last layer, and all that nobody has to the end. The rows that were computed to the end."""
+        rows = self._rows_of(chosen)
+        if not len(rows.positions):
+            return rows
+        hook = None
+        if selection.shift_weight:
+            hook = MeanShift(self.kv, self.layout, rows.positions, chosen, selection.shift_weight)
+        end_layer = self.num_layers if selection.end_layer is None else selection.end_layer
+        goes_on = ~chosen | self._fresh
+        if selection.whole is not None:
+            goes_on[self.candidates[selection.whole.to(goes_on.device)]] = True
+        is_whole = end_layer == self.num_layers or not goes_on[rows.positions].any()
+        self.advance(rows, end_layer, hook, kv_only=kv_only and is_whole)
+        if not is_whole:
+            rows = rows.narrow(goes_on)
+            self.advance(rows, kv_only=kv_only)
+        return rows
+
+    def _rows_of(self, chosen: torch.Tensor) -> Rows:
         """The rows of what was chosen and all that nobody has, from the layer on that was reached for all."""
         wanted = (chosen | self._fresh) & self._wanted
         if self._begun is not None:
@@ -155,7 +170,7 @@ class _Prompt:
         difference = (projected.values - self.kv.values[layer][:, self.candidates]).float()
         return difference.square().sum((0, 2))
 
-    def question_attention(self) -> torch.Tensor:
+    def question_attention(self, layers: range) -> torch.Tensor:
         model, layout = self._model, self.layout
         rows = start(model, self._tokens, self._fresh.nonzero()[:, 0])
         asks = rows.positions >= layout.question[0]
@@ -163,12 +178,14 @@ class _Prompt:
         total = torch.zeros(layout.num_tokens, device=self._tokens.device)
 
         def look(layer: int, projected: Projected) -> None:
+            if layer not in layers:
+                return
             keys = self.kv.keys[layer].clone()
             keys[:, rows.positions] = projected.keys
-            total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / model.num_layers)
+            total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / len(layers))
 
-        self.num_token_layers += len(rows.positions) * model.num_layers
-        advance(model, rows, self.kv, self._writable, hook=look, kv_only=True)
+        self.num_token_layers += len(rows.positions) * layers.stop
+        advance(model, rows, self.kv, self._writable, end_layer=layers.stop, hook=look, kv_only=True)
         return total[self.candidates]
 
     def contexts(self) -> list[Context]:

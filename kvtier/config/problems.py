@@ -22,6 +22,9 @@ _SECRET = re.compile("password|secret|token", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
 """user and password inside an address"""
 
+_NOWHERE = object()
+"""in place of a value that the file does not have"""
+
 Location: TypeAlias = tuple[str | int, ...]
 """The way to a value: keys and list positions."""
 
@@ -102,8 +105,6 @@ class _Spot:
     """as in the file"""
     section: type[BaseModel]
     field: FieldInfo | None
-    is_default: bool
-    """the value is not from the file"""
 
 
 def _resolve(loc: Location, root: type[BaseModel], *, at_default: bool) -> _Spot:
@@ -127,13 +128,14 @@ def _resolve(loc: Location, root: type[BaseModel], *, at_default: bool) -> _Spot
     # an unknown key of that name has another type of error
     if field is None and at_default and isinstance(loc[-1], str) and loc[-1] in section.model_fields:
         field = section.model_fields[loc[-1]]
-        return _Spot((*location[:-1], field.alias or loc[-1]), section, field, is_default=True)
-    return _Spot(tuple(location), section, field, is_default=False)
+        return _Spot((*location[:-1], field.alias or loc[-1]), section, field)
+    return _Spot(tuple(location), section, field)
 
 
 def _reason(detail: Any, spot: _Spot, root: type[BaseModel], data: Any) -> str:
     kind, field = detail["type"], spot.field
-    value = _as_written(data, spot.location, detail["input"])
+    written = _as_written(data, spot.location)
+    value = detail["input"] if written is _NOWHERE else written
     if kind == "extra_forbidden":
         return _unknown_key(str(spot.location[-1]), value, spot.section, root)
     if kind == "invalid_key":
@@ -146,16 +148,16 @@ def _reason(detail: Any, spot: _Spot, root: type[BaseModel], data: Any) -> str:
     if kind == "missing":
         return f"missing; allowed: {allowed}"
     because = f" ({detail['ctx']['error']})" if kind == "value_error" else ""
-    subject = "the default" if spot.is_default else shown(value)
+    subject = "the default" if kind == "value_error" and written is _NOWHERE else shown(value)
     return f"{subject} is wrong{because}; allowed: {allowed}{_meant(value, allowed)}"
 
 
-def _as_written(data: Any, location: Location, otherwise: object) -> object:
-    """The value at a location before it was converted."""
+def _as_written(data: Any, location: Location) -> object:
+    """The value at a location before it was converted; ``_NOWHERE`` where the file has none."""
     for part in location:
         known = range(len(data)) if isinstance(data, (list, tuple)) else data if isinstance(data, Mapping) else ()
         if part not in known:
-            return otherwise
+            return _NOWHERE
         data = data[part]
     return data
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import ValidationInfo, field_validator
+
 from kvtier.config.fields import (
     ON_OFF,
     SIZES,
@@ -89,6 +91,24 @@ class BlendConfig(Section):
     ratio: float = setting(
         0.15, kind="number", allowed="0 to 1", about="Which share of them that is, where a request does not say.", ge=0, le=1
     )
+    first_layer: float = setting(
+        0.4,
+        kind="number",
+        allowed="0 to 1",
+        about="With `combined`: where the layers begin whose KV has to be right, as a share of the model's depth. Tokens are chosen by "
+        "what the question looks at there. `kvtier bench blend --layers` finds these layers.",
+        ge=0,
+        le=1,
+    )
+    last_layer: float = setting(
+        0.8,
+        kind="number",
+        allowed="more than `first_layer`, to 1",
+        validate_default=True,
+        about="With `combined`: where they end. The chosen tokens are computed up to there; what that saves is spent on more of them.",
+        gt=0,
+        le=1,
+    )
     min_reuse: float = setting(
         0.5,
         kind="number",
@@ -104,6 +124,14 @@ class BlendConfig(Section):
         about="A neutral document that chunks are computed behind, after what the prompts begin with. Some hundred words; it improves the "
         "answers and costs nothing when a prompt is served. null: none.",
     )
+
+    @field_validator("last_layer")
+    @classmethod
+    def _behind_the_first(cls, last_layer: float, info: ValidationInfo) -> float:
+        first_layer = info.data.get("first_layer")  # absent where it is wrong itself
+        if first_layer is not None and last_layer <= first_layer:
+            raise ValueError(f"first_layer is {first_layer:g}")
+        return last_layer
 
 
 class RecordConfig(Section):

@@ -6,7 +6,7 @@ In its slots a chunk's KV lies as rows, ``[layers, 2, KV heads, tokens of the bl
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from kvtier.blend.blender import blend
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.entries import ChunkEntry, full_prefill
-from kvtier.blend.methods import METHODS
+from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.connectors.blend_steps import LostChunkError
@@ -52,7 +52,15 @@ class ChunkBlender:
         ValueError: a slot does not hold exactly the rows of ``block_tokens`` tokens.
     """
 
-    def __init__(self, model: BlendModel, tokens: TokenBlocks, *, block_tokens: int, block_bytes: int) -> None:
+    def __init__(
+        self,
+        model: BlendModel,
+        tokens: TokenBlocks,
+        methods: Mapping[str, Callable[[], SelectionMethod]],
+        *,
+        block_tokens: int,
+        block_bytes: int,
+    ) -> None:
         layers, heads, head_dim = tokens.row_shape
         self._shape = (layers, 2, heads, block_tokens, head_dim)
         self._block_tokens = block_tokens
@@ -63,6 +71,7 @@ class ChunkBlender:
         self._block_bytes = block_bytes
         self._model = model
         self._tokens = tokens
+        self._methods = methods
         self._anchors: OrderedDict[bytes, TokenKV] = OrderedDict()
 
     @torch.inference_mode()
@@ -78,7 +87,8 @@ class ChunkBlender:
         pairs = zip(layout.placements, job.chunks, strict=True)
         entries = [ChunkEntry(at.chunk, self._read(arena, at.chunk, slots)) for at, slots in pairs]
         prefix = self._tokens.read(layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
-        made = blend(self._model, job.token_ids, layout, entries, METHODS[job.method](), FixedRatio(job.ratio), prefix=prefix, end=job.end)
+        method, ratio = self._methods[job.method](), FixedRatio(job.ratio)
+        made = blend(self._model, job.token_ids, layout, entries, method, ratio, prefix=prefix, end=job.end)
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
         num_tokens = sum(min(at.end, job.end) - max(at.start, job.first) for at in layout.placements if at.start < job.end)
         return num_tokens, made.num_chosen

@@ -307,9 +307,9 @@ class Request:
 
 
 def end_of_wait(now: float, promote_wait_s: float) -> float:
-    """When to stop waiting so that it delays a request by no more than it may: the engine is to ask once more, and to load what came, or
-    to compute beside the end of a copy that came too late (``kvtier bench faults``, a slow store)."""
-    return now + promote_wait_s - min(max(LOOK_S, promote_wait_s / 10), promote_wait_s / 4)
+    """When to stop waiting so that the request as a whole is delayed by no more than it may: the engine is to ask once more, and to load
+    what came, or to compute beside the end of a copy that came too late (``kvtier bench faults``, a slow store)."""
+    return now + promote_wait_s - min(max(LOOK_S, promote_wait_s / 5), promote_wait_s / 4)
 
 
 def make_request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.quality import PROSE_TOKENS, Case, Primer, SetRun
 from kvtier.bench.blend.summary import FULL, ROUNDED
 from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Question
-from kvtier.bench.blend.variants import VARIANTS
+from kvtier.bench.blend.variants import VARIANTS, layer_variants, with_telling_layers
 from kvtier.blend.blender import blend, extend
 from kvtier.blend.entries import full_prefill
 from kvtier.blend.finding import Span
 from kvtier.blend.layout import lay_out
+from kvtier.blend.methods import Combined
 from kvtier.blend.model import TokenKV
 from kvtier.blend.ratio import FixedRatio
 from tests.engine.blend_models import SIZES, Store, tiny
@@ -130,6 +132,33 @@ def test_shared_work_changes_no_figure(model: Any) -> None:
         assert pytest.approx(expected, abs=2e-4) == found, row
     assert any(row["kl"] > 0.01 for row in rows), "some differ from full prefill"
     assert 0 < sum(row.get("rouge_l", 1.0) < 1 for row in rows), "some write something else"
+
+
+def test_layers_are_left_as_they_were_one_group_at_a_time(model: Any) -> None:
+    """Nothing is lost where all layers are full prefill's; one that is reused changes something; all of them together is full reuse."""
+    run = SetRun(model, encode, DOCUMENTS, Primer(model, encode))
+    groups = layer_variants(model.num_layers, 2)
+    assert [range(2), range(2, 3)] == [variant.kept_layers for variant in groups]
+    none = replace(groups[0], label="none", kept_layers=range(0))
+    (every,) = layer_variants(model.num_layers, 9)
+    (reuse,) = [variant for variant in VARIANTS if variant.label == "none, primed"]
+    cases = [Case(variant, 0.0) for variant in (none, *groups, every, reuse)]
+    rows = list(run.rows({0: cases, 3: cases}, only_answered=False))
+    kls = {(row["question"], row["variant"]): row["kl"] for row in rows}
+    for question in (0, 3):
+        assert 0 == pytest.approx(kls[question, "none"], abs=1e-5)
+        assert all(kls[question, group.label] > 1e-5 for group in groups)
+        assert kls[question, "none, primed"] == kls[question, every.label]
+
+
+def test_layers_of_combined_can_be_given() -> None:
+    """Other methods stay what they are."""
+    changed = {variant.label: with_telling_layers(variant, 0.1, 0.9).method for variant in VARIANTS}
+    for variant in VARIANTS:
+        if isinstance(variant.method, Combined):
+            assert Combined(telling_layers=(0.1, 0.9)) == changed[variant.label]
+        else:
+            assert variant.method is changed[variant.label]
 
 
 def test_questions_that_full_prefill_does_not_answer_can_be_left_out(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from kvtier.errors import BlendRefusedError, RefusalReason
 from tests.engine.blend_models import FAMILIES, SIZES, Store, tiny
 
 torch.set_num_threads(1)
+NUM_LAYERS = SIZES["num_hidden_layers"]
 TOLERANCE = 2e-4
 """logits of the tiny models are up to 30"""
 
@@ -149,13 +151,44 @@ def test_moved_keys_are_those_of_their_place(family: str) -> None:
 def test_any_ratio_computes_what_it_says(prompt: Prompt, ratio: float, method: str) -> None:
     """As many tokens as the ratio says are computed anew; the prefix and exact chunks keep their bits."""
     blended, layout, store = blend_prompt("llama", prompt, method, ratio)
-    assert FixedRatio(ratio).num_tokens(len(layout.candidates)) == blended.num_chosen
+    number = math.ceil(ratio * len(layout.candidates) - 1e-9)
+    if method == "combined":
+        num_whole = int(0.15 * number)
+        num_others = len(layout.candidates) - num_whole
+        paid = NUM_LAYERS * (ratio * len(layout.candidates) - num_whole)
+        end = NUM_LAYERS if paid > 2 * num_others else 2
+        number = num_whole + min(num_others, max(0, math.ceil(paid / end - 1e-6)))
+    assert number == blended.num_chosen
     assert blended.logits is not None
     assert bool(blended.logits.isfinite().all())
     for placement, entry in zip(layout.placements, store.entries(prompt.token_ids, layout), strict=True):
         if placement.is_exact:
             kept = entry.kv.part(placement.first_token, placement.chunk.num_tokens)
             assert torch.equal(kept.values, blended.kv.part(placement.start, placement.end).values)
+
+
+def test_layers_that_tell_nothing_stay_as_they_were() -> None:
+    """``combined`` spends a third of the tokens' layers on nearly half of the tokens, in the first two of three layers, but for the chunk's
+    first ones; the question has all."""
+    ids = [*tokens(2, 40), *tokens(3, 40), *tokens(77, 6)]
+    prompt = Prompt(ids, [Span(0, 40), Span(40, 80)], 0, 0)
+    blended, layout, store = blend_prompt("llama", prompt, "combined", 1 / 3)
+    assert [*range(40, 80)] == layout.candidates
+    assert 19 == blended.num_chosen
+    kept = store.entries(ids, layout)[1].kv
+    assert 19 == (blended.kv.values[1][:, 40:80] != kept.values[1]).any(2).any(0).sum()
+    assert [0, 1] == (blended.kv.values[2][:, 40:80] != kept.values[2]).any(2).any(0).nonzero()[:, 0].tolist()
+    assert bool(blended.kv.values[2][:, 80:].any(2).all())
+
+
+def test_a_last_token_that_a_chunk_has_is_computed_to_the_end() -> None:
+    """Its logits are wanted, so no layer of it is left out, whether it was chosen or not."""
+    ids = [*tokens(2, 40), *tokens(3, 40)]
+    prompt = Prompt(ids, [Span(0, 40), Span(40, 80)], 0, 0)
+    for ratio, whole in ((0.0, []), (0.3, [0])):
+        blended, layout, store = blend_prompt("llama", prompt, "combined", ratio)
+        kept = store.entries(ids, layout)[1].kv
+        assert [*whole, 39] == (blended.kv.values[2][:, 40:80] != kept.values[2]).any(2).any(0).nonzero()[:, 0].tolist()
 
 
 def test_more_tokens_come_nearer() -> None:

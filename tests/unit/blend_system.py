@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvtier.blend.entries import full_prefill
+from kvtier.blend.methods import METHODS
 from kvtier.blend.model import Projected, Rotary, TokenKV
 from kvtier.config import BlendConfig, Config
 from kvtier.connectors.blend_steps import BlendSteps
@@ -99,7 +100,7 @@ class System:
         )
         self.model = SmallModel()
         self.memory = Memory()
-        self.blender = ChunkBlender(self.model, self.memory, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)
+        self.blender = ChunkBlender(self.model, self.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)
         self.arena = arena
         self.next_block = 1
         self.half.finish_step(CAN_BLEND)

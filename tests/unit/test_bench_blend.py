@@ -87,6 +87,13 @@ def test_what_rounding_changes_stands_beside_every_ratio() -> None:
     assert [(1.0, 0.01)] == [(each.params["recompute"], each.value) for each in found]
 
 
+def test_layers_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the model is loaded, with what is allowed."""
+    for first, last in (("0.8", "0.4"), ("0", "1.5"), ("0.3", "0.3")):
+        assert 2 == main(["bench", "blend", "--model", "nowhere", "--telling-layers", first, last])
+        assert "--telling-layers is [" in capsys.readouterr().err
+
+
 def test_variants_are_compared_over_the_questions_both_have() -> None:
     """The quotient of means; others do not count."""
     rows = [row(0, "a", 0.1), row(1, "a", 0.3), row(0, "b", 0.4), row(1, "b", 0.4), row(2, "a", 9.0)]

@@ -49,13 +49,16 @@ class FakeEvidence:
     deviation: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
     remembered: list[Context] = field(default_factory=list)
+    num_layers: int = 10
+    asked_layers: range = range(0)
 
     def value_deviation(self, layer: int) -> torch.Tensor:
         """Written down."""
         return self._scores(self.deviation)
 
-    def question_attention(self) -> torch.Tensor:
+    def question_attention(self, layers: range) -> torch.Tensor:
         """Written down."""
+        self.asked_layers = layers
         return self._scores(self.attention)
 
     def contexts(self) -> Sequence[Context]:
@@ -77,9 +80,19 @@ def test_a_method_chooses_what_the_ratio_allows(lengths: list[int], ratio: float
         return
     method = METHODS[name]()
     assert name == method.name
-    chosen = method.select(evidence, FixedRatio(ratio)).chosen
-    assert (number,) == chosen.shape
-    assert min(number, math.ceil(ratio * number - 1e-9)) == int(chosen.sum())
+    selection = method.select(evidence, FixedRatio(ratio))
+    assert (number,) == selection.chosen.shape
+    num_chosen = int(selection.chosen.sum())
+    if selection.end_layer is None or selection.whole is None:
+        assert min(number, math.ceil(ratio * number - 1e-9)) == num_chosen
+    else:
+        assert not (selection.whole & ~selection.chosen).any()
+        num_whole = int(selection.whole.sum())
+        num_layers = num_whole * evidence.num_layers + (num_chosen - num_whole) * selection.end_layer
+        paid = ratio * number * evidence.num_layers
+        spare = selection.end_layer if num_chosen < number else number
+        assert paid - 1e-5 <= num_layers < paid + spare
+    assert method.select(evidence, FixedRatio(1.0)).end_layer in (None, evidence.num_layers)
     assert not method.select(evidence, FixedRatio(0.0)).chosen.any()
     assert method.select(evidence, FixedRatio(1.0)).chosen.all()
 
@@ -98,10 +111,11 @@ def test_each_method_takes_what_its_paper_says() -> None:
     assert [14, 17, 18] == chosen_by(CacheBlend(), evidence, 0.3)
     assert [11, 12, 15] == chosen_by(ProphetKV(), evidence, 0.3)
     assert [10, 11, 12] == chosen_by(Epic(), evidence, 0.3)
-    assert [10, 11, 12, 15] == chosen_by(Combined(context_share=0.25), evidence, 0.4)
+    assert [10, 11, 12, 15] == chosen_by(Combined(context_share=0.25, telling_layers=(0.4, 1.0)), evidence, 0.4)
+    assert range(4, 10) == evidence.asked_layers
     looked = Context((layout.placements[0].chunk.key,), (1.0,), 9.0, torch.tensor([0.0] * 8 + [0.5, 0.5]))
     evidence.remembered = [NO_CONTEXT, looked]
-    assert [12, 15, 18, 19] == chosen_by(Combined(context_share=0.5), evidence, 0.4)
+    assert [12, 15, 18, 19] == chosen_by(Combined(context_share=0.5, telling_layers=(0.0, 1.0)), evidence, 0.4)
     two = FakeEvidence(layout_of([4, 10]))
     assert [0, 1, 2, 3, *range(4, 10)] == chosen_by(Epic(), two, 10 / 14)
 

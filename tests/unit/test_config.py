@@ -221,6 +221,11 @@ log_level: debug
         (DISK + "    io_threads: true\n", ["yaml:7: tiers[1].io_threads: true is wrong"]),
         (DISK + "    max_in_flight: 0\n", ["yaml:7: tiers[1].max_in_flight: 0 is wrong", "more than 0"]),
         (DISK + "    durable: 'true'\n", ['yaml:7: tiers[1].durable: "true" is wrong; allowed: true, false; write it without quotes']),
+        (
+            HOST + "blend: {first_layer: 0.5, last_layer: 0.5}\n",
+            ["yaml:4: blend.last_layer: 0.5 is wrong", "first_layer is 0.5", "more than first_layer"],
+        ),
+        (HOST + "blend: {first_layer: 0.9}\n", ["yaml:4: blend.last_layer: the default is wrong", "first_layer is 0.9"]),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, expected: list[str]) -> None:

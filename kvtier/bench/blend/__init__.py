@@ -23,6 +23,7 @@ from kvtier.bench.report import publish
 
 if TYPE_CHECKING:
     from kvtier.bench.blend.quality import Case, Encode
+    from kvtier.bench.blend.variants import Variant
     from kvtier.blend.model import BlendModel
 
 __all__ = ["add_arguments", "report", "run"]
@@ -47,6 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model and its KV (default: float32)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="only this: full prefill's KV but for N neighbouring layers, which are reused as they are; N by N, from the first on",
+    )
+    parser.add_argument(
+        "--telling-layers",
+        type=float,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="blend.first_layer and blend.last_layer of combined (default: those of the configuration)",
+    )
     parser.add_argument("--rounding", action="store_true", help="full prefill in float32 as well: what rounding alone changes")
     parser.add_argument("--report-only", action="store_true", help="print what the file holds, run nothing")
 
@@ -57,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
         path = args.model or os.environ.get("KVTIER_TEST_MODEL")
         if not path:
             print("--model: names no checkpoint, and KVTIER_TEST_MODEL is not set", file=sys.stderr)
+            return 2
+        if args.telling_layers and not 0 <= args.telling_layers[0] < args.telling_layers[1] <= 1:
+            print(f"--telling-layers is {args.telling_layers}: two growing shares of the depth are allowed, 0 to 1", file=sys.stderr)
             return 2
         _measure(args, path)
     rows = _read(args.rows)
@@ -78,11 +95,12 @@ def _measure(args: argparse.Namespace, path: str) -> None:
     model, encode = _load(path, args.device, args.dtype)
     in_float32 = _load(path, args.device, "float32")[0] if args.rounding else None
     primer = Primer(model, encode)
+    variants = _variants(args, model.num_layers)
     with args.rows.open("a", encoding="utf-8") as file:
         for number in range(args.first, args.first + args.items):
             documents = make_set(number)
             known = {(row["question"], row["variant"], row["ratio"]): row["is_right"] for row in done if row["set"] == number}
-            missing = _missing(args, documents, known)
+            missing = _missing(args, variants, documents, known)
             if not missing:
                 continue
             started_s = time.monotonic()
@@ -93,12 +111,21 @@ def _measure(args: argparse.Namespace, path: str) -> None:
             print(f"set {number}: {time.monotonic() - started_s:.0f} s", flush=True)
 
 
-def _missing(args: argparse.Namespace, documents: DocumentSet, known: Mapping[tuple[int, str, float], bool]) -> dict[int, list[Case]]:
+def _variants(args: argparse.Namespace, num_layers: int) -> list[Variant]:
+    from kvtier.bench.blend.variants import VARIANTS, layer_variants, with_telling_layers  # noqa: PLC0415 - --help works without torch
+
+    if args.layers:
+        return layer_variants(num_layers, args.layers)
+    variants = [variant for variant in VARIANTS if not args.variants or any(name in variant.label for name in args.variants)]
+    return [with_telling_layers(variant, *args.telling_layers) for variant in variants] if args.telling_layers else variants
+
+
+def _missing(
+    args: argparse.Namespace, variants: Sequence[Variant], documents: DocumentSet, known: Mapping[tuple[int, str, float], bool]
+) -> dict[int, list[Case]]:
     """What is to be measured of a set, by question; an empty list: full prefill alone. ``known``: the rows there are, and who was right."""
     from kvtier.bench.blend.quality import Case  # noqa: PLC0415 - --help works without torch
-    from kvtier.bench.blend.variants import VARIANTS  # noqa: PLC0415 - as above
 
-    variants = [variant for variant in VARIANTS if not args.variants or any(name in variant.label for name in args.variants)]
     cases = dict.fromkeys(Case(variant, 0.0 if variant.is_reuse else ratio) for variant in variants for ratio in args.ratio)
     missing: dict[int, list[Case]] = {}
     asked: Counter[str] = Counter()

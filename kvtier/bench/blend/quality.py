@@ -164,6 +164,10 @@ class SetRun:
         size = FixedRatio(0.0 if case.variant.is_reuse else case.ratio)
         blended = blend(self._model, ids, layout, entries, case.variant.method, size, prefix=self._prefix)
         kv = with_room(self._model, blended.kv, self._room - len(question))
+        if case.variant.kept_layers is not None:
+            for layer in set(range(self._model.num_layers)) - set(case.variant.kept_layers):
+                kv.keys[layer][:, : len(ids)] = self._full.keys[layer][:, : len(ids)]
+                kv.values[layer][:, : len(ids)] = self._full.values[layer][:, : len(ids)]
         last = blended.logits if question else None
         return Joined(kv, len(ids), last, blended.num_chosen / max(1, len(layout.candidates)), blended.num_token_layers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,6 +40,8 @@ class Variant:
     needs_question: bool = False
     is_reuse: bool = False
     """nothing is computed, whatever the ratio"""
+    kept_layers: range | None = None
+    """the KV is full prefill's but for these layers; None: as the method makes it"""
 
 
 VARIANTS = (
@@ -63,3 +65,19 @@ VARIANTS = (
     Variant("combined, primed", Combined(), "primed", needs_question=True),
     Variant("combined, prefix", Combined(), "prefix", needs_question=True),
 )
+
+
+def layer_variants(num_layers: int, size: int) -> list[Variant]:
+    """Full prefill's KV but for some neighbouring layers, which are reused as they are: so many of them each time, from the first on."""
+    groups = [range(first, min(first + size, num_layers)) for first in range(0, num_layers, size)]
+    return [
+        Variant(f"reused in layers {group.start} to {group.stop - 1}, primed", FullReuse(), "primed", is_reuse=True, kept_layers=group)
+        for group in groups
+    ]
+
+
+def with_telling_layers(variant: Variant, first: float, last: float) -> Variant:
+    """The same, where its method is ``combined`` with other layers."""
+    if not isinstance(variant.method, Combined):
+        return variant
+    return replace(variant, method=replace(variant.method, telling_layers=(first, last)))

@@ -21,13 +21,14 @@ class Evidence(Protocol):
     """
 
     layout: PromptLayout
+    num_layers: int
 
     def value_deviation(self, layer: int) -> torch.Tensor:
         """Squared distance between the values kept and those of full prefill in ``layer``. Computes all tokens up to there."""
         ...
 
-    def question_attention(self) -> torch.Tensor:
-        """How much the question's tokens look at each candidate, mean over layers and heads. Computes the question once more."""
+    def question_attention(self, layers: range) -> torch.Tensor:
+        """How much the question's tokens look at each candidate, mean over these layers and all heads. Computes the question once more."""
         ...
 
     def contexts(self) -> Sequence[Context]:
@@ -43,6 +44,10 @@ class Selection:
     """a mask over the candidates"""
     shift_weight: float = 0.0
     """by how much of the mean change of a chunk's chosen tokens its other tokens are moved; 0: not at all"""
+    end_layer: int | None = None
+    """up to which layer the chosen tokens are computed; None: through all"""
+    whole: torch.Tensor | None = None
+    """a mask over the candidates: those among the chosen that are computed through all layers nevertheless"""
 
 
 class SelectionMethod(Protocol):

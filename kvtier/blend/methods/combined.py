@@ -1,10 +1,12 @@
-"""kvtier's own combination: what the question looks at, what depends on the context, and a push for the rest.
+"""kvtier's own combination: what the question looks at where it counts, what depends on the context, and a push for the rest.
 
-Three parts that mend different things. The question's attention (ProphetKV) finds the tokens that the answer needs. Tokens that looked
-at other chunks most when their KV was computed (Cache-Craft) are those that another context changes most; where the entries do not
-remember it, the first tokens of every chunk stand in (EPIC). And the tokens that are not computed are moved by a part of the mean
-change of their chunk's computed ones, since what another context does to a chunk's keys and values is in part common to all its tokens
-(the idea of AgentKVShift). Use it with entries that were computed behind some other document, and chunks of 100 tokens and more:
+Four parts that mend different things. The question's attention (ProphetKV) finds the tokens that the answer needs; it is asked in those
+layers only in which stale KV changes answers. No layer behind them reads much from the chunks, so tokens are computed up to there, and
+what that saves is spent on more of them. Tokens that looked at other chunks most when their KV was computed (Cache-Craft) are those that
+another context changes most; where the entries do not remember it, the first tokens of every chunk stand in (EPIC). Those are computed
+through all layers, since what follows a border is read in the last ones too. And the tokens that are not computed are moved by a part of
+the mean change of their chunk's computed ones, since what another context does to a chunk's keys and values is in part common to all its
+tokens (the idea of AgentKVShift). Use it with entries that were computed behind some other document, and chunks of 100 tokens and more:
 shorter ones are left unmoved, as the mean of few tokens is no guide. Costs what ProphetKV costs, and the KV serves one question.
 """
 
@@ -20,18 +22,22 @@ from kvtier.blend.ratio import FixedRatio
 
 @dataclass(frozen=True)
 class Combined:
-    """``context_share`` of the tokens for what depends on the context, the others by the question's attention."""
+    """``context_share`` of what the ratio pays for goes to what depends on the context, the rest by the question's attention."""
 
-    context_share: float = 0.5
+    context_share: float = 0.15
     shift_weight: float = 0.5
+    telling_layers: tuple[float, float] = (0.4, 0.8)
+    """from where to where, as shares of the model's depth, the layers lie whose KV has to be right; ``kvtier bench blend --layers``"""
     name: str = "combined"
 
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """Context first, then attention."""
-        scores = evidence.question_attention()
-        number = ratio.num_tokens(len(scores))
-        chosen = _dependent(evidence, int(self.context_share * number)).to(scores.device)
-        return Selection(top(scores.masked_fill(chosen, float("inf")), number), self.shift_weight)
+        first, last = (round(share * evidence.num_layers) for share in self.telling_layers)
+        last = max(1, last)
+        scores = evidence.question_attention(range(min(first, last - 1), last))
+        whole = _dependent(evidence, int(self.context_share * ratio.num_tokens(len(scores)))).to(scores.device)
+        number, end_layer = ratio.to_depth(len(scores), evidence.num_layers, last, int(whole.sum()))
+        return Selection(top(scores.masked_fill(whole, float("inf")), number), self.shift_weight, end_layer, whole)
 
 
 def _dependent(evidence: Evidence, number: int) -> torch.Tensor:

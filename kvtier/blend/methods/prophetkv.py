@@ -19,5 +19,5 @@ class ProphetKV:
 
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """By the question's attention alone."""
-        scores = evidence.question_attention()
+        scores = evidence.question_attention(range(evidence.num_layers))
         return Selection(top(scores, ratio.num_tokens(len(scores))))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.request import Request
 
+from kvtier.blend.methods import METHODS, Combined, SelectionMethod
 from kvtier.blend.transformers_models import check_family, frequencies_of
-from kvtier.config import Config
+from kvtier.config import BlendConfig, Config
 from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.vllm.blend_model import EngineModel
@@ -32,7 +35,7 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -
     return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), _refusal(vllm_config, config, sizes))
 
 
-def blender_of(num_blocks: int, sizes: BlockSizes) -> ChunkBlender | None:
+def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig) -> ChunkBlender | None:
     """A worker's blender; ``None``, and a warning that says why, where this worker cannot. Call it when KV memory is registered."""
     loaded = loaded_model()
     if loaded is None:
@@ -41,7 +44,9 @@ def blender_of(num_blocks: int, sizes: BlockSizes) -> ChunkBlender | None:
     try:
         model = EngineModel(loaded)
         tokens = PagedTokens(model.attentions, num_blocks, sizes.engine_block_tokens)
-        return ChunkBlender(model, tokens, block_tokens=sizes.block_tokens, block_bytes=sizes.part_bytes)
+        combined = partial(Combined, telling_layers=(config.first_layer, config.last_layer))
+        methods: dict[str, Callable[[], SelectionMethod]] = {**METHODS, "combined": combined}
+        return ChunkBlender(model, tokens, methods, block_tokens=sizes.block_tokens, block_bytes=sizes.part_bytes)
     except (BlendRefusedError, ValueError) as error:
         _LOG.warning("kvtier: chunks are not reused: %s", error)
         return None

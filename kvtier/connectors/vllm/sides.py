@@ -165,7 +165,7 @@ class WorkerSide:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 return movers_of(arena, layout, views, layers=used_layers, pool_bytes=pool_bytes, settings=self._config.connector)
 
-        blender = blender_of(self._num_blocks, self._sizes) if self._config.blend.enabled else None
+        blender = blender_of(self._num_blocks, self._sizes, self._config.blend) if self._config.blend.enabled else None
         if self._arena is not None:
             movers = movers_for(self._arena)
             self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer, blender=blender)
