@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "blend-methods": f"kvtier bench blend {OPTIONS} --items SETS --questions 5 --variants alone primed",
     "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --questions 3 --ratio 0.05 0.15 0.3 0.5"
     ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
+    "blend-layers": f"kvtier bench blend {OPTIONS} --first 1000 --items SETS --questions 3 --tasks single hops border --layers 3",
 }
 """What wrote each JSON, with ``--json``; the number of sets is the JSON's."""
 TARGETS = (
@@ -41,6 +42,7 @@ def chunk_reuse() -> str:
         "blend-targets": targets,
         "blend-methods": lambda: quality("blend-methods"),
         "blend-ratios": lambda: curves("blend-ratios"),
+        "blend-layers": lambda: layers("blend-layers"),
     }
     for name, make in makers.items():
         if not (FOLDER / f"{name.removesuffix('-targets')}.json").is_file():
@@ -104,6 +106,19 @@ def counts(records: Sequence[Mapping[str, Any]]) -> str:
         asked = "" if full is None else f" (of {full['params']['questions']} asked)"
         parts.append(f"{task} {params['questions']}{asked} of {params['sets']} sets")
     return f"Questions: {', '.join(parts)}."
+
+
+def layers(name: str) -> str:
+    """What reusing some layers as they are changes, where all others are full prefill's."""
+    document = document_of(name)
+    found = {(item["name"], item["params"].get("method", ""), item["params"]["task"]): item for item in document["records"]}
+    tasks = [task for task in TASKS if any(key[2] == task for key in found)]
+    lines = [*_above(name, document), "| Layers reused | " + " | ".join(f"KL, {task}" for task in tasks) + " |"]
+    lines.append("| --- |" + " --- |" * len(tasks))
+    for method in dict.fromkeys(key[1] for key in found if key[1]):
+        cells = [_cell(found, ["mean KL"], method, task) for task in tasks]
+        lines.append(f"| {method.removeprefix('reused in layers ').removesuffix(', primed')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def curves(name: str) -> str:

@@ -40,7 +40,8 @@ class ConnectorConfig(Section):
         key="promote_wait",
         kind="duration",
         allowed="0 or more: `2s`, `500ms`, or seconds",
-        about="How long a request may wait for blocks from slower tiers, asking shared ones included, before it computes them.",
+        about="By how much blocks from slower tiers may delay a request, asking shared ones included. It waits four fifths of that, then "
+        "computes them.",
     )
     max_pinned_fraction: float = setting(
         0.5, kind="number", allowed="0 to 1", about="Share of host memory that pinned blocks may take.", ge=0, le=1

@@ -58,3 +58,17 @@ def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     curve = chunk_reuse_page.curves("some")
     assert "| none, primed | 0% | 2% |  |" in curve
     assert "| combined, primed | 15% | 18% | 28% | 0.12 |" in curve
+
+
+def test_layers_stand_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each group, a column for each kind of question that was asked."""
+    groups = {"reused in layers 0 to 2, primed": 0.01, "reused in layers 3 to 5, primed": 0.25}
+    records = [
+        item("mean KL", task, kl, "0.000 to 0.500", method=name, ratio=0.0) for task in ("single", "hops") for name, kl in groups.items()
+    ]
+    write(folder, "some", records)
+    monkeypatch.setitem(chunk_reuse_page.COMMANDS, "some", "kvtier bench blend")
+    table = chunk_reuse_page.layers("some").splitlines()[-4:]
+    assert "| Layers reused | KL, single | KL, hops |" == table[0]
+    assert "| 0 to 2 | 0.010 [0.00, 0.50] | 0.010 [0.00, 0.50] |" == table[2]
+    assert "| 3 to 5 | 0.250 [0.00, 0.50] | 0.250 [0.00, 0.50] |" == table[3]
