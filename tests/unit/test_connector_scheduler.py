@@ -365,7 +365,7 @@ def test_waiting_for_disk_is_bounded(disk_rig: DiskRig) -> None:
     disk_rig.disk.delay_s = 1000.0
     disk_rig.add("a", prompt(1, 20))
     assert disk_rig.match("a", 20) is None
-    disk_rig.now += 1.79
+    disk_rig.now += 1.59
     assert disk_rig.match("a", 20) is None
     disk_rig.now += 0.011  # the next question would come too late
     assert [0, 0] == [disk_rig.match("a", 20) for _ in range(2)]
