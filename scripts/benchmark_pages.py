@@ -28,7 +28,7 @@ memory on a CPU: where it copies, that is its fallback in torch, not its way to 
 
 COMMANDS: Mapping[str, str] = {
     "engine": "kvtier bench engine --model .cache/smollm2",
-    "chunks": "kvtier bench chunks --model .cache/smollm2",
+    "chunks": "kvtier bench chunks --model .cache/smollm2 --rounds 3",
     "control": "kvtier bench control",
     "copy": "kvtier bench copy",
     "disk": "kvtier bench disk",
