@@ -17,7 +17,7 @@ from kvtier.blend.entries import NO_CONTEXT, Context
 from kvtier.blend.finding import ChunkSpace
 from kvtier.blend.layout import Placement, PromptLayout
 from kvtier.blend.mean_shift import MIN_CHOSEN_TOKENS, MIN_CHUNK_TOKENS, MeanShift
-from kvtier.blend.methods import METHODS, CacheBlend, CacheCraft, Combined, Epic, ProphetKV
+from kvtier.blend.methods import METHODS, CacheBlend, CacheCraft, Combined, Epic, ProphetKV, methods_with
 from kvtier.blend.methods.base import share_out, top
 from kvtier.blend.methods.cachecraft import context_impact, prefix_overlap
 from kvtier.blend.model import Projected, Rotary, TokenKV
@@ -118,6 +118,18 @@ def test_each_method_takes_what_its_paper_says() -> None:
     assert [12, 15, 18, 19] == chosen_by(Combined(context_share=0.5, telling_layers=(0.0, 1.0)), evidence, 0.4)
     two = FakeEvidence(layout_of([4, 10]))
     assert [0, 1, 2, 3, *range(4, 10)] == chosen_by(Epic(), two, 10 / 14)
+
+
+def test_combined_looks_and_computes_where_it_is_told_to() -> None:
+    """The configuration's layers; by default from two to four fifths of the depth. Heads of chunks have all layers."""
+    evidence = FakeEvidence(layout_of([40, 40]))
+    for method, layers in ((METHODS["combined"], range(4, 8)), (methods_with(0.1, 0.55)["combined"], range(1, 6))):
+        selection = method().select(evidence, FixedRatio(0.25))
+        assert layers == evidence.asked_layers
+        assert layers.stop == selection.end_layer
+        assert selection.whole is not None
+        assert [0, 1, 40] == selection.whole.nonzero()[:, 0].tolist()
+    assert METHODS["epic"] is methods_with(0.1, 0.55)["epic"]
 
 
 def test_cachecraft_spends_where_the_old_surroundings_are_gone() -> None:

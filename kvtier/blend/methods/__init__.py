@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from kvtier.blend.methods.base import Evidence, Selection, SelectionMethod
 from kvtier.blend.methods.cacheblend import CacheBlend
@@ -22,4 +23,22 @@ METHODS: Mapping[str, Callable[[], SelectionMethod]] = {
 }
 """by the name under which a request asks for one"""
 
-__all__ = ["METHODS", "CacheBlend", "CacheCraft", "Combined", "Epic", "Evidence", "FullReuse", "ProphetKV", "Selection", "SelectionMethod"]
+
+def methods_with(first_layer: float, last_layer: float) -> Mapping[str, Callable[[], SelectionMethod]]:
+    """The methods for a model in which these layers count, from where to where as shares of its depth."""
+    return {**METHODS, "combined": partial(Combined, telling_layers=(first_layer, last_layer))}
+
+
+__all__ = [
+    "METHODS",
+    "CacheBlend",
+    "CacheCraft",
+    "Combined",
+    "Epic",
+    "Evidence",
+    "FullReuse",
+    "ProphetKV",
+    "Selection",
+    "SelectionMethod",
+    "methods_with",
+]

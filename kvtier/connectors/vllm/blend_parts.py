@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.request import Request
 
-from kvtier.blend.methods import METHODS, Combined, SelectionMethod
+from kvtier.blend.methods import methods_with
 from kvtier.blend.transformers_models import check_family, frequencies_of
 from kvtier.config import BlendConfig, Config
 from kvtier.connectors.blend_worker import ChunkBlender
@@ -44,8 +42,7 @@ def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig) -> Chunk
     try:
         model = EngineModel(loaded)
         tokens = PagedTokens(model.attentions, num_blocks, sizes.engine_block_tokens)
-        combined = partial(Combined, telling_layers=(config.first_layer, config.last_layer))
-        methods: dict[str, Callable[[], SelectionMethod]] = {**METHODS, "combined": combined}
+        methods = methods_with(config.first_layer, config.last_layer)
         return ChunkBlender(model, tokens, methods, block_tokens=sizes.block_tokens, block_bytes=sizes.part_bytes)
     except (BlendRefusedError, ValueError) as error:
         _LOG.warning("kvtier: chunks are not reused: %s", error)
