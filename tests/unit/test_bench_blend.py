@@ -92,6 +92,9 @@ def test_layers_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) ->
     for first, last in (("0.8", "0.4"), ("0", "1.5"), ("0.3", "0.3")):
         assert 2 == main(["bench", "blend", "--model", "nowhere", "--telling-layers", first, last])
         assert "--telling-layers is [" in capsys.readouterr().err
+    for number in ("0", "-1"):
+        assert 2 == main(["bench", "blend", "--model", "nowhere", "--layers", number])
+        assert f"--layers is {number}: a whole number from 1 is allowed" in capsys.readouterr().err
 
 
 def test_variants_are_compared_over_the_questions_both_have() -> None:

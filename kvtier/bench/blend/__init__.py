@@ -72,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
         if not path:
             print("--model: names no checkpoint, and KVTIER_TEST_MODEL is not set", file=sys.stderr)
             return 2
+        if args.layers is not None and args.layers < 1:
+            print(f"--layers is {args.layers}: a whole number from 1 is allowed", file=sys.stderr)
+            return 2
         if args.telling_layers and not 0 <= args.telling_layers[0] < args.telling_layers[1] <= 1:
             print(f"--telling-layers is {args.telling_layers}: two growing shares of the depth are allowed, 0 to 1", file=sys.stderr)
             return 2
