@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from kvtier.blend.blender import Blended, blend, extend
 from kvtier.blend.entries import capture_entries, full_prefill
 from kvtier.blend.finding import Span
 from kvtier.blend.layout import PromptLayout, lay_out
-from kvtier.blend.methods import METHODS, FullReuse
+from kvtier.blend.methods import METHODS, Evidence, FullReuse, Selection
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.transformers_models import TransformersModel
 from kvtier.errors import BlendRefusedError, RefusalReason
@@ -179,6 +179,34 @@ def test_layers_that_tell_nothing_stay_as_they_were() -> None:
     assert 19 == (blended.kv.values[1][:, 40:80] != kept.values[1]).any(2).any(0).sum()
     assert [0, 1] == (blended.kv.values[2][:, 40:80] != kept.values[2]).any(2).any(0).nonzero()[:, 0].tolist()
     assert bool(blended.kv.values[2][:, 80:].any(2).all())
+
+
+@dataclass
+class Asking:
+    """Asks for the question's attention in several ranges of layers, and chooses nothing."""
+
+    ranges: list[range]
+    name: str = "asking"
+    answers: list[torch.Tensor] = field(default_factory=list)
+
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
+        """Nothing."""
+        self.answers = [evidence.question_attention(layers) for layers in self.ranges]
+        return Selection(torch.zeros(len(evidence.layout.candidates), dtype=torch.bool))
+
+
+def test_attention_is_that_of_the_layers_asked_for() -> None:
+    """The mean over some layers and that over the others make up the mean over all; a layer alone is not the others'."""
+    _, model = tiny("llama")
+    ids = [*tokens(2, 40), *tokens(3, 40), *tokens(77, 6)]
+    store = Store(model, [])
+    layout = lay_out(len(ids), 0, store.space.place(ids, [Span(0, 40), Span(40, 80)]))
+    asking = Asking([range(NUM_LAYERS), range(1), range(1, NUM_LAYERS)])
+    blend(model, ids, layout, store.entries(ids, layout), asking, FixedRatio(0.5))
+    every, first, others = asking.answers
+    torch.testing.assert_close(NUM_LAYERS * every, first + (NUM_LAYERS - 1) * others)
+    assert not torch.allclose(first, others, rtol=0.1)
+    assert all(0 < float(answer.sum()) < 1 for answer in asking.answers), "what is left to 1 goes to other tokens"
 
 
 def test_a_last_token_that_a_chunk_has_is_computed_to_the_end() -> None:
