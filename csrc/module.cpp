@@ -10,6 +10,7 @@
 #include "copy_calls.h"
 #include "key_chain.h"
 #include "python.h"
+#include "receive_calls.h"
 #include "ring_calls.h"
 #include "token_ids.h"
 
@@ -17,7 +18,7 @@ namespace kvtier {
 namespace {
 
 constexpr long kAbiVersion =
-    3;  // kvtier/_native.py asks for this one; change both with any signature or meaning
+    4;  // kvtier/_native.py asks for this one; change both with any signature or meaning
 
 constexpr Py_ssize_t kTokensAtATime = 8192;  // read, then hashed while they are in the L1 cache
 
@@ -157,6 +158,10 @@ PyMODINIT_FUNC PyInit__core() {
       Method<CopyBlocksOf>("copy_blocks",
                            "copy_blocks(paged, arena_address, arena_bytes, block_ids, "
                            "arena_offsets, to_arena, num_threads=1) -> int"),
+      Method<ReceiveOf>("receive",
+                        "receive(fd, buffers, hashed, stall_us, total_us) -> bytes | None"),
+      Method<PortableReceiveOf>("receive_portably",
+                                "receive, as it goes without special instructions; for tests"),
       Method<RingOpenOf>("ring_open", "ring_open(num_entries) -> ring"),
       Method<RingRegisterOf>("ring_register",
                              "ring_register(ring, slot, address, num_bytes) -> None"),

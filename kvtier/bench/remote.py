@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds per figure (default: 7)")
     parser.add_argument("--batch-mib", type=int, default=128, help="MiB moved per round (default: 128)")
     parser.add_argument("--block-mib", type=int, nargs="+", default=[4, 32], help="MiB of one block (default: 4 32)")
-    parser.add_argument("--stores", nargs="+", default=list(STORES), help=f"{', '.join(STORES)} (default: all)")
+    parser.add_argument(
+        "--stores", nargs="+", choices=STORES, default=list(STORES), metavar="STORE", help=f"{', '.join(STORES)} (default: all)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

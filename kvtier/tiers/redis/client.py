@@ -133,8 +133,7 @@ class RedisClient:
         if num_bytes != len(item.header) + len(item.payload):
             wire.drain(num_bytes, deadline)
             return OTHER_SIZE
-        wire.read_into([item.header, item.payload], deadline)
-        return DONE
+        return Reply(Answer.DONE, checksum=wire.read_value(item.header, item.payload, deadline))
 
     def _number(self, wire: Wire, deadline: Deadline) -> int:
         line = wire.read_line(deadline)

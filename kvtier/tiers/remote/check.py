@@ -25,7 +25,7 @@ def check_values(client: RemoteClient, records: Records, prefix: str, known: Ite
         if reply.answer is Answer.OTHER_SIZE:
             found.append(Damage(get.name, "the value has another length than the block", meta.key))
         elif reply.answer is Answer.DONE:
-            verdict = records.verify(get.header, get.payload, payload, meta, namespace)
+            verdict = records.verify(get, payload, meta, namespace, reply.checksum)
             if verdict.outcome is Outcome.CORRUPT:
                 found.append(Damage(get.name, verdict.error or "", meta.key))
     return found

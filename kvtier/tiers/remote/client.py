@@ -27,6 +27,8 @@ class Reply(NamedTuple):
 
     answer: Answer
     detail: str = ""
+    checksum: bytes | None = None
+    """get: the xxh3-128 of what was read into ``payload``, where the client took it on the way"""
 
 
 DONE = Reply(Answer.DONE)

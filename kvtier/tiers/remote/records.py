@@ -14,6 +14,7 @@ from kvtier.tiers.record import (
     parse_header,
     payload_checksum,
 )
+from kvtier.tiers.remote.client import Get
 from kvtier.types import BlockKey, BlockMeta, Outcome
 
 HEADER_BYTES = 128
@@ -69,9 +70,9 @@ class Records:
         """Where the stored payload is to be read to: the block's own memory where it is stored as it is."""
         return payload if self._sealer is None else memoryview(bytearray(len(payload) + overhead_of(self._codec_id)))
 
-    def verify(self, header: memoryview, stored: memoryview, payload: memoryview, meta: BlockMeta, namespace: bytes) -> Verdict:
-        """Whether a value is the block that was asked for, whole; then ``payload`` holds it."""
-        found = parse_header(header)
+    def verify(self, get: Get, payload: memoryview, meta: BlockMeta, namespace: bytes, checksum: bytes | None = None) -> Verdict:
+        """Whether what was read is the block that was asked for, whole; then ``payload`` holds it. ``checksum``: see ``Reply``."""
+        found = parse_header(get.header)
         if isinstance(found, str):
             return Verdict(Outcome.CORRUPT, found, "damaged_records")
         expected = self._fields(meta, namespace)
@@ -80,9 +81,9 @@ class Records:
         mismatch = header_mismatch(found, expected)
         if mismatch is not None:
             return Verdict(Outcome.CORRUPT, mismatch, "foreign_records")
-        if payload_checksum(stored) != found.payload_checksum:
+        if (checksum or payload_checksum(get.payload)) != found.payload_checksum:
             return Verdict(Outcome.CORRUPT, "the payload's checksum is wrong", "damaged_records")
-        if self._sealer is not None and not self._sealer.open_into(stored, payload, namespace, identity_bytes(found.fields)):
+        if self._sealer is not None and not self._sealer.open_into(get.payload, payload, namespace, identity_bytes(found.fields)):
             return Verdict(Outcome.CORRUPT, "the payload was not encrypted by one of us", "forged_records")
         return GOOD
 

@@ -213,7 +213,7 @@ def _judge(fetch: Fetch, get: Get, reply: Reply | RemoteError, records: Records)
     if reply.answer is Answer.OTHER_SIZE:
         return Verdict(Outcome.MISS, "the block is there with another length", "foreign_records")
     ticket = fetch.ticket
-    return records.verify(get.header, get.payload, ticket.block.buffer, ticket.block.meta, ticket.running.job.namespace)
+    return records.verify(get, ticket.block.buffer, ticket.block.meta, ticket.running.job.namespace, reply.checksum)
 
 
 def _outcome_of(reply: Reply | RemoteError) -> tuple[Outcome, str | None]:
