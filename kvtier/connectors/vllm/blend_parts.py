@@ -32,7 +32,7 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -
     tokenizer = _tokenizer(vllm_config)
     model_config = vllm_config.model_config
     num_positions = max(model_config.max_model_len, getattr(model_config.hf_text_config, "max_position_embeddings", 0))
-    refusal = _refusal(vllm_config, config, sizes)
+    refusal = _refusal(vllm_config, sizes)
     return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), refusal, num_positions)
 
 
@@ -62,7 +62,7 @@ def keep_apart(request: Request) -> None:
     request.update_block_hashes()
 
 
-def _refusal(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> str:
+def _refusal(vllm_config: VllmConfig, sizes: BlockSizes) -> str:
     """Why chunks cannot be reused with this engine; empty: they can."""
     model_config = vllm_config.model_config
     try:
@@ -74,7 +74,7 @@ def _refusal(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> str:
         return f"tensor_parallel_size is {sizes.num_workers}: chunks are reused on one worker only"
     if vllm_config.lora_config is not None:  # its layers add the adapters of the step's own tokens, whatever is computed with them
         return "enable_lora is true: with adapters the model cannot be run outside of the engine's steps"
-    return "there is a tier of type gpu" if config.gpu is not None else ""
+    return ""
 
 
 def _tokenizer(vllm_config: VllmConfig) -> Any | None:
