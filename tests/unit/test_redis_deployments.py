@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ipaddress
+import itertools
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +28,8 @@ from kvtier.testing.remote import wait_for_probe
 from kvtier.testing.servers import ValkeyCluster, ValkeySentinel, ValkeyServer
 from kvtier.testing.tiers import NAMESPACE, TierContract, load, meta_of, store
 from kvtier.tiers.base import Tier
-from kvtier.tiers.remote import RemoteTier
+from kvtier.tiers.redis.wire import Wire
+from kvtier.tiers.remote import Deadline, RemoteTier
 from kvtier.types import Outcome, ProbeJob
 
 MIB = 1 << 20
@@ -93,6 +98,9 @@ def test_tls(server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         metas = [meta_of(0, 3 * MIB), meta_of(1, 100)]
         assert (Outcome.OK,) * 2 == store(tier, metas)
         assert (Outcome.OK,) * 2 == load(tier, metas)
+        proxy.bytes_per_s = 10.0 * MIB
+        assert (Outcome.OK,) == store(tier, [meta_of(2, 12 * MIB)])  # longer than stall_timeout, and never without a byte for as long
+        proxy.heal()
         proxy.cut_after_bytes = MIB
         assert Outcome.OK is not load(tier, metas[:1])[0]
         proxy.heal()
@@ -105,6 +113,27 @@ def test_tls(server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             open_tier(monkeypatch, url=proxy.url)  # no TLS where TLS is spoken
     finally:
         proxy.close()
+
+
+def test_tls_that_takes_long_ends_by_the_deadline(tmp_path: Path) -> None:
+    """Bytes that go out all the time, but too slowly."""
+    certificate, context = make_certificate(tmp_path)
+    left, right = socket.socketpair()
+
+    def read_all() -> None:
+        with contextlib.suppress(OSError), context.wrap_socket(right, server_side=True) as sock:
+            while sock.recv(MIB):
+                pass
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
+    ticks = itertools.count()
+    with ssl.create_default_context(cafile=certificate).wrap_socket(left, server_hostname="127.0.0.1") as sock:
+        wire = Wire(sock, "here", 60.0)
+        with pytest.raises(RemoteError, match="not done within the total deadline"):
+            wire.send([bytes(8 * MIB)], Deadline(4.0, clock=lambda: float(next(ticks))))
+        wire.abort()
+    reader.join()
 
 
 def test_a_user_with_few_rights(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +196,45 @@ def test_a_cluster_spreads_blocks(cluster: ValkeyCluster, monkeypatch: pytest.Mo
     wait_until(lambda: other.online and {Outcome.OK} == set(load(other, metas, 7)))
     for each in (tier, other):
         each.close()
+
+
+def test_a_replica_that_took_over_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary of the cluster dies, also the one that the address names: hits and stores are back, by its replica, without a restart."""
+    replica_folder = tmp_path / "replica"
+    replica_folder.mkdir()
+    cluster = ValkeyCluster(tmp_path).start()
+    replica = cluster.add_replica(replica_folder, 0)
+    try:
+        tier = open_tier(monkeypatch, url=cluster.nodes[0].tcp_url, cluster=True, retries=0)
+        metas = [meta_of(number, 1000) for number in range(20)]
+        assert {Outcome.OK} == set(store(tier, metas))
+        with redis.Redis(port=cluster.nodes[0].port) as client:
+            wait_until(lambda: all(one["lag"] == 0 for one in client.info("replication").values() if isinstance(one, dict)))
+        cluster.nodes[0].kill()
+        replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
+        wait_until(lambda: tier.online and {Outcome.OK} == set(load(tier, metas)))
+        wait_until(lambda: tier.online and {Outcome.OK} == set(store(tier, [meta_of(number, 500) for number in range(30, 40)])))
+        tier.close()
+    finally:
+        replica.kill()
+        cluster.kill()
+
+
+def test_every_server_of_a_cluster_is_hedged(cluster: ValkeyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch asks again whichever server is late, not only the one that has its first block."""
+    tier = open_tier(monkeypatch, url=cluster.nodes[0].tcp_url, cluster=True, prefix="hedged/", retries=0, hedge_after=0.05)
+    metas = [meta_of(number, 1000) for number in range(40)]
+    assert {Outcome.OK} == set(store(tier, metas))
+    for node in cluster.nodes:
+        node.freeze()
+        try:
+            assert Outcome.FAILED in load(tier, metas)
+        finally:
+            node.thaw()
+        assert 1 <= tier.take_events()["hedged_reads"]
+        wait_until(lambda: tier.online and {Outcome.OK} == set(load(tier, metas)))
+        tier.take_events()
+    tier.close()
 
 
 def test_a_sentinel_names_a_new_primary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
