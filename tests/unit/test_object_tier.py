@@ -163,6 +163,9 @@ def test_a_bucket_of_another_format_version(server: S3Server) -> None:
     obstore.put(store, "other/format", pack_text(FORMAT_TITLE, {"format": "7"}))
     with pytest.raises(TierFormatError, match=r"s3://kvtier.* of format version 7, this kvtier reads version 1"):
         open_tier(s3(server.endpoint), "other/")
+    obstore.put(store, "empty/format", b"")
+    with pytest.raises(TierFormatError, match=r"empty/format in the store at s3://kvtier.* is not kvtier's"):
+        open_tier(s3(server.endpoint), "empty/")
 
 
 def test_a_server_that_is_not_there() -> None:

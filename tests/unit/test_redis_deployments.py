@@ -28,6 +28,7 @@ from kvtier.testing.remote import wait_for_probe
 from kvtier.testing.servers import ValkeyCluster, ValkeySentinel, ValkeyServer
 from kvtier.testing.tiers import NAMESPACE, TierContract, load, meta_of, store
 from kvtier.tiers.base import Tier
+from kvtier.tiers.redis import RedisAccess, RedisClient
 from kvtier.tiers.redis.wire import Wire
 from kvtier.tiers.remote import Deadline, RemoteTier
 from kvtier.types import Outcome, ProbeJob
@@ -198,6 +199,35 @@ def test_a_cluster_spreads_blocks(cluster: ValkeyCluster, monkeypatch: pytest.Mo
         each.close()
 
 
+def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At start an error that names address, user and cause, or a start without it; when all of it dies, it goes offline by name; it comes back."""
+    cluster = ValkeyCluster(tmp_path)
+    settings = {"url": cluster.nodes[0].tcp_url, "cluster": True, "prefix": "gone/", "retries": 0}
+    with pytest.raises(RemoteError, match=rf"127.0.0.1:{cluster.nodes[0].port}/0 \(user default\).*cannot be connected"):
+        open_tier(monkeypatch, **settings)
+    tier = open_tier(monkeypatch, **settings, required=False)
+    assert not tier.online
+    try:
+        cluster.start()
+        wait_until(lambda: tier.online)
+        metas = [meta_of(number, 1000) for number in range(20)]
+        assert {Outcome.OK} == set(store(tier, metas))
+        cluster.kill()
+        for _ in range(5):
+            assert {Outcome.FAILED} == set(load(tier, metas))
+        assert not tier.online
+        assert 3 <= tier.take_events()["connect_errors"]
+        tier.close()
+    finally:
+        cluster.kill()
+
+
+def test_a_plain_server_is_no_cluster(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at start, with the address."""
+    with pytest.raises(RemoteError, match=f"{server.port}.*Cluster mode is not enabled"):
+        open_tier(monkeypatch, url=server.tcp_url, cluster=True)
+
+
 def test_a_replica_that_took_over_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A primary of the cluster dies, also the one that the address names: hits and stores are back, by its replica, without a restart."""
     replica_folder = tmp_path / "replica"
@@ -261,6 +291,15 @@ def test_a_sentinel_names_a_new_primary(tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         for server in (sentinel, replica, primary):
             server.kill()
+
+
+def test_sentinels_at_addresses_of_ipv6() -> None:
+    """Their brackets are no part of the address."""
+    client = RedisClient(RedisAccess(url="redis://[::1]:5000,b:6000/0", sentinel="primary"))
+    pool = client._endpoint.pool_for("any")
+    places = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
+    assert [("::1", 5000), ("b", 6000)] == [(place["host"], place["port"]) for place in places]
+    client.close()
 
 
 @pytest.mark.parametrize(

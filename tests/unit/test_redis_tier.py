@@ -286,13 +286,17 @@ def test_corrupt(server: ValkeyServer, proxy: FaultProxy, tmp_path: Path, corrup
     tier.close()
 
 
-@pytest.mark.parametrize("garbage", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00" * 100_000, b"$99999999999999\r\n", b"$-7\r\n", b"$\r\n"])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00" * 100_000, b"$99999999999999\r\n", b"$-7\r\n", b"$\r\n", b"$" + b"9" * 5000 + b"\r\n"],
+)
 def test_garbage(server: ValkeyServer, proxy: FaultProxy, tmp_path: Path, garbage: bytes) -> None:
     """Whatever comes back instead of an answer: FAILED or MISS in time, never a block; afterwards hits are back."""
     tier = open_tier(proxy.url, f"{tmp_path}/")
     metas = blocks(tier)
     proxy.garbage = garbage
     assert set(load(tier, metas)) <= {Outcome.FAILED, Outcome.MISS}
+    assert tier.take_events().keys() & {"protocol_errors", "timeouts"}
     proxy.heal()
     wait_until(lambda: tier.online)
     store(tier, metas)

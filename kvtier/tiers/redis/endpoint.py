@@ -12,14 +12,14 @@ import redis
 import redis.cluster
 import redis.sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisClusterException, RedisError
 from redis.retry import Retry
 
 from kvtier.errors import RemoteError
 from kvtier.tiers.redis.wire import Wire
 
-_CONNECT_ERRORS = (RedisError, OSError, UnicodeError)
-"""UnicodeError: a host that can be none"""
+_CONNECT_ERRORS = (RedisError, RedisClusterException, OSError, UnicodeError)
+"""RedisClusterException is no RedisError; UnicodeError: a host that can be none"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,8 @@ from kvtier.tiers.remote.deadline import Deadline
 
 _LINE_BYTES = 64
 """read at once where a line is expected; what comes behind it in there is copied to where it belongs"""
-_MAX_LINE_BYTES = 1 << 16
+_MAX_LINE_BYTES = 1 << 12
+"""fewer than the digits that Python takes for a number"""
 _DRAIN_BYTES = 1 << 16
 _TLS_PIECE_BYTES = 1 << 20
 """sent at once: a TLS socket's time-out is for all that it is given, not for the time without a byte"""
