@@ -193,9 +193,12 @@ class CacheEngine:
         """Ends a pin. One that has ended already is fine."""
         self._planner.unpin(pin_id, self._clock())
 
-    def begin_load(self, keys: Sequence[BlockKey]) -> LoadPlan:
-        """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``."""
-        return self._planner.begin_load(keys, self._clock())
+    def begin_load(self, keys: Sequence[BlockKey], *, pooled: bool = True) -> LoadPlan:
+        """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``.
+
+        ``pooled``: the blocks may come out of the pool in device memory, or be put there on their way.
+        """
+        return self._planner.begin_load(keys, self._clock(), pooled=pooled)
 
     def end_load(self, job_id: int, failed: Collection[int] = (), *, partial: Collection[int] = ()) -> None:
         """Ends a load. Blocks at the positions ``failed`` are forgotten in host memory and counted.
@@ -204,16 +207,18 @@ class CacheEngine:
         """
         self._planner.end_load(job_id, failed, self._clock(), partial=partial)
 
-    def begin_store(self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True) -> StorePlan:
+    def begin_store(
+        self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True, pooled: bool = True
+    ) -> StorePlan:
         """Slots for a :class:`~kvtier.types.StoreOrder` of these fields."""
-        return self.begin_stores([StoreOrder(keys, first, tenant, may_evict)])[0]
+        return self.begin_stores([StoreOrder(keys, first, tenant, may_evict, pooled)])[0]
 
     def begin_stores(self, orders: Sequence[StoreOrder]) -> list[StorePlan]:
         """Slots for several, one after the other; ends behind the first that is ``broken``, which is to be asked again before the rest."""
         now, num_bytes = self._clock(), self.block_bytes
         plans: list[StorePlan] = []
         for order in orders:
-            plans.append(self._planner.begin_store(order.keys, order.first, num_bytes, now, order.tenant, may_evict=order.may_evict))
+            plans.append(self._planner.begin_store(order, num_bytes, now))
             if plans[-1].broken:
                 break
         self._runner.run()

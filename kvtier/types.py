@@ -170,6 +170,8 @@ class StoreOrder:
     """whose blocks they are; blocks of one tenant must never continue those of another one"""
     may_evict: bool = True
     """False: only what is free is used, nobody leaves"""
+    pooled: bool = True
+    """False: the blocks do not pass through the pool in device memory, where there is one"""
 
 
 @dataclass(frozen=True, slots=True)

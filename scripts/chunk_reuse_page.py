@@ -18,7 +18,7 @@ OPTIONS = "--model .cache/smollm2 --dtype bfloat16 --threads 1 --only-answered"
 COMMANDS: dict[str, str] = {
     "blend": f'kvtier bench blend {OPTIONS} --items SETS --variants "cacheblend, alone" "epic, primed" "combined, primed"',
     "blend-methods": f"kvtier bench blend {OPTIONS} --items SETS --questions 5 --variants alone primed",
-    "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --questions 3 --ratio 0.05 0.15 0.3 0.5"
+    "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 0.15 0.3 0.5"
     ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
     "blend-layers": f"kvtier bench blend {OPTIONS} --first 1000 --items SETS --questions 3 --tasks single hops border --layers 3",
 }
@@ -152,7 +152,7 @@ def curves(name: str) -> str:
             for column in columns:
                 figure, task = column.split(", ")
                 item = found.get((names[figure], label, task, ratio))
-                cells.append("" if item is None else f"{item['value']:.2f}")
+                cells.append("" if item is None else _with_interval(item, 2 if figure != "KL" else 3))
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -161,6 +161,10 @@ def _cell(found: Mapping[tuple[str, str, str], Mapping[str, Any]], figures: Sequ
     for figure in figures:
         item = found.get((figure, method, task))
         if item is not None:
-            low, _, high = item["params"]["interval"].partition(" to ")
-            return f"{item['value']:.3f} [{float(low):.2f}, {float(high):.2f}]"
+            return _with_interval(item, 3)
     return ""
+
+
+def _with_interval(item: Mapping[str, Any], digits: int) -> str:
+    low, _, high = item["params"]["interval"].partition(" to ")
+    return f"{item['value']:.{digits}f} [{float(low):.2f}, {float(high):.2f}]"

@@ -41,7 +41,7 @@ from kvtier.policies import create_policy
 from kvtier.stats import Stats
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.geometry import divide
-from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, TransferJob
+from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, StoreOrder, TransferJob
 
 PROMPT_TOKENS = 131_072
 BLOCKS_PER_PROMPT = 64
@@ -264,7 +264,7 @@ def _capacity_for(num_blocks: int) -> int:
 
 
 def _put(planner: Planner, keys: list[BlockKey]) -> None:
-    plan = planner.begin_store(keys, 0, PAGE_BYTES, 0.0)
+    plan = planner.begin_store(StoreOrder(keys, 0), PAGE_BYTES, 0.0)
     planner.commit_store(plan.job_id, (), 0.0)
 
 

@@ -259,7 +259,7 @@ class Blending:
         chunks = []
         for placement in plan.placements:
             keys = placement.chunk.block_keys
-            leased = self._engine.begin_load(keys)
+            leased = self._engine.begin_load(keys, pooled=False)
             load_ids.append(leased.job_id)
             chunks.append(_slots(range(len(leased.slots)), leased.slots))
             self._engine.touch(keys)
@@ -300,7 +300,7 @@ class Blending:
         entries.num_deferred_steps = 0
         entry = entries.waiting.popleft()
         chunk = entry.chunk
-        plan = self._engine.begin_store(chunk.block_keys, 0, entry.tenant)
+        plan = self._engine.begin_store(chunk.block_keys, 0, entry.tenant, pooled=False)
         if plan.num_refused or plan.num_declined or not plan.slots:
             if plan.slots:
                 self._engine.abort_store(plan.job_id)

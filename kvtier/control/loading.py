@@ -17,7 +17,7 @@ class Loading:
         self._books = books
         self._running: dict[int, LoadInFlight] = {}
 
-    def begin(self, keys: Sequence[BlockKey], now: float) -> LoadPlan:
+    def begin(self, keys: Sequence[BlockKey], now: float, *, pooled: bool) -> LoadPlan:
         """See :meth:`Planner.begin_load`."""
         books = self._books
         job_id = next(books.ids)
@@ -26,7 +26,7 @@ class Loading:
         books.space.lease(slots, job_id)
         device_slots: tuple[int, ...] = ()
         device_ready: tuple[bool, ...] = ()
-        if books.host.device is not None:
+        if books.host.device is not None and pooled:
             device_slots, device_ready = books.host.device.begin_load(job_id, [entry.meta for entry in entries], now)
         self._running[job_id] = LoadInFlight(entries, slots, device_slots, device_ready)
         return LoadPlan(job_id, books.space.refs(slots), device_slots, device_ready)

@@ -26,7 +26,7 @@ from kvtier.control.storing import Storing
 from kvtier.control.victim_buffer import VICTIM_SHARE
 from kvtier.policies.base import EvictionPolicy
 from kvtier.stats import Stats
-from kvtier.types import BlockKey, BlockMeta, LoadPlan, Outcome, PrefixMatch, StorePlan
+from kvtier.types import BlockKey, BlockMeta, LoadPlan, Outcome, PrefixMatch, StoreOrder, StorePlan
 
 
 class Planner:
@@ -157,15 +157,9 @@ class Planner:
 
     # ---- storing ------------------------------------------------------------------------------------------------
 
-    def begin_store(
-        self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float, tenant: str = "", *, may_evict: bool = True
-    ) -> StorePlan:
-        """Slots for those of ``keys[first:]`` that are not in host memory; ``keys[:first]`` are the blocks before them.
-
-        ``tenant``: whose blocks they are; one tenant's blocks only ever continue its own. ``may_evict``: others may have to
-        make room; else only what is free is used.
-        """
-        return self._storing.begin(keys, first, num_bytes, now, tenant, may_evict)
+    def begin_store(self, order: StoreOrder, num_bytes: int, now: float) -> StorePlan:
+        """Slots for what is not in host memory yet; blocks of ``num_bytes``."""
+        return self._storing.begin(order, num_bytes, now)
 
     def commit_store(self, job_id: int, failed: Collection[int], now: float) -> None:
         """The copies of a store are done; ``failed`` are indexes into its slots. What lies behind a failed one is given up."""
@@ -184,9 +178,12 @@ class Planner:
 
     # ---- loading ------------------------------------------------------------------------------------------------
 
-    def begin_load(self, keys: Sequence[BlockKey], now: float) -> LoadPlan:
-        """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``."""
-        return self._loading.begin(keys, now)
+    def begin_load(self, keys: Sequence[BlockKey], now: float, *, pooled: bool = True) -> LoadPlan:
+        """Leases the slots of the leading run of ``keys`` in host memory until ``end_load``.
+
+        ``pooled``: the blocks may come out of the device pool, or be put there on their way.
+        """
+        return self._loading.begin(keys, now, pooled=pooled)
 
     def end_load(self, job_id: int, failed: Collection[int], now: float, *, partial: Collection[int] = ()) -> None:
         """The copies of a load are done; blocks at the indexes ``failed`` are forgotten in host memory.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
 from kvtier.control.books import Books
 from kvtier.control.index import HOST, Entry
 from kvtier.control.pins import Pin
 from kvtier.control.plans import StoreInFlight
-from kvtier.types import BlockKey, BlockMeta, StorePlan
+from kvtier.types import BlockMeta, StoreOrder, StorePlan
 
 
 class Storing:
@@ -19,9 +19,10 @@ class Storing:
         self._books = books
         self._running: dict[int, StoreInFlight] = {}
 
-    def begin(self, keys: Sequence[BlockKey], first: int, num_bytes: int, now: float, tenant: str, may_evict: bool) -> StorePlan:
+    def begin(self, order: StoreOrder, num_bytes: int, now: float) -> StorePlan:
         """See :meth:`Planner.begin_store`."""
         books = self._books
+        keys, first, tenant = order.keys, order.first, order.tenant
         job_id = next(books.ids)
         if tenant:
             books.know_tenants()
@@ -39,7 +40,7 @@ class Storing:
             return StorePlan(job_id)
         anchored = books.anchor(anchor)
         blocks = BlockMeta.many([keys[p] for p in wanted], [keys[p - 1] if p else None for p in wanted], num_bytes)
-        if may_evict:
+        if order.may_evict:
             # Where there are tiers below nothing is turned away: the way there leads through host memory.
             room, num_declined = books.host.make_room(len(blocks), num_bytes, now, tenant, () if books.lower else blocks)
         else:
@@ -53,7 +54,7 @@ class Storing:
         del blocks[len(entries) :]
         self._running[job_id] = StoreInFlight(tuple(entries), tuple(blocks), anchored)
         positions = tuple(position - first for position in wanted[: len(entries)])
-        pool = books.host.device
+        pool = books.host.device if order.pooled else None
         return StorePlan(
             job_id,
             positions,

@@ -118,7 +118,7 @@ class ServedCache:
             self._pins.discard(pin_id)
             self._channel.tell(messages.Unpin(pin_id), at_once=True)
 
-    def begin_load(self, keys: Sequence[BlockKey]) -> LoadPlan:
+    def begin_load(self, keys: Sequence[BlockKey], *, pooled: bool = True) -> LoadPlan:
         job_id = next(self._job_ids)
         reply = self._channel.call(lambda call: messages.BeginLoad(call, job_id, self._join(keys)), messages.Slots)
         if reply is None:
@@ -134,8 +134,10 @@ class ServedCache:
         self.stats.add("host.loaded_blocks", copy.num_slots - len(failed))
         self._ended(copy, messages.EndLoad(job_id, tuple(failed), tuple(partial)))
 
-    def begin_store(self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True) -> StorePlan:
-        return self.begin_stores([StoreOrder(keys, first, tenant, may_evict)])[0]
+    def begin_store(
+        self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True, pooled: bool = True
+    ) -> StorePlan:
+        return self.begin_stores([StoreOrder(keys, first, tenant, may_evict, pooled)])[0]
 
     def begin_stores(self, orders: Sequence[StoreOrder]) -> list[StorePlan]:
         plans: list[StorePlan] = []

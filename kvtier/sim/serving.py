@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.control.planner import Planner
-from kvtier.types import BlockKey, LoadPlan, StorePlan
+from kvtier.types import BlockKey, LoadPlan, StoreOrder, StorePlan
 
 PIN_TTL_S = 30.0
 
@@ -130,11 +130,11 @@ class Serving:
         """The blocks before ``end`` are full after this step."""
         first = request.store_from
         keys = request.keys[:end]
-        plan = self._planner.begin_store(keys, first, self._block_bytes, now)
+        plan = self._planner.begin_store(StoreOrder(keys, first), self._block_bytes, now)
         self._run_commands()
         if plan.broken:
             first = self._planner.match(keys).hit_blocks
-            plan = self._planner.begin_store(keys, first, self._block_bytes, now)
+            plan = self._planner.begin_store(StoreOrder(keys, first), self._block_bytes, now)
             self._run_commands()
         request.store_from = end - plan.num_refused - plan.num_declined
         if plan.slots:

@@ -24,13 +24,13 @@ from kvtier.control.victim_buffer import VICTIM_SHARE
 from kvtier.memory.slab import SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.stats import Stats
-from kvtier.types import BlockKey, LoadPlan, Outcome, StorePlan
+from kvtier.types import BlockKey, LoadPlan, Outcome, StoreOrder, StorePlan
 
 HOST_BLOCKS = 6
 TIER_BLOCKS = 4
-PROMPTS = 4
-MAX_BLOCKS = 4
+PROMPTS, MAX_BLOCKS = 4, 4
 _OUTCOMES = st.sampled_from([Outcome.OK] * 6 + [Outcome.MISS, Outcome.CORRUPT, Outcome.REJECTED, Outcome.FAILED])
+prompts, counts = st.integers(0, PROMPTS - 1), st.integers(1, MAX_BLOCKS)
 
 
 def chain(prompt: int, num_blocks: int) -> list[BlockKey]:
@@ -99,11 +99,12 @@ class PlannerMachine(RuleBasedStateMachine):
 
     # ---- the engine's side ----
 
-    @rule(target=stores, prompt=st.integers(0, PROMPTS - 1), first=st.integers(0, MAX_BLOCKS - 1), count=st.integers(1, MAX_BLOCKS))
-    def begin_store(self, prompt: int, first: int, count: int) -> object:
+    @rule(target=stores, prompt=prompts, first=st.integers(0, MAX_BLOCKS - 1), count=counts, pooled=st.booleans())
+    def begin_store(self, prompt: int, first: int, count: int, pooled: bool) -> object:
         keys = chain(prompt, min(first + count, MAX_BLOCKS))
-        plan = self.planner.begin_store(keys, first, PAGE_BYTES, self.now, tenant_of(prompt))
+        plan = self.planner.begin_store(StoreOrder(keys, first, tenant_of(prompt), pooled=pooled), PAGE_BYTES, self.now)
         self.carry_on()
+        assert pooled or not plan.device_slots
         assert len(plan.positions) == len(plan.slots)
         assert sorted(plan.positions) == list(plan.positions)
         if not plan.slots:
@@ -112,14 +113,14 @@ class PlannerMachine(RuleBasedStateMachine):
         for key, ref in zip(wanted, plan.slots, strict=True):
             assert self.generations[ref.slot] == ref.generation
             self.memory[ref.slot] = key
-        self.fill(wanted, plan.device_slots)
+        self.fill(plan, wanted)
         self.open_stores[plan.job_id] = (plan, wanted)
         return plan.job_id
 
-    @rule(prompt=st.integers(0, PROMPTS - 1))
+    @rule(prompt=prompts)
     def store_at_once(self, prompt: int) -> None:
         """A whole prompt comes, is committed and written down as far as there is room."""
-        job_id = self.begin_store(prompt, 0, MAX_BLOCKS)
+        job_id = self.begin_store(prompt, 0, MAX_BLOCKS, pooled=True)
         if isinstance(job_id, int):
             self.commit(job_id, set())
         self.settle()
@@ -143,15 +144,16 @@ class PlannerMachine(RuleBasedStateMachine):
         self.spoil(plan.device_slots)
         self.planner.abort_store(job_id, self.now)
 
-    @rule(target=loads, prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
-    def begin_load(self, prompt: int, count: int) -> int:
+    @rule(target=loads, prompt=prompts, count=counts, pooled=st.booleans())
+    def begin_load(self, prompt: int, count: int, pooled: bool) -> int:
         keys = chain(prompt, count)
         ready = self.planner.match(keys).ready_blocks
-        plan = self.planner.begin_load(keys, self.now)
+        plan = self.planner.begin_load(keys, self.now, pooled=pooled)
         assert ready == len(plan.slots)
+        assert pooled or not plan.device_slots
         for key, slot, is_ready in zip(keys, plan.device_slots, plan.device_ready, strict=False):
             assert not is_ready or self.device[slot] == key
-        self.fill(keys, [-1 if is_ready else slot for slot, is_ready in zip(plan.device_slots, plan.device_ready, strict=True)])
+        self.fill(plan, keys)
         self.open_loads[plan.job_id] = (plan, keys)
         return plan.job_id
 
@@ -166,10 +168,10 @@ class PlannerMachine(RuleBasedStateMachine):
         again = self.planner.begin_load(keys, self.now)
         assert not {plan.slots[position] for position in gone} & set(again.slots)
         assert not any(ready for position, ready in enumerate(again.device_ready) if position in gone)
-        self.fill(keys, [-1 if ready else slot for slot, ready in zip(again.device_slots, again.device_ready, strict=True)])
+        self.fill(again, keys)
         self.planner.end_load(again.job_id, (), self.now)
 
-    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
+    @rule(prompt=prompts, count=counts)
     def promote(self, prompt: int, count: int) -> None:
         keys = chain(prompt, count)
         before = self.planner.match(keys)
@@ -177,7 +179,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.carry_on()
         assert before.ready_blocks <= promised <= before.hit_blocks
 
-    @rule(target=pins, prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS), ttl_s=st.none() | st.floats(0.1, 20.0))
+    @rule(target=pins, prompt=prompts, count=counts, ttl_s=st.none() | st.floats(0.1, 20.0))
     def pin(self, prompt: int, count: int, ttl_s: float | None) -> int:
         return self.planner.pin(chain(prompt, count), None if ttl_s is None else self.now + ttl_s)
 
@@ -185,7 +187,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def unpin(self, pin_id: int) -> None:
         self.planner.unpin(pin_id, self.now)
 
-    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
+    @rule(prompt=prompts, count=counts)
     def touch(self, prompt: int, count: int) -> None:
         self.planner.touch(chain(prompt, count), self.now)
 
@@ -215,7 +217,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     # ---- control ----
 
-    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS), tiers=st.sets(st.sampled_from([-1, 0, 1]), min_size=1))
+    @rule(prompt=prompts, count=counts, tiers=st.sets(st.sampled_from([-1, 0, 1]), min_size=1))
     def evict(self, prompt: int, count: int, tiers: set[int]) -> None:
         """Others that part from the prefix before its end and go on lose nothing; what continues it goes with it."""
         named = chain(prompt, count)
@@ -230,7 +232,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 after = self.planner.holdings(chain(other, MAX_BLOCKS))
                 assert not any(holding.num_blocks > count for holding in (after[tier] for tier in tiers if tier in after))
 
-    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS))
+    @rule(prompt=prompts, count=counts)
     def evict_what_is_pinned(self, prompt: int, count: int) -> None:
         keys = chain(prompt, count)
         pin_id = self.planner.pin(keys, None)
@@ -240,7 +242,7 @@ class PlannerMachine(RuleBasedStateMachine):
         assert before.ready_blocks == self.planner.match(keys).ready_blocks
         self.planner.unpin(pin_id, self.now)
 
-    @rule(prompt=st.integers(0, PROMPTS - 1), count=st.integers(1, MAX_BLOCKS), down=st.booleans())
+    @rule(prompt=prompts, count=counts, down=st.booleans())
     def move(self, prompt: int, count: int, down: bool) -> None:
         source, target = (0, 1) if down else (1, 0)
         before = self.planner.match(chain(prompt, count))
@@ -257,7 +259,7 @@ class PlannerMachine(RuleBasedStateMachine):
             assert move.is_done
         self.moves.clear()
 
-    @rule(really=st.integers(0, 2), prompt=st.none() | st.integers(0, PROMPTS - 1), tiers=st.sets(st.sampled_from([-1, 0, 1]), min_size=1))
+    @rule(really=st.integers(0, 2), prompt=st.none() | prompts, tiers=st.sets(st.sampled_from([-1, 0, 1]), min_size=1))
     def clear(self, really: int, prompt: int | None, tiers: set[int]) -> None:
         """The scope is empty afterwards, also of what was on its way there; nobody else loses anything."""
         if really:
@@ -285,7 +287,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.planner.set_policy(tier, lambda: create_policy(policy), self.now)
         assert before == [self.planner.holdings(chain(prompt, MAX_BLOCKS)) for prompt in range(PROMPTS)]
 
-    @rule(tier=st.sampled_from([0, 1]), prompt=st.integers(0, PROMPTS - 1), num_blocks=st.none() | st.integers(0, 3))
+    @rule(tier=st.sampled_from([0, 1]), prompt=prompts, num_blocks=st.none() | st.integers(0, 3))
     def set_quota(self, tier: int, prompt: int, num_blocks: int | None) -> None:
         """No block comes or goes. Two tenants' quotas fit into the tier below."""
         tenant = tenant_of(prompt)
@@ -373,11 +375,10 @@ class PlannerMachine(RuleBasedStateMachine):
         ready = plan.device_ready if isinstance(plan, LoadPlan) else (False,) * len(plan.device_slots)
         return [slot for slot, is_ready in zip(plan.device_slots, ready, strict=True) if slot >= 0 and not is_ready]
 
-    def fill(self, keys: Sequence[BlockKey], slots: Sequence[int]) -> None:
-        """A job writes blocks into slots of the pool."""
-        for key, slot in zip(keys, slots, strict=False):
-            if slot >= 0:
-                self.device[slot] = key
+    def fill(self, plan: StorePlan | LoadPlan, keys: Sequence[BlockKey]) -> None:
+        """A job writes its blocks into slots of the pool."""
+        written = self.filled(plan)
+        self.device.update((slot, key) for key, slot in zip(keys, plan.device_slots, strict=False) if slot in written)
 
     def spoil(self, slots: Sequence[int]) -> None:
         """Copies into slots of the pool failed."""

@@ -89,7 +89,7 @@ class Asker:
             return {}
         self.one(self.documents[0][:8], {"store": False, "load": False})
         counters = job.result(60.0).counters
-        return {name: value for name, value in counters.items() if value and name.startswith(("blend.", "connector."))}
+        return {name: value for name, value in counters.items() if value and name.startswith(("blend.", "connector.", "gpu."))}
 
     def store(self, systems: Sequence[str] = (SYSTEM,)) -> None:
         """Serves each document once, with the other ones, so that its entry is stored, and steps until all are."""

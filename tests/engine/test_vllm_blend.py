@@ -41,8 +41,14 @@ def blend(**more: Any) -> Result:
 
 
 def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
-    """Ratio 1, every method: documents in other orders, twice, at position 0, with text between, the prompt's end or all of it."""
-    result = run("blended", kvtier=blend(), engine=CACHING)
+    """Ratio 1, every method: documents in other orders, twice, at position 0, with text between, the prompt's end or all of it.
+
+    With a pool in front of host memory, which prefixes pass through and chunks do not.
+    """
+    settings = blend()
+    settings["tiers"].insert(0, {"type": "gpu", "capacity": "48MiB"})
+    result = run("blended", kvtier=settings, engine=CACHING)
+    assert result["counters"]["gpu.stored_blocks"] > 0
     for name in ("alone", "again", "unnamed", "mixed", "others", "afterwards", "after_abort"):
         assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
     assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in result["unnamed"]), "found by their tokens; by the chat's messages"

@@ -57,7 +57,7 @@ def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| combined, primed |  | 0.750 [0.60, 0.90] |  |  |" in page
     curve = chunk_reuse_page.curves("some")
     assert "| none, primed | 0% | 2% |  |" in curve
-    assert "| combined, primed | 15% | 18% | 28% | 0.12 |" in curve
+    assert "| combined, primed | 15% | 18% | 28% | 0.123 [0.10, 0.20] |  |  | 0.75 [0.60, 0.90] |" in curve
 
 
 def test_layers_stand_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

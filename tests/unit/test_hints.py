@@ -19,7 +19,7 @@ from kvtier.control.steps import StepGraph
 from kvtier.control.tool_calls import EDGES, MAX_TOOLS, NUM_BINS, ToolCalls, bin_of
 from kvtier.errors import ControlError, QuotaError, UnknownSessionError
 from kvtier.stats import Stats
-from kvtier.types import BlockKey, BlockMeta
+from kvtier.types import BlockKey, BlockMeta, StoreOrder
 from tests.unit.test_planner import keys_of, make_planner, store
 
 # ---- durations of tools --------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_what_arrives_after_the_hint_is_kept_too() -> None:
     """A request ends before its stores do: its blocks are pinned as they become readable, for some seconds."""
     for delay_s, expected in ((1.0, 2), (SETTLE_S + 1.0, 0)):
         served = Served(capacity_blocks=1600)
-        plan = served.planner.begin_store(keys_of(1, 2), 0, PAGE_BYTES, 0.0)
+        plan = served.planner.begin_store(StoreOrder(keys_of(1, 2), 0), PAGE_BYTES, 0.0)
         served.hints.ended("agent", keys_of(1, 2), 32, 0.0)
         served.hints.take(ToolCall("agent", "grep", expected_s=5.0), 0.0)
         served.pass_time(delay_s)
@@ -215,7 +215,7 @@ def test_what_arrives_after_the_hint_is_kept_too() -> None:
 def test_a_session_that_is_over_keeps_nothing_that_arrives() -> None:
     """Its stores end after it."""
     served = Served(capacity_blocks=1600)
-    plan = served.planner.begin_store(keys_of(1, 2), 0, PAGE_BYTES, 0.0)
+    plan = served.planner.begin_store(StoreOrder(keys_of(1, 2), 0), PAGE_BYTES, 0.0)
     served.hints.ended("agent", keys_of(1, 2), 32, 0.0)
     served.hints.take(ToolCall("agent", "grep", expected_s=5.0), 0.0)
     served.hints.take(SessionOver("agent"), 0.0)

@@ -13,7 +13,7 @@ from kvtier.memory.slab import SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.stats import Stats
 from kvtier.testing.planner_machine import PlannerMachine
-from kvtier.types import BlockKey, BlockMeta, Outcome
+from kvtier.types import BlockKey, BlockMeta, Outcome, StoreOrder
 
 
 class ThroughMachine(PlannerMachine):
@@ -126,7 +126,7 @@ def keys_of(prompt: int, num_blocks: int) -> list[BlockKey]:
 
 def store(planner: Planner, keys: list[BlockKey], first: int = 0, num_bytes: int = PAGE_BYTES, now: float = 0.0) -> int:
     """Stores what finds room; returns how many blocks did."""
-    plan = planner.begin_store(keys, first, num_bytes, now)
+    plan = planner.begin_store(StoreOrder(keys, first), num_bytes, now)
     if plan.slots:
         planner.commit_store(plan.job_id, (), now)
     return len(plan.slots)
@@ -150,7 +150,7 @@ def test_a_store_never_evicts_the_prefix_it_continues() -> None:
 def test_a_store_behind_a_hole_is_broken() -> None:
     """Blocks whose predecessor is nowhere could never be found; the caller is told to start earlier."""
     planner = make_planner(4)
-    assert planner.begin_store(keys_of(1, 3), 2, PAGE_BYTES, 0.0).broken
+    assert planner.begin_store(StoreOrder(keys_of(1, 3), 2), PAGE_BYTES, 0.0).broken
 
 
 def test_eviction_takes_exactly_what_is_missing() -> None:
@@ -264,8 +264,8 @@ def test_a_move_waits_for_its_copies_and_drops_only_what_arrived() -> None:
 def test_a_tenants_copies_under_way_come_to_nothing_when_it_is_cleared() -> None:
     """A store and a demotion that were running: neither leaves anything behind, and the other tenant's go on."""
     planner = make_planner(8)
-    plans = [planner.begin_store(keys_of(prompt, 2), 0, PAGE_BYTES, 0.0, tenant) for prompt, tenant in enumerate("ab")]
-    stored = planner.begin_store(keys_of(2, 2), 0, PAGE_BYTES, 0.0, "a")
+    plans = [planner.begin_store(StoreOrder(keys_of(prompt, 2), 0, tenant), PAGE_BYTES, 0.0) for prompt, tenant in enumerate("ab")]
+    stored = planner.begin_store(StoreOrder(keys_of(2, 2), 0, "a"), PAGE_BYTES, 0.0)
     planner.commit_store(stored.job_id, (), 0.0)
     planner.tick(0.0)
     (demotion,) = planner.take_commands()
@@ -306,7 +306,7 @@ def test_what_is_worth_less_is_not_admitted_and_is_no_refusal() -> None:
     for second in range(100):
         store(planner, hot, now=float(second))
         planner.touch(hot, float(second))
-    plan = planner.begin_store(keys_of(2, 3), 0, PAGE_BYTES, 100.5)
+    plan = planner.begin_store(StoreOrder(keys_of(2, 3), 0), PAGE_BYTES, 100.5)
 
     assert (plan.slots, plan.num_refused, plan.num_declined, plan.broken) == ((), 0, 3, False)
     assert stats["host.not_admitted_blocks"] == 3

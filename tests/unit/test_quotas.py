@@ -9,7 +9,7 @@ from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.planner import Planner
 from kvtier.control.residency import Residency
 from kvtier.policies import create_policy
-from kvtier.types import BlockKey, BlockMeta
+from kvtier.types import BlockKey, BlockMeta, StoreOrder
 from tests.unit.test_planner import keys_of, make_planner
 
 BLOCKS = 12
@@ -24,7 +24,7 @@ def make(**quotas: int) -> Planner:
 
 
 def put(planner: Planner, tenant: str, prompt: int, num_blocks: int = 2, now: float = 0.0) -> int:
-    plan = planner.begin_store(keys_of(prompt, num_blocks), 0, PAGE_BYTES, now, tenant)
+    plan = planner.begin_store(StoreOrder(keys_of(prompt, num_blocks), 0, tenant), PAGE_BYTES, now)
     if plan.slots:
         planner.commit_store(plan.job_id, (), now)
     assert [] == planner.check()

@@ -16,7 +16,7 @@ from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.planner import Planner
 from kvtier.hashing import Namespace, salt_extra, tenant_extra
 from kvtier.policies import POLICIES
-from kvtier.types import BlockKey, Outcome
+from kvtier.types import BlockKey, Outcome, StoreOrder
 from tests.unit.test_planner import make_planner
 
 BLOCK_TOKENS = 4
@@ -64,7 +64,7 @@ class Observed:
         if what == "match":
             answer = planner.match(keys)
         elif what == "store":
-            plan = planner.begin_store(keys, 0, PAGE_BYTES, now, tenant)
+            plan = planner.begin_store(StoreOrder(keys, 0, tenant), PAGE_BYTES, now)
             if plan.slots:
                 planner.commit_store(plan.job_id, (), now)
             answer = (plan.positions, plan.num_refused, plan.num_declined, plan.broken)

@@ -30,7 +30,7 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -
     if not config.blend.enabled:
         return BlendParts(config.blend)
     tokenizer = _tokenizer(vllm_config)
-    return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), _refusal(vllm_config, config, sizes))
+    return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), _refusal(vllm_config, sizes))
 
 
 def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig) -> ChunkBlender | None:
@@ -59,7 +59,7 @@ def keep_apart(request: Request) -> None:
     request.update_block_hashes()
 
 
-def _refusal(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> str:
+def _refusal(vllm_config: VllmConfig, sizes: BlockSizes) -> str:
     """Why chunks cannot be reused with this engine; empty: they can."""
     model_config = vllm_config.model_config
     try:
@@ -69,7 +69,7 @@ def _refusal(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> str:
         return str(error)
     if sizes.num_workers > 1:
         return f"tensor_parallel_size is {sizes.num_workers}: chunks are reused on one worker only"
-    return "there is a tier of type gpu" if config.gpu is not None else ""
+    return ""
 
 
 def _tokenizer(vllm_config: VllmConfig) -> Any | None:
