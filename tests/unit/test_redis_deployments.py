@@ -200,7 +200,7 @@ def test_a_cluster_spreads_blocks(cluster: ValkeyCluster, monkeypatch: pytest.Mo
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At start an error that names address, user and cause, or a start without it; when all of it dies, it goes offline by name; it comes back."""
+    """At start an error that names address, user and cause, or a start without it, until it comes; when all of it dies, it goes offline."""
     cluster = ValkeyCluster(tmp_path)
     settings = {"url": cluster.nodes[0].tcp_url, "cluster": True, "prefix": "gone/", "retries": 0}
     with pytest.raises(RemoteError, match=rf"127.0.0.1:{cluster.nodes[0].port}/0 \(user default\).*cannot be connected"):
