@@ -199,6 +199,25 @@ def test_a_cluster_spreads_blocks(cluster: ValkeyCluster, monkeypatch: pytest.Mo
         each.close()
 
 
+def test_the_rights_that_more_than_one_server_and_database_take(
+    server: ValkeyServer, cluster: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs, and without them an error that names the user."""
+    rights = ["on", ">pass", "~kvtier/*", "+get", "+set", "+strlen", "+unlink", "+ping"]
+    for node in (server, *cluster.nodes):
+        node.command("ACL", "SETUSER", "few", *rights)
+        node.command("ACL", "SETUSER", "enough", *rights, "+select", "+cluster|slots", "+command")
+    in_database = {"url": f"{server.unix_url}?db=3", "password": "pass"}
+    in_cluster = {"url": cluster.nodes[0].tcp_url, "cluster": True, "password": "pass"}
+    for settings in (in_database, in_cluster):
+        with pytest.raises(RemoteError, match=r"user few\)"):
+            open_tier(monkeypatch, **settings, username="few")
+        tier = open_tier(monkeypatch, **settings, username="enough")
+        metas = [meta_of(number, 100) for number in range(9)]
+        assert {Outcome.OK} == set(store(tier, metas)) == set(load(tier, metas))
+        tier.close()
+
+
 def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At start an error that names address, user and cause, or a start without it, until it comes; when all of it dies, it goes offline."""
     cluster = ValkeyCluster(tmp_path)
