@@ -73,7 +73,10 @@ def _redis(section: RedisTierConfig) -> RemoteClient:
         connect_timeout_s=section.connect_timeout_s,
         stall_timeout_s=section.stall_timeout_s,
     )
-    return RedisClient(access, ttl_s=section.ttl_s, hedge_after_s=section.hedge_after_s)
+    try:
+        return RedisClient(access, ttl_s=section.ttl_s, hedge_after_s=section.hedge_after_s)
+    except ValueError as error:
+        raise ConfigError(f"tier redis: url: {section.url!r} is wrong ({error})") from None
 
 
 def _object(section: ObjectTierConfig) -> RemoteClient:

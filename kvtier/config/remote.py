@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
@@ -23,6 +24,11 @@ from kvtier.config.fields import (
 )
 from kvtier.config.secrets import FILE, VARIABLE, key_file, key_variable, one_key, only_one, read_secret
 
+_MAX_PORT = 65535
+_PLACE = r"(?:\[[0-9A-Fa-f:.]+\]|[^][\s/@?#,:]+)(?::[0-9]{1,5})?"
+_PORT = re.compile(r":([0-9]+)(?=[,/]|$)")
+_REDIS_URL = re.compile(rf"rediss?://{_PLACE}(?:,{_PLACE})*(?:/[0-9]*)?|unix://[^@?#]+(?:\?db=[0-9]+)?")
+_ENDPOINT = re.compile(rf"https?://{_PLACE}(?:/[^\s@?#]*)?")
 _TIMEOUT = "more than 0: `2s`, `500ms`, or seconds"
 
 
@@ -34,7 +40,7 @@ class RemoteTierConfig(Section):
     prefix: str = setting(
         "kvtier/",
         kind="text",
-        allowed="text that ends with `/`",
+        allowed="names that end with `/` each, other than `.` and `..`",
         about="What the names of all values begin with.",
     )
     write: WriteMode = write_mode()
@@ -61,7 +67,8 @@ class RemoteTierConfig(Section):
     @field_validator("prefix")
     @classmethod
     def _prefix_is_a_folder(cls, prefix: str) -> str:
-        if not prefix.endswith("/") or prefix.startswith("/") or not prefix.isprintable():
+        folders = prefix.split("/")
+        if folders.pop() or not all(folders) or {".", ".."} & set(folders) or not prefix.isprintable():
             raise ValueError("not the beginning of names")
         return prefix
 
@@ -82,7 +89,7 @@ class RedisTierConfig(RemoteTierConfig):
     url: str = setting(
         REQUIRED,
         kind="text",
-        allowed="`redis://HOST:PORT/DB`, `rediss://HOST:PORT/DB` (TLS) or `unix:///PATH`, without user and password",
+        allowed="`redis://HOST:PORT/DB`, `rediss://HOST:PORT/DB` (TLS) or `unix:///PATH?db=DB`, without user and password",
         about="The server; with `cluster` any node of it, with `sentinel` the sentinels: `redis://HOST:PORT,HOST:PORT/DB`.",
     )
     username: str | None = setting(None, kind="text", allowed="null, or a name", about="The user (ACL). null: the server's default user.")
@@ -121,8 +128,7 @@ class RedisTierConfig(RemoteTierConfig):
     @field_validator("url")
     @classmethod
     def _is_a_server(cls, url: str) -> str:
-        scheme, separator, rest = url.partition("://")
-        if not separator or not rest or scheme not in ("redis", "rediss", "unix") or "@" in rest or "password=" in rest:
+        if not _REDIS_URL.fullmatch(url) or (not url.startswith("unix:") and any(int(port) > _MAX_PORT for port in _PORT.findall(url))):
             raise ValueError("not the address of a server alone")
         return url
 
@@ -187,7 +193,7 @@ class ObjectTierConfig(RemoteTierConfig):
     @field_validator("endpoint")
     @classmethod
     def _is_an_endpoint(cls, endpoint: str | None) -> str | None:
-        if endpoint is not None and (not endpoint.startswith(("http://", "https://")) or "@" in endpoint):
+        if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
             raise ValueError("not the address of a server alone")
         return endpoint
 

@@ -14,6 +14,7 @@ import logging
 import os
 import selectors
 import socket
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ class Daemon:
         path: of the socket
 
     Raises:
-        DaemonError: the socket's directory is not this user's alone, or another daemon serves there.
+        DaemonError: the socket's directory is not this user's alone, another daemon serves there, or something else has the name.
     """
 
     def __init__(self, config: Config, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,12 +57,18 @@ class Daemon:
         self._members: dict[str, Member] = {}
         check_directory(path, make=True)
         self._lock = _lock(path)
+        try:
+            self._listener = _listen(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._is_stopping = False
-        self._listener = _listen(path)
+        self._is_full = False
+        """no descriptor was left for the last connection"""
         self._selector.register(self._listener, selectors.EVENT_READ)
         self.node = Node(config, path, clock=clock)
 
@@ -127,9 +134,12 @@ class Daemon:
             sock, _ = self._listener.accept()
         except OSError as error:  # gone again, or no descriptor is free
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                _LOG.error("no descriptor is left for another connection")
+                if not self._is_full:
+                    _LOG.error("no descriptor is left for another connection; those to come wait")
+                self._is_full = True
                 time.sleep(BUSY_S)
             return
+        self._is_full = False
         pid, uid = peer_of(sock)
         if uid not in (os.geteuid(), 0) or len(self._connections) >= MAX_CONNECTIONS:
             _LOG.warning("refused a connection of process %d of user %d; %d connections are there", pid, uid, len(self._connections))
@@ -262,6 +272,8 @@ def _lock(path: Path) -> int:
 
 def _listen(path: Path) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise DaemonError(f"{path} is there and is no socket; remove it or choose another path")
         path.unlink()  # a dead daemon's: the lock is ours
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)

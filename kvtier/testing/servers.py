@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http
 import os
 import shutil
@@ -20,6 +21,7 @@ import redis
 
 _START_TIMEOUT_S = 30.0
 _CLUSTER_SLOTS = 16384
+_CLUSTER_OPTIONS = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-require-full-coverage", "no")
 
 
 class Server:
@@ -124,13 +126,13 @@ class ValkeyCluster:
     """Servers that keep a part of all names each, without replicas."""
 
     def __init__(self, directory: Path, num_nodes: int = 3) -> None:
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-require-full-coverage", "no")
         folders = [directory / str(number) for number in range(num_nodes)]
         for folder in folders:
             folder.mkdir()
         self._bus_ports = [free_port() for _ in folders]
         self.nodes = [
-            ValkeyServer(folder, *options, "--cluster-port", str(port)) for folder, port in zip(folders, self._bus_ports, strict=True)
+            ValkeyServer(folder, *_CLUSTER_OPTIONS, "--cluster-port", str(port))
+            for folder, port in zip(folders, self._bus_ports, strict=True)
         ]
 
     def start(self) -> Self:
@@ -151,6 +153,22 @@ class ValkeyCluster:
         for client in clients:
             client.close()
         return self
+
+    def add_replica(self, directory: Path, number: int) -> ValkeyServer:
+        """Starts a server that follows the node of this number, in a directory of its own; waits until it has all that the node has."""
+        replica = ValkeyServer(directory, *_CLUSTER_OPTIONS, "--cluster-port", str(free_port()), "--repl-diskless-sync-delay", "0").start()
+        with redis.Redis(port=replica.port) as client, redis.Redis(port=self.nodes[number].port) as primary:
+            client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port, self._bus_ports[0])
+            node_id = primary.execute_command("CLUSTER", "MYID")
+            deadline = time.monotonic() + _START_TIMEOUT_S
+            while client.info("replication").get("master_link_status") != "up":
+                if time.monotonic() > deadline:
+                    replica.kill()
+                    raise RuntimeError("the replica does not follow")
+                with contextlib.suppress(redis.ResponseError):  # it does not know the node yet
+                    client.execute_command("CLUSTER", "REPLICATE", node_id)
+                time.sleep(0.05)
+        return replica
 
     def kill(self) -> None:
         """Ends all nodes at once. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -163,6 +164,23 @@ def test_a_bucket_of_another_format_version(server: S3Server) -> None:
     obstore.put(store, "other/format", pack_text(FORMAT_TITLE, {"format": "7"}))
     with pytest.raises(TierFormatError, match=r"s3://kvtier.* of format version 7, this kvtier reads version 1"):
         open_tier(s3(server.endpoint), "other/")
+    obstore.put(store, "empty/format", b"")
+    with pytest.raises(TierFormatError, match=r"empty/format in the store at s3://kvtier.* is not kvtier's"):
+        open_tier(s3(server.endpoint), "empty/")
+
+
+def test_nothing_is_left_of_requests_that_were_given_up(server: S3Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Closing right after a time-out ends them too; asyncio complains of those that it finds later."""
+    proxy = FaultProxy(("127.0.0.1", int(server.endpoint.rpartition(":")[2])))
+    proxy.is_half_open = True
+    client = ObjectClient(s3(f"http://127.0.0.1:{proxy.port}"))
+    with pytest.raises(RemoteError, match="total deadline"):
+        client.sizes([f"given-up/{number}" for number in range(20)], Deadline(0.2))
+    client.close()
+    del client
+    gc.collect()
+    assert [] == caplog.messages
+    proxy.close()
 
 
 def test_a_server_that_is_not_there() -> None:

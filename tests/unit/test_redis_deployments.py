@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ipaddress
+import itertools
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +28,9 @@ from kvtier.testing.remote import wait_for_probe
 from kvtier.testing.servers import ValkeyCluster, ValkeySentinel, ValkeyServer
 from kvtier.testing.tiers import NAMESPACE, TierContract, load, meta_of, store
 from kvtier.tiers.base import Tier
-from kvtier.tiers.remote import RemoteTier
+from kvtier.tiers.redis import RedisAccess, RedisClient
+from kvtier.tiers.redis.wire import Wire
+from kvtier.tiers.remote import Deadline, RemoteTier
 from kvtier.types import Outcome, ProbeJob
 
 MIB = 1 << 20
@@ -93,6 +99,9 @@ def test_tls(server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         metas = [meta_of(0, 3 * MIB), meta_of(1, 100)]
         assert (Outcome.OK,) * 2 == store(tier, metas)
         assert (Outcome.OK,) * 2 == load(tier, metas)
+        proxy.bytes_per_s = 10.0 * MIB
+        assert (Outcome.OK,) == store(tier, [meta_of(2, 12 * MIB)])  # longer than stall_timeout, and never without a byte for as long
+        proxy.heal()
         proxy.cut_after_bytes = MIB
         assert Outcome.OK is not load(tier, metas[:1])[0]
         proxy.heal()
@@ -105,6 +114,27 @@ def test_tls(server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             open_tier(monkeypatch, url=proxy.url)  # no TLS where TLS is spoken
     finally:
         proxy.close()
+
+
+def test_tls_that_takes_long_ends_by_the_deadline(tmp_path: Path) -> None:
+    """Bytes that go out all the time, but too slowly."""
+    certificate, context = make_certificate(tmp_path)
+    left, right = socket.socketpair()
+
+    def read_all() -> None:
+        with contextlib.suppress(OSError), context.wrap_socket(right, server_side=True) as sock:
+            while sock.recv(MIB):
+                pass
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
+    ticks = itertools.count()
+    with ssl.create_default_context(cafile=certificate).wrap_socket(left, server_hostname="127.0.0.1") as sock:
+        wire = Wire(sock, "here", 60.0)
+        with pytest.raises(RemoteError, match="not done within the total deadline"):
+            wire.send([bytes(8 * MIB)], Deadline(4.0, clock=lambda: float(next(ticks))))
+        wire.abort()
+    reader.join()
 
 
 def test_a_user_with_few_rights(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +199,93 @@ def test_a_cluster_spreads_blocks(cluster: ValkeyCluster, monkeypatch: pytest.Mo
         each.close()
 
 
+def test_the_rights_that_more_than_one_server_and_database_take(
+    server: ValkeyServer, cluster: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs, and without them an error that names the user."""
+    rights = ["on", ">pass", "~kvtier/*", "+get", "+set", "+strlen", "+unlink", "+ping"]
+    for node in (server, *cluster.nodes):
+        node.command("ACL", "SETUSER", "few", *rights)
+        node.command("ACL", "SETUSER", "enough", *rights, "+select", "+cluster|slots", "+command")
+    in_database = {"url": f"{server.unix_url}?db=3", "password": "pass"}
+    in_cluster = {"url": cluster.nodes[0].tcp_url, "cluster": True, "password": "pass"}
+    for settings in (in_database, in_cluster):
+        with pytest.raises(RemoteError, match=r"user few\)"):
+            open_tier(monkeypatch, **settings, username="few")
+        tier = open_tier(monkeypatch, **settings, username="enough")
+        metas = [meta_of(number, 100) for number in range(9)]
+        assert {Outcome.OK} == set(store(tier, metas)) == set(load(tier, metas))
+        tier.close()
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At start an error that names address, user and cause, or a start without it, until it comes; when all of it dies, it goes offline."""
+    cluster = ValkeyCluster(tmp_path)
+    settings = {"url": cluster.nodes[0].tcp_url, "cluster": True, "prefix": "gone/", "retries": 0}
+    with pytest.raises(RemoteError, match=rf"127.0.0.1:{cluster.nodes[0].port}/0 \(user default\).*cannot be connected"):
+        open_tier(monkeypatch, **settings)
+    tier = open_tier(monkeypatch, **settings, required=False)
+    assert not tier.online
+    try:
+        cluster.start()
+        wait_until(lambda: tier.online)
+        metas = [meta_of(number, 1000) for number in range(20)]
+        assert {Outcome.OK} == set(store(tier, metas))
+        cluster.kill()
+        for _ in range(5):
+            assert {Outcome.FAILED} == set(load(tier, metas))
+        assert not tier.online
+        assert 3 <= tier.take_events()["connect_errors"]
+        tier.close()
+    finally:
+        cluster.kill()
+
+
+def test_a_plain_server_is_no_cluster(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at start, with the address."""
+    with pytest.raises(RemoteError, match=f"{server.port}.*Cluster mode is not enabled"):
+        open_tier(monkeypatch, url=server.tcp_url, cluster=True)
+
+
+def test_a_replica_that_took_over_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary of the cluster dies, also the one that the address names: hits and stores are back, by its replica, without a restart."""
+    replica_folder = tmp_path / "replica"
+    replica_folder.mkdir()
+    cluster = ValkeyCluster(tmp_path).start()
+    replica = cluster.add_replica(replica_folder, 0)
+    try:
+        tier = open_tier(monkeypatch, url=cluster.nodes[0].tcp_url, cluster=True, retries=0)
+        metas = [meta_of(number, 1000) for number in range(20)]
+        assert {Outcome.OK} == set(store(tier, metas))
+        with redis.Redis(port=cluster.nodes[0].port) as client:
+            wait_until(lambda: all(one["lag"] == 0 for one in client.info("replication").values() if isinstance(one, dict)))
+        cluster.nodes[0].kill()
+        replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
+        wait_until(lambda: tier.online and {Outcome.OK} == set(load(tier, metas)))
+        wait_until(lambda: tier.online and {Outcome.OK} == set(store(tier, [meta_of(number, 500) for number in range(30, 40)])))
+        tier.close()
+    finally:
+        replica.kill()
+        cluster.kill()
+
+
+def test_every_server_of_a_cluster_is_hedged(cluster: ValkeyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch asks again whichever server is late, not only the one that has its first block."""
+    tier = open_tier(monkeypatch, url=cluster.nodes[0].tcp_url, cluster=True, prefix="hedged/", retries=0, hedge_after=0.05)
+    metas = [meta_of(number, 1000) for number in range(40)]
+    assert {Outcome.OK} == set(store(tier, metas))
+    for node in cluster.nodes:
+        node.freeze()
+        try:
+            assert Outcome.FAILED in load(tier, metas)
+        finally:
+            node.thaw()
+        assert 1 <= tier.take_events()["hedged_reads"]
+        wait_until(lambda: tier.online and {Outcome.OK} == set(load(tier, metas)))
+        tier.take_events()
+    tier.close()
+
+
 def test_a_sentinel_names_a_new_primary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The primary dies; its replica takes over, and hits and stores are back without a restart. Takes as long as a sentinel takes."""
     folders = [tmp_path / name for name in ("primary", "replica", "sentinel")]
@@ -193,6 +310,15 @@ def test_a_sentinel_names_a_new_primary(tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         for server in (sentinel, replica, primary):
             server.kill()
+
+
+def test_sentinels_at_addresses_of_ipv6() -> None:
+    """Their brackets are no part of the address."""
+    client = RedisClient(RedisAccess(url="redis://[::1]:5000,b:6000/0", sentinel="primary"))
+    pool = client._endpoint.pool_for("any")
+    places = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
+    assert [("::1", 5000), ("b", 6000)] == [(place["host"], place["port"]) for place in places]
+    client.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -284,13 +286,17 @@ def test_corrupt(server: ValkeyServer, proxy: FaultProxy, tmp_path: Path, corrup
     tier.close()
 
 
-@pytest.mark.parametrize("garbage", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00" * 100_000, b"$99999999999999\r\n", b"$-7\r\n", b"$\r\n"])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00" * 100_000, b"$99999999999999\r\n", b"$-7\r\n", b"$\r\n", b"$" + b"9" * 5000 + b"\r\n"],
+)
 def test_garbage(server: ValkeyServer, proxy: FaultProxy, tmp_path: Path, garbage: bytes) -> None:
     """Whatever comes back instead of an answer: FAILED or MISS in time, never a block; afterwards hits are back."""
     tier = open_tier(proxy.url, f"{tmp_path}/")
     metas = blocks(tier)
     proxy.garbage = garbage
     assert set(load(tier, metas)) <= {Outcome.FAILED, Outcome.MISS}
+    assert tier.take_events().keys() & {"protocol_errors", "timeouts"}
     proxy.heal()
     wait_until(lambda: tier.online)
     store(tier, metas)
@@ -327,6 +333,60 @@ def test_hedged_read(server: ValkeyServer, proxy: FaultProxy, tmp_path: Path) ->
     assert_right_bytes(job, result)
     assert (Outcome.OK,) * 2 == result.outcomes
     tier.close()
+
+
+def test_a_hedge_that_gets_no_connection_harms_nothing(own_server: ValkeyServer) -> None:
+    """The first connection still answers; a server that answers on neither is silent for ``stall_timeout``, as without hedging."""
+    proxy = FaultProxy(("127.0.0.1", own_server.port))
+    tier = open_tier(proxy.url, hedge_after_s=0.02)
+    metas = blocks(tier, 2, 1000)
+    assert (Outcome.OK,) * 2 == load(tier, metas)
+    proxy.delay_s = 0.06
+    with redis.Redis(port=own_server.port) as admin:
+        admin.config_set("maxclients", 1)
+        assert (Outcome.OK,) * 2 == load(tier, metas)
+        assert 1 == tier.take_events()["hedged_reads"]
+        admin.config_set("maxclients", 100)
+    proxy.heal()
+    own_server.freeze()
+    tier.submit(load_job(5, metas))
+    (result,) = wait_for(tier)
+    own_server.thaw()
+    assert "no byte moved for 0.3 s" in (result.error or "")
+    tier.close()
+    proxy.close()
+
+
+def test_hedged_reads_beside_many_open_files(server: ValkeyServer, tmp_path: Path) -> None:
+    """An engine may have more than the 1024 descriptors that ``select`` can ask about."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, limits[1]), limits[1]))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        tier = open_tier(server.unix_url, f"{tmp_path}/", hedge_after_s=10.0)
+        metas = blocks(tier, 2, 1000)
+        assert (Outcome.OK,) * 2 == load(tier, metas)
+        tier.close()
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_abort_ends_a_call_that_is_connecting(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gets its connection just then sends nothing on it."""
+    client = RedisClient(RedisAccess(url=server.tcp_url))
+    connect = redis.ConnectionPool.get_connection
+
+    def late(pool: redis.ConnectionPool) -> object:
+        connection = connect(pool)
+        client.abort()
+        return connection
+
+    monkeypatch.setattr(redis.ConnectionPool, "get_connection", late)
+    with pytest.raises(RemoteError, match="the tier is closing"):
+        client.sizes(["test/x"], Deadline(5.0))
+    client.close()
 
 
 def test_a_value_on_its_way_is_not_torn(server: ValkeyServer, proxy: FaultProxy, tmp_path: Path) -> None:

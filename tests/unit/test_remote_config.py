@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.config import Config, ObjectTierConfig, RedisTierConfig
+from kvtier.config import Config, DiskTierConfig, ObjectTierConfig, RedisTierConfig
 from kvtier.engine import CacheEngine
 from kvtier.errors import ConfigError, RemoteError
 from kvtier.hashing import Namespace
@@ -48,9 +48,18 @@ def refusal(**tier: object) -> str:
         ({"type": "redis", "url": "redis://host", "prefix": "a"}, 'tiers[1].prefix: "a" is wrong'),
         ({"type": "redis", "url": "redis://host", "retries": 11}, "tiers[1].retries: 11 is wrong; allowed: a whole number from 0 to 10"),
         ({"type": "redis", "url": "redis://h", "password_env": "A", "password_file": "/b"}, "password_env is given too; keep one"),
+        ({"type": "redis", "url": "redis://host:port/0"}, 'tiers[1].url: "redis://host:port/0" is wrong'),
+        ({"type": "redis", "url": "redis://host:99999/0"}, 'tiers[1].url: "redis://host:99999/0" is wrong'),
+        ({"type": "redis", "url": "redis://host:1/first"}, 'tiers[1].url: "redis://host:1/first" is wrong'),
+        ({"type": "redis", "url": "redis://[::1:1/0"}, 'tiers[1].url: "redis://[::1:1/0" is wrong'),
+        ({"type": "redis", "url": "redis://host:1/0?protocol=3"}, 'tiers[1].url: "redis://host:1/0?protocol=3" is wrong'),
+        ({"type": "redis", "url": "redis://host", "prefix": "a//"}, 'tiers[1].prefix: "a//" is wrong'),
+        ({"type": "object", "url": "s3://b", "prefix": "a/../"}, 'tiers[1].prefix: "a/../" is wrong'),
         ({"type": "object", "url": "s3//bucket"}, 'tiers[1].url: "s3//bucket" is wrong'),
         ({"type": "object", "url": "s3://b", "secret_key": SECRET}, "tiers[1].secret_key: unknown key"),
         ({"type": "object", "url": "s3://b", "endpoint": "host:1"}, 'tiers[1].endpoint: "host:1" is wrong'),
+        ({"type": "object", "url": "s3://b", "endpoint": "http://"}, 'tiers[1].endpoint: "http://" is wrong'),
+        ({"type": "object", "url": "s3://b", "endpoint": "http://a b:1"}, 'tiers[1].endpoint: "http://a b:1" is wrong'),
     ],
 )
 def test_a_wrong_setting_is_named_and_no_secret_shown(tier: dict[str, object], expected: str) -> None:
@@ -58,6 +67,14 @@ def test_a_wrong_setting_is_named_and_no_secret_shown(tier: dict[str, object], e
     message = refusal(**tier)
     assert expected in message
     assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://host", "rediss://[::1]:6380/3", "redis://10.0.0.1:1,b:2/0", "unix:///run/r.sock", "unix:///a:b?db=2"]
+)
+def test_addresses_of_redis(url: str) -> None:
+    """Names and numbers, with and without port and database."""
+    assert url == RedisTierConfig.model_validate({"type": "redis", "url": url}).url
 
 
 def test_order_and_defaults() -> None:
@@ -98,6 +115,27 @@ def test_a_server_that_is_not_there() -> None:
     tier = open_remote(RedisTierConfig.model_validate({**settings, "required": False}))
     assert not tier.online
     tier.close()
+
+
+@pytest.mark.parametrize("tier", [{"type": "redis", "url": "redis://a..b:1/0"}, {"type": "mooncake", "url": "mooncake://a..b:1"}])
+def test_a_host_that_can_be_none(tier: dict[str, object]) -> None:
+    """A typing error in its name is like a server that is not there: by setting an error, or a start without the tier."""
+    for required in (True, False):
+        section = Config.from_mapping({"tiers": [HOST, {**tier, "required": required}]}).lower[0]
+        assert not isinstance(section, DiskTierConfig)
+        if required:
+            with pytest.raises(RemoteError, match=r"a\.\.b:1"):
+                open_remote(section)
+        else:
+            opened = open_remote(section)
+            assert not opened.online
+            opened.close()
+
+
+def test_several_servers_take_a_sentinel() -> None:
+    """Said with the address, when it is opened."""
+    with pytest.raises(ConfigError, match="tier redis: url: 'redis://a:1,b:2/0' is wrong"):
+        open_remote(RedisTierConfig.model_validate({"type": "redis", "url": "redis://a:1,b:2/0"}))
 
 
 def test_every_event_has_a_counter() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -277,6 +277,17 @@ def test_another_format_version_is_refused() -> None:
     memory.values[f"{PREFIX}format"] = b"something else"
     with pytest.raises(TierFormatError, match="not kvtier's"):
         open_tier(MemoryClient(memory))
+
+
+def test_a_note_of_the_version_that_is_far_too_long_is_not_read() -> None:
+    """Whatever length the store names, no memory is taken for it."""
+
+    class Boasting(MemoryClient):
+        def sizes(self, names: Sequence[str], deadline: Deadline) -> list[int | None]:
+            return [1 << 62 for _ in names]
+
+    with pytest.raises(TierFormatError, match="not kvtier's"):
+        open_tier(Boasting())
 
 
 def test_a_trial_is_given_to_one(client: MemoryClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import struct
@@ -507,6 +508,28 @@ def test_only_this_user_gets_in(folder: Path) -> None:
     served.close()
 
 
+@pytest.mark.parametrize("what", ["file", "link", "folder"])
+def test_nothing_but_a_socket_makes_room_for_the_socket(folder: Path, what: str) -> None:
+    """Whatever else lies there, by a mistake in the path, stays; a dead daemon's socket does not."""
+    path = folder / "socket"
+    target = folder / "target"
+    target.write_text("precious")
+    if what == "file":
+        path.write_text("precious")
+    elif what == "link":
+        path.symlink_to(target)
+    else:
+        path.mkdir()
+    with pytest.raises(DaemonError, match=f"{path} is there and is no socket"):
+        Daemon(Config.from_mapping(config_of(folder)), path)
+    assert path.exists()
+    assert "precious" == target.read_text()
+    path.rmdir() if what == "folder" else path.unlink()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    Daemon(Config.from_mapping(config_of(folder)), path).close()
+
+
 def test_a_peer_of_another_user_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel says who connects; another user gets nothing."""
     monkeypatch.setattr("kvtier.serve.daemon.peer_of", lambda _: (1, os.geteuid() + 1))
@@ -671,6 +694,26 @@ def test_random_bytes_never_end_the_daemon(served: Served) -> None:
     wait_for(lambda: not served.open())
 
 
+def test_more_connections_than_descriptors(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that are there are served, one line says so, and who waited gets in once others go."""
+    engine = served.engine("honest")
+    engine.store(keys_of(1, 4))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    peers = [socket.socket(socket.AF_UNIX) for _ in range(40)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(peer.fileno() for peer in peers) + 5, limits[1]))
+    try:
+        for peer in peers:
+            peer.connect(str(served.path))
+        for _ in range(50):
+            assert 4 == engine.load(keys_of(1, 4))
+        assert 1 == sum("no descriptor is left" in line for line in caplog.messages)
+    finally:
+        for peer in peers:
+            peer.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    wait_for(lambda: not served.open())
+
+
 def test_a_peer_that_does_not_read(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are not kept for ever: it loses its connection."""
     monkeypatch.setattr(frames, "MAX_QUEUED_BYTES", 100_000)
@@ -724,7 +767,7 @@ def test_a_controllers_pins_end_with_it(served: Served) -> None:
     engine.store(keys_of(1, 4))
     controller = kvtier.connect(served.path)
     controller.pin(keys=keys_of(1, 4)).result()
-    assert {"pins": 1} == served.open()
+    wait_for(lambda: {"pins": 1} == served.open())  # the stored blocks are recorded in the background
     controller.close()
     wait_for(lambda: not served.open())
 

@@ -176,9 +176,9 @@ class MooncakeClient:
             access = self._access
             host, _, port = access.master.rpartition(":")
             try:
-                socket.create_connection((host, int(port)), access.connect_timeout_s).close()
-            except OSError as error:
-                raise RemoteError("connect_errors", f"{self.address}: {error.strerror or error}") from error
+                socket.create_connection((host.strip("[]"), int(port)), access.connect_timeout_s).close()
+            except (OSError, UnicodeError) as error:  # UnicodeError: a host that can be none
+                raise RemoteError("connect_errors", f"{self.address}: {getattr(error, 'strerror', None) or error}") from error
             store = MooncakeDistributedStore()
             given = (access.segment_bytes, access.buffer_bytes)
             self._check(store.setup(access.local_host, access.metadata, *given, access.protocol, access.devices, access.master), "joining")

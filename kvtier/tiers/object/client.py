@@ -145,6 +145,11 @@ class ObjectClient:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            given_up = asyncio.all_tasks(self._loop)
+            for task in given_up:
+                task.cancel()
+            if given_up:
+                self._loop.run_until_complete(asyncio.wait(given_up))
             self._loop.close()
 
     def _each(self, coroutines: Sequence[Coroutine[Any, Any, _T]], deadline: Deadline) -> Iterator[_T]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +16,6 @@ from kvtier.tiers.remote.client import ABSENT, DONE, OTHER_SIZE
 _REFUSALS = (b"OOM", b"READONLY", b"NOPERM", b"MISCONF", b"NOREPLICAS")
 """beginnings of errors that say: this is not taken, others may be"""
 _AUTH_ERRORS = (b"NOAUTH", b"WRONGPASS")
-_MOVES = (b"MOVED", b"ASK")
 
 
 class RedisClient:
@@ -103,17 +101,27 @@ class RedisClient:
         return wires
 
     def _hedged(self, stack: ExitStack, wires: list[Wire], names: Sequence[str], deadline: Deadline) -> list[Wire]:
-        first = wires[0]
-        if first.has_data(min(self._hedge_after_s or 0.0, deadline.remaining_s())):
-            return wires
+        """The wires to read from, once the servers that have not begun to answer were asked a second time."""
+        soon = Deadline(min(self._hedge_after_s or 0.0, deadline.remaining_s()))
+        winners: dict[Wire, Wire] = {}
+        for first in dict.fromkeys(wires):
+            is_begun = first.has_data(soon.remaining_s())
+            asked = [name for name, wire in zip(names, wires, strict=True) if wire is first]
+            winners[first] = first if is_begun else self._faster(stack, first, asked, deadline)
+        return [winners[wire] for wire in wires]
+
+    def _faster(self, stack: ExitStack, first: Wire, names: Sequence[str], deadline: Deadline) -> Wire:
+        """Asks on a second wire what was asked on the first one; whichever begins to answer first."""
         self._events["hedged_reads"] += 1
-        second = stack.enter_context(self._endpoint.wire(self._endpoint.pool_for(names[0])))
-        positions = [index for index, wire in enumerate(wires) if wire is first]
-        _send([second] * len(positions), [names[index] for index in positions], b"GET", deadline)
-        ready = select.select([first, second], [], [], deadline.remaining_s())[0]
-        winner, loser = (first, second) if first in ready or not ready else (second, first)
+        try:
+            second = stack.enter_context(self._endpoint.wire(self._endpoint.pool_for(names[0])))
+        except RemoteError:
+            return first  # a server that lets no second connection in may still answer on the first one
+        _send([second] * len(names), names, b"GET", deadline)
+        winner = first.first_of(second, deadline)
+        loser = second if winner is first else first
         loser.abort()  # its reply must never be taken for another one's
-        return [winner if wire is first else wire for wire in wires]
+        return winner
 
     def _put_reply(self, wire: Wire, line: bytes) -> Reply:
         if line in (b"+OK", b"$-1"):
@@ -147,8 +155,6 @@ class RedisClient:
         message = f"{self.address}: {_text(line)}"
         if line[1:].startswith(_AUTH_ERRORS):
             return RemoteError("auth_errors", message, may_pass=False)
-        if line[1:].startswith(_MOVES):
-            self._endpoint.moved()
         return RemoteError("server_errors", message)
 
 

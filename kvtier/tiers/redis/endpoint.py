@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
+import redis.cluster
 import redis.sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisClusterException, RedisError
 from redis.retry import Retry
 
 from kvtier.errors import RemoteError
 from kvtier.tiers.redis.wire import Wire
+
+_CONNECT_ERRORS = (RedisError, RedisClusterException, OSError, UnicodeError)
+"""RedisClusterException is no RedisError; UnicodeError: a host that can be none"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,8 @@ class Endpoint:
         self._wires: set[Wire] = set()
         self._is_aborted = False
         self._cluster: redis.RedisCluster | None = None
+        self._may_have_moved = False
+        """names of the cluster may be kept elsewhere by now"""
         self._pool = None if access.cluster else _pool(access, self._options)
 
     def pool_for(self, name: str) -> Any:
@@ -62,10 +68,9 @@ class Endpoint:
         if self._pool is not None:
             return self._pool
         try:
-            if self._cluster is None:
-                self._cluster = redis.RedisCluster.from_url(self._access.url, **self._options)
-            node = self._cluster.get_node_from_key(name)
-        except (RedisError, OSError) as error:
+            node = self._current_cluster().get_node_from_key(name)
+        except _CONNECT_ERRORS as error:
+            self._may_have_moved = True
             raise self._failure(error) from error
         if node is None or node.redis_connection is None:
             raise RemoteError("connect_errors", f"{self._access.address}: no node keeps {name}")
@@ -74,17 +79,18 @@ class Endpoint:
     @contextmanager
     def wire(self, pool: Any) -> Iterator[Wire]:
         """A connection, to itself; given back where nothing was raised, else closed."""
-        if self._is_aborted:
-            raise RemoteError("connect_errors", f"{self._access.address}: the tier is closing", may_pass=False)
+        self._check_open()
         try:
             connection = pool.get_connection()
-        except (RedisError, OSError) as error:
+        except _CONNECT_ERRORS as error:
+            self._may_have_moved = True
             raise self._failure(error) from error
         wire = Wire(connection._sock, self._access.address, self._access.stall_timeout_s)
-        with self._lock:
-            self._wires.add(wire)
         is_clean = False
         try:
+            with self._lock:
+                self._check_open()  # aborted while it connected
+                self._wires.add(wire)
             yield wire
             is_clean = True
         finally:
@@ -92,6 +98,7 @@ class Endpoint:
                 self._wires.discard(wire)
             if not is_clean:
                 connection.disconnect()
+                self._may_have_moved = True
             pool.release(connection)
 
     @property
@@ -99,14 +106,10 @@ class Endpoint:
         """Whether sentinels say who the primary is, each time a connection is made."""
         return self._access.sentinel is not None
 
-    def moved(self) -> None:
-        """A name is kept elsewhere now: the next call asks the cluster anew who keeps what."""
-        self._cluster = None
-
     def abort(self) -> None:
         """Makes every wire fail, those to come too."""
-        self._is_aborted = True
         with self._lock:
+            self._is_aborted = True
             for wire in self._wires:
                 wire.abort()
 
@@ -114,8 +117,25 @@ class Endpoint:
         """Closes what is idle."""
         if self._pool is not None:
             self._pool.disconnect()
-        if self._cluster is not None:
-            self._cluster.close()
+        for node in [] if self._cluster is None else self._cluster.get_nodes():
+            _disconnect(node)
+
+    def _current_cluster(self) -> redis.RedisCluster:
+        """The cluster, asked anew who keeps what after anything went wrong: a replica may have taken over, or names may have moved."""
+        if self._cluster is None:
+            self._cluster = redis.RedisCluster.from_url(self._access.url, **self._options)
+        elif self._may_have_moved:
+            self._may_have_moved = False
+            before = self._cluster.get_nodes()
+            self._cluster.nodes_manager.initialize()
+            for node in before:
+                if self._cluster.get_node(node_name=node.name) is None:
+                    _disconnect(node, with_busy=False)
+        return self._cluster
+
+    def _check_open(self) -> None:
+        if self._is_aborted:
+            raise RemoteError("connect_errors", f"{self._access.address}: the tier is closing", may_pass=False)
 
     def _failure(self, error: Exception) -> RemoteError:
         where = self._access.address
@@ -125,12 +145,18 @@ class Endpoint:
         return RemoteError(event, f"{where}: {error}")
 
 
+def _disconnect(node: redis.cluster.ClusterNode, *, with_busy: bool = True) -> None:
+    """Closes a node's connections, which redis-py leaves to us. ``with_busy``: also those that somebody has."""
+    if node.redis_connection is not None:
+        node.redis_connection.connection_pool.disconnect(inuse_connections=with_busy)
+
+
 def _pool(access: RedisAccess, options: dict[str, Any]) -> redis.ConnectionPool:
     if access.sentinel is None:
         return redis.ConnectionPool.from_url(access.url, **options)
     scheme, _, rest = access.url.partition("://")
     hosts, _, database = rest.partition("/")
-    places = [(host, int(port)) for host, _, port in (place.rpartition(":") for place in hosts.split(","))]
+    places = [(host.strip("[]"), int(port)) for host, _, port in (place.rpartition(":") for place in hosts.split(","))]
     own = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout", "retry")}
     sentinel = redis.sentinel.Sentinel(places, sentinel_kwargs=own)
     more = {"ssl": True} if scheme == "rediss" else {}

@@ -7,6 +7,7 @@ checksum of each piece before the next one comes, while it lies in the cache.
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import ssl
@@ -20,8 +21,11 @@ from kvtier.tiers.remote.deadline import Deadline
 
 _LINE_BYTES = 64
 """read at once where a line is expected; what comes behind it in there is copied to where it belongs"""
-_MAX_LINE_BYTES = 1 << 16
+_MAX_LINE_BYTES = 1 << 12
+"""fewer than the digits that Python takes for a number"""
 _DRAIN_BYTES = 1 << 16
+_TLS_PIECE_BYTES = 1 << 20
+"""sent at once: a TLS socket's time-out is for all that it is given, not for the time without a byte"""
 _SMALLEST_TIMEOUT_S = 0.001
 
 
@@ -41,25 +45,30 @@ class Wire:
             sock.settimeout(None)
 
     def fileno(self) -> int:
-        """For ``select``."""
+        """For ``poll``."""
         return self._socket.fileno()
 
     def has_data(self, timeout_s: float) -> bool:
         """Whether a reply begins within a time."""
-        return bool(self._ahead) or bool(select.select([self._socket], [], [], timeout_s)[0])
+        return bool(self._ahead) or bool(_with_data([self], timeout_s))
+
+    def first_of(self, other: Wire, deadline: Deadline) -> Wire:
+        """This wire or another one, whichever begins to answer first."""
+        ready = _with_data([self, other], min(self._stall_timeout_s, deadline.remaining_s()))
+        if not ready:
+            raise self._failure(TimeoutError())
+        return ready[0]
 
     def send(self, buffers: Sequence[bytes | memoryview], deadline: Deadline) -> None:
         """Sends all of the buffers, one behind the other."""
-        views = [memoryview(buffer) for buffer in buffers]
+        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
         while views:
             self._set_timeout(socket.SO_SNDTIMEO, deadline)
             try:
-                if self._is_plain:
-                    views = _after(views, self._socket.sendmsg(views))
-                else:
-                    self._socket.sendall(views.pop(0))
+                count = self._socket.sendmsg(views) if self._is_plain else self._socket.send(views[0][:_TLS_PIECE_BYTES])
             except OSError as error:
                 raise self._failure(error) from error
+            views = _after(views, count)
 
     def read_line(self, deadline: Deadline) -> bytes:
         """The next line, without its end."""
@@ -176,6 +185,15 @@ class Wire:
 def command(*arguments: bytes) -> bytes:
     """A command as RESP."""
     return b"*%d\r\n" % len(arguments) + b"".join(b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in arguments)
+
+
+def _with_data(wires: Sequence[Wire], timeout_s: float) -> list[Wire]:
+    """Those with something to read, once there is one. Any descriptor may be asked about, unlike with ``select``."""
+    poller = select.poll()
+    for wire in wires:
+        poller.register(wire, select.POLLIN)
+    ready = {fd for fd, _ in poller.poll(math.ceil(1000 * timeout_s))}
+    return [wire for wire in wires if wire.fileno() in ready]
 
 
 def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:

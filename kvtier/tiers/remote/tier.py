@@ -27,6 +27,8 @@ from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcom
 
 logger = logging.getLogger(__name__)
 
+_MAX_FORMAT_BYTES = 1 << 12
+"""more than a store's own note of its version has"""
 _LAST_CALLS_S = 5.0
 """how long ``close`` waits for calls that were told to end"""
 
@@ -240,10 +242,12 @@ class RemoteTier:
         if size is None:
             logger.warning("the store at %s does not take %s: %s", self._client.address, name, reply.detail or "no reason given")
             return
-        found = bytearray(size)
-        (reply,) = self._client.get_into([Get(name, memoryview(found), memoryview(bytearray()))], deadline)
-        if reply.answer is Answer.DONE and parse_text(FORMAT_TITLE, bytes(found), f"store at {self._client.address}") is None:
-            raise TierFormatError(f"{name} in the store at {self._client.address} is not kvtier's: choose another prefix, or delete it")
+        if 0 < size <= _MAX_FORMAT_BYTES:
+            found = bytearray(size)
+            (reply,) = self._client.get_into([Get(name, memoryview(found), memoryview(bytearray()))], deadline)
+            if reply.answer is not Answer.DONE or parse_text(FORMAT_TITLE, bytes(found), f"store at {self._client.address}") is not None:
+                return
+        raise TierFormatError(f"{name} in the store at {self._client.address} is not kvtier's: choose another prefix, or delete it")
 
     def _try_again(self) -> None:
         if not self._is_closed and self._health.take_trial():
