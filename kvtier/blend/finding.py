@@ -1,8 +1,8 @@
 """Where chunks lie in a prompt: as the caller says, between separators, or wherever stored ones occur. Pure.
 
 Found without being told, a chunk is looked for by a hash of its first tokens over every window of the prompt (after Karp and Rabin,
-"Efficient randomized pattern-matching algorithms", 1987); a window that matches is then compared by the chunk's key, a
-cryptographic hash of all its tokens. So a false match costs time and never wrong KV.
+"Efficient randomized pattern-matching algorithms", 1987); where one matches, such a hash of all tokens is compared, and only then the
+chunk's key, a cryptographic hash of them. So a false match costs time and never wrong KV.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class ChunkFinder:
     def __init__(self, space: ChunkSpace) -> None:
         self._space = space
         self._by_head: defaultdict[int, dict[bytes, tuple[Chunk, int]]] = defaultdict(dict)
-        """hash of the first tokens -> key -> chunk, hash of its last tokens"""
+        """hash of the first tokens -> key -> chunk, hash of all its tokens"""
         self._head_of: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -152,9 +152,8 @@ class ChunkFinder:
         if len(token_ids) < HEAD_TOKENS:
             return None
         chunk = self._space.chunk(token_ids)
-        hashes = _window_hashes(token_ids)
-        head = int(hashes[0])
-        self._by_head[head][chunk.key] = (chunk, int(hashes[-1]))
+        head = int(_window_hashes(token_ids[:HEAD_TOKENS])[0])
+        self._by_head[head][chunk.key] = (chunk, int(_Sums.of(token_ids).sums[-1]))
         self._head_of[chunk.key] = head
         return chunk
 
@@ -175,32 +174,75 @@ class ChunkFinder:
         has_anchor = self._space.begins(token_ids)
         first = end = self._space.anchor.num_tokens if has_anchor else 0
         hashes = _window_hashes(token_ids)
+        sums = _Sums.of(token_ids)
+        heads: dict[int, _Candidates] = {}
         wanted = np.fromiter(self._by_head, dtype=np.uint64, count=len(self._by_head))
         for position in np.flatnonzero(np.isin(hashes, wanted)).tolist():
             if position < end:
                 continue
-            chunk = self._longest_at(token_ids, position, hashes)
+            head = int(hashes[position])
+            if head not in heads:
+                heads[head] = _Candidates.of(self._by_head[head].values())
+            chunk = self._longest_at(token_ids, position, heads[head], sums)
             if chunk is not None:
                 placements.append(Placement(chunk, position, is_exact=has_anchor and position == first))
                 end = position + chunk.num_tokens
         return placements
 
-    def _longest_at(self, token_ids: Sequence[int], position: int, hashes: Hashes) -> Chunk | None:
-        for chunk, tail in sorted(self._by_head[int(hashes[position])].values(), key=lambda item: -item[0].num_tokens):
-            last = position + chunk.num_tokens - HEAD_TOKENS
-            if (
-                last < len(hashes)
-                and hashes[last] == tail
-                and self._space.chunk(token_ids[position : position + chunk.num_tokens]) == chunk
-            ):
+    def _longest_at(self, token_ids: Sequence[int], position: int, candidates: _Candidates, sums: _Sums) -> Chunk | None:
+        for index in sums.places(position, candidates).tolist():
+            chunk: Chunk = candidates.chunks[index]
+            if self._space.chunk(token_ids[position : position + chunk.num_tokens]) == chunk:
                 return chunk
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """The chunks that begin with the same tokens, longest first."""
+
+    chunks: list[Chunk]
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
+    hashes: Hashes
+
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[Chunk, int]]) -> _Candidates:
+        ordered = sorted(chunks, key=lambda item: -item[0].num_tokens)
+        lengths = np.array([chunk.num_tokens for chunk, _ in ordered], np.int64)
+        return cls([chunk for chunk, _ in ordered], lengths, np.array([whole for _, whole in ordered], np.uint64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Hashes of all windows of a prompt: sums of its tokens' numbers, each times the base to the power of its position."""
+
+    sums: Hashes
+    """of the tokens before each position"""
+    powers: Hashes
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int]) -> _Sums:
+        powers = np.full(len(token_ids) + 1, _BASE)
+        powers[0] = 1
+        powers = np.cumprod(powers, dtype=np.uint64)
+        return cls(np.concatenate((np.zeros(1, np.uint64), np.cumsum(_mixed(token_ids) * powers[:-1], dtype=np.uint64))), powers)
+
+    def places(self, position: int, candidates: _Candidates) -> np.ndarray[Any, np.dtype[np.intp]]:
+        """Which of the candidates lie at the position, as far as the hashes show."""
+        first = int(np.searchsorted(-candidates.lengths, position + 1 - len(self.sums)))  # the others leave the prompt
+        windows = self.sums[position + candidates.lengths[first:]] - self.sums[position]
+        return first + np.flatnonzero(windows == candidates.hashes[first:] * self.powers[position])
+
+
+def _mixed(token_ids: Sequence[int]) -> Hashes:
+    """A number for each token that says little about its neighbours'."""
+    mixed = (np.asarray(token_ids, dtype=np.uint64) + np.uint64(1)) * _MIX
+    return mixed ^ (mixed >> np.uint64(29))
+
+
 def _window_hashes(token_ids: Sequence[int]) -> Hashes:
     """A hash of the ``HEAD_TOKENS`` tokens from each position on, as far as there are so many."""
-    mixed = (np.asarray(token_ids, dtype=np.uint64) + np.uint64(1)) * _MIX
-    mixed ^= mixed >> np.uint64(29)
+    mixed = _mixed(token_ids)
     num_windows = len(mixed) - HEAD_TOKENS + 1
     hashes = np.zeros(num_windows, np.uint64)
     for offset in range(HEAD_TOKENS):

@@ -96,7 +96,7 @@ def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surrounding
     if "tokens" in asked:
         texts = asked["tokens"]
         if "spans" not in asked or not _is_list(texts) or len(texts) != len(spans) or not all(text and _is_tokens(text) for text in texts):
-            raise _bad("tokens: a list of token ids for each of the spans is allowed")
+            raise _bad("tokens: a list of token ids, 0 to 2**32 - 1, for each of the spans is allowed")
         expected = {span: space.chunk(text).key for span, text in zip(spans, texts, strict=True)}
     placements = space.place(prompt, spans, expected)
     around.known.learn(space, prefix_ids, prompt, placements)
@@ -118,7 +118,7 @@ def _spans(asked: Mapping[str, Any], prompt: Sequence[int], turn_markers: frozen
         spans = separated_spans(prompt, separator)
     elif "spans" in asked:
         given = asked["spans"]
-        if not _is_list(given) or not all(_is_tokens(span) and len(span) == 2 for span in given):
+        if not _is_list(given) or not all(_is_span(span) for span in given):
             raise _bad(f"spans is {given!r}; a list of [start, end] is allowed")
         spans = [Span(start, end) for start, end in given]
         check_spans(spans, len(prompt))
@@ -134,7 +134,11 @@ def _is_list(value: object) -> bool:
 
 
 def _is_tokens(value: Any) -> bool:
-    return _is_list(value) and all(map(_is_number, value))
+    return _is_list(value) and all(_is_number(token) and 0 <= token < 1 << 32 for token in value)
+
+
+def _is_span(value: Any) -> bool:
+    return _is_list(value) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _is_number(value: object) -> bool:

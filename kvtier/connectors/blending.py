@@ -15,7 +15,17 @@ from kvtier.config import BlendConfig
 from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
 from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
-from kvtier.connectors.requests import BlendPlan, BlendState, ConnectorSettings, Geometry, Matched, Request, RequestIdentity, end_of_wait
+from kvtier.connectors.requests import (
+    NEVER,
+    BlendPlan,
+    BlendState,
+    ConnectorSettings,
+    Geometry,
+    Matched,
+    Request,
+    RequestIdentity,
+    end_of_wait,
+)
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import request_root
 from kvtier.types import SlotRef
@@ -39,12 +49,15 @@ class BlendParts:
     """tokens that a message of a chat begins with"""
     refusal: str = ""
     """why the model's chunks cannot be reused; empty: they can"""
+    num_positions: int = NEVER
+    """how many the model knows"""
 
 
 @dataclass(slots=True)
 class _Blend:
     """A prompt that the workers put together."""
 
+    state: BlendState
     load_ids: list[int]
     remaining: int
     failed: bool = False
@@ -83,6 +96,8 @@ class _Entries:
     keys: set[bytes] = field(default_factory=set)
     """of all of them"""
     num_deferred_steps: int = 0
+    num_resets: int = 0
+    """KV from before the last one, an anchor's too, must not be used"""
 
 
 class Blending:
@@ -177,8 +192,7 @@ class Blending:
         if plan is not None and plan.end - request.num_computed_tokens == num_external_tokens:
             request.num_store_tokens = min(request.num_store_tokens, plan.num_exact)
             self._order(request, state, plan, block_ids)
-        else:
-            self._want(request)
+        self._want(request)
 
     @property
     def has_new_blends(self) -> bool:
@@ -265,7 +279,7 @@ class Blending:
             self._engine.touch(keys)
         num_blocks = plan.end // self._geometry.engine_block_tokens
         self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
-        self._blends[load_ids[0]] = _Blend(load_ids, self._geometry.num_workers)
+        self._blends[load_ids[0]] = _Blend(state, load_ids, self._geometry.num_workers)
         state.num_tokens = sum(min(at.end, plan.end) - max(at.start, plan.num_exact) for at in plan.placements if at.start < plan.end)
         self._engine.stats.add("blend.requests")
         self._engine.stats.add("blend.hit_chunks", len(plan.placements))
@@ -281,7 +295,8 @@ class Blending:
             chunk = at.chunk
             if chunk.key in self._entries.keys or self._engine.match(chunk.block_keys).hit_blocks == len(chunk.block_keys):
                 continue
-            if len(self._entries.keys) >= MAX_WAITING_CHUNKS:
+            has_positions = chunk.anchor.num_tokens + chunk.num_tokens <= self._parts.num_positions
+            if len(self._entries.keys) >= MAX_WAITING_CHUNKS or not has_positions or self._parts.refusal:
                 self._engine.stats.add("blend.unstored_chunks")
                 continue
             tokens = tuple(request.token_ids[at.start : at.end])
@@ -310,7 +325,8 @@ class Blending:
         entry.remaining = self._geometry.num_workers
         entries.running[plan.job_id] = entry
         slots = _slots(plan.positions, plan.slots)
-        return [EntryJob(plan.job_id, chunk.key, chunk.anchor.key, entry.anchor_ids, entry.token_ids, slots)]
+        anchor_key = chunk.anchor.key + entries.num_resets.to_bytes(8, "little")
+        return [EntryJob(plan.job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots)]
 
     # ---- what became of it --------------------------------------------------------------------------------------
 
@@ -320,6 +336,8 @@ class Blending:
         self._num_blenders += report.blenders
         if self._num_attached and self._num_attached > self._num_blenders and self._parts.settings.enabled and not self._parts.refusal:
             self._parts = replace(self._parts, refusal="a worker cannot run the loaded model outside of its steps")
+            self._engine.stats.add("blend.unstored_chunks", len(self._entries.waiting))
+            self._drop_waiting()
         self._engine.stats.add("blend.tokens", report.num_blended_tokens)
         self._engine.stats.add("blend.chosen_tokens", report.num_chosen_tokens)
         for job_id, count in report.done.items():
@@ -329,7 +347,11 @@ class Blending:
                 self._advance_entry(job_id, count, has_failed=job_id in report.failed)
 
     def forget(self) -> None:
-        """The cache is being reset: chunks that wait are not stored."""
+        """The cache is being reset: chunks that wait are not stored, and later ones need their anchor computed anew."""
+        self._entries.num_resets += 1
+        self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
         for entry in self._entries.waiting:
             self._entries.keys.discard(entry.chunk.key)
         self._entries.waiting.clear()
@@ -343,6 +365,8 @@ class Blending:
             for load_id in blend.load_ids:
                 self._engine.end_load(load_id)
             self._engine.stats.add("blend.failed", int(blend.failed))
+            if blend.failed:
+                blend.state.num_tokens = 0
 
     def _advance_entry(self, job_id: int, count: int, *, has_failed: bool) -> None:
         entry = self._entries.running[job_id]

@@ -115,6 +115,7 @@ class EntryJob:
     job_id: int
     key: bytes
     anchor_key: bytes
+    """identifies the KV of ``anchor_ids``: another one after a reset"""
     anchor_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     slots: ChunkSlots

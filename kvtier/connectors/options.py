@@ -12,7 +12,7 @@ from kvtier.connectors.messages import RequestOptions
 MAX_NAME = 256
 """characters of a session's, tenant's or tool's name"""
 PRIORITIES = ("low", "normal", "high")
-_NAME = f"a text of 1 to {MAX_NAME} characters"
+_NAME = f"a text of 1 to {MAX_NAME} characters, none a lone surrogate"
 _SECONDS = "seconds, 0 or more and finite"
 
 
@@ -25,7 +25,7 @@ class _Option:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_NAME
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_seconds(value: Any) -> bool:

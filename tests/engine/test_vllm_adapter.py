@@ -355,6 +355,7 @@ def test_requests_load_their_own_blocks_only(rig: Rig, more: dict[str, Any]) -> 
         ({"kvtier": {"store": False}}, (True, False)),
         ({"kvtier": {"load": "no", "speed": 3, "store": False}}, (True, False)),
         ({"kvtier": "no"}, (True, True)),
+        (["kvtier"], (True, True)),
     ],
 )
 def test_what_a_request_may_ask_for(rig: Rig, params: dict[str, Any] | None, expected: tuple[bool, bool]) -> None:

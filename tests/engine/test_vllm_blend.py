@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import LoRAConfig
 
+from kvtier.config import Config
+from kvtier.connectors.vllm.blend_parts import blend_parts_of
+from kvtier.connectors.vllm.geometry import block_sizes_of
 from tests.engine.blend_scenarios import ORDERS, REFUSED
 from tests.engine.harness import Result, assert_same, host, host_and_disk, made_once, run
+from tests.engine.rig import LAYERS, cache_config, engine_config, full_attention
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 CACHING = {"enable_prefix_caching": True}
@@ -82,6 +87,17 @@ def test_off_unless_switched_on(alone: Result) -> None:
     assert {"off"} == {answer["loaded"]["blend"]["refused"] for answer in result["alone"]}
     assert {"blend.refused_off"} == set(result["counters"])
     assert "vllm.model_executor.models.llama" == result["model"]
+
+
+@pytest.mark.every_version
+@pytest.mark.parametrize(("adapters", "refusal"), [(None, ""), (LoRAConfig(max_lora_rank=8), "enable_lora is true")])
+def test_an_engine_with_adapters_is_refused(adapters: LoRAConfig | None, refusal: str) -> None:
+    """Its layers add what the adapters of the step's own tokens say, also to requests without one."""
+    settings = Config.from_mapping(blend())
+    config = engine_config(blend())
+    config.lora_config = adapters
+    sizes = block_sizes_of(config, cache_config(config, dict.fromkeys(LAYERS, full_attention())), settings)
+    assert blend_parts_of(config, settings, sizes).refusal.split(":")[0] == refusal
 
 
 def test_preemption_and_failures(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:

@@ -45,8 +45,15 @@ class SmallModel:
         self._embedding = torch.randn(64, 16, generator=chance)
         self._weights = torch.randn(LAYERS, 16, 4 * DIM, generator=chance) / 4
         self._out = torch.randn(LAYERS, 2 * DIM, 16, generator=chance) / 4
+        self.num_embedded = 0
+        """tokens that it began to compute"""
+
+    def change(self) -> None:
+        """Other weights."""
+        self._weights = -self._weights.flip(2)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        self.num_embedded += len(token_ids)
         return self._embedding[token_ids]
 
     def project(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
@@ -88,7 +95,13 @@ class System:
     """Both halves' chunk reuse over a real cache; steps are made by hand."""
 
     def __init__(
-        self, directory: Path, parts: BlendParts | None = None, *, host_blocks: int = HOST_BLOCKS, below: Sequence[dict[str, Any]] = ()
+        self,
+        directory: Path,
+        parts: BlendParts | None = None,
+        *,
+        host_blocks: int = HOST_BLOCKS,
+        below: Sequence[dict[str, Any]] = (),
+        reports: Sequence[WorkerReport] = (CAN_BLEND,),
     ) -> None:
         arena = Arena.open(str(directory / "arena"), host_blocks * 4096, huge_pages=False)
         arena.unlink()
@@ -103,7 +116,8 @@ class System:
         self.blender = ChunkBlender(self.model, self.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)
         self.arena = arena
         self.next_block = 1
-        self.half.finish_step(CAN_BLEND)
+        for report in reports:
+            self.half.finish_step(report)
 
     def full(self, tokens: Sequence[int]) -> TokenKV:
         """What full prefill makes of a prompt."""

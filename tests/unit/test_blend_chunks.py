@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.blend.chunks import NO_ANCHOR, anchor_of, chunk_of
+from kvtier.blend import finding
+from kvtier.blend.chunks import NO_ANCHOR, Anchor, Chunk, anchor_of, chunk_of
 from kvtier.blend.finding import HEAD_TOKENS, ChunkFinder, ChunkSpace, Span, check_spans, separated_spans
 from kvtier.blend.layout import Placement, PromptLayout, lay_out
 from kvtier.errors import BlendRefusedError, RefusalReason
@@ -136,6 +137,23 @@ def test_stored_chunks_are_found_wherever_they_lie(stored: list[list[int]], part
     assert len(finder) == len({tuple(chunk) for chunk in left if len(chunk) >= HEAD_TOKENS})
     for placement in found:
         assert SPACE.chunk(tokens[placement.start : placement.end]) == placement.chunk
+
+
+def test_chunks_with_the_same_ends_cost_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a prompt repeats tokens that many chunks begin and end with, none is hashed that does not lie there."""
+    finder = ChunkFinder(SPACE)
+    for middle in range(20):
+        finder.add([7] * 20 + [100 + middle] + [7] * (20 + middle % 3))
+    hashed: list[int] = []
+
+    def counted(root: bytes, anchor: Anchor, token_ids: Sequence[int], block_tokens: int) -> Chunk:
+        hashed.append(len(token_ids))
+        return chunk_of(root, anchor, token_ids, block_tokens)
+
+    monkeypatch.setattr(finding, "chunk_of", counted)
+    prompt = [7] * 300 + [105] + [7] * 25 + [106] + [7] * 100
+    (placement,) = finder.find(prompt)
+    assert (280, [43]) == (placement.start, hashed)
 
 
 def test_a_chunk_is_exact_only_behind_its_own_anchor() -> None:

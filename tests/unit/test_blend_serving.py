@@ -122,6 +122,8 @@ def test_chunks_are_found_from_other_prompts(make: Callable[..., System]) -> Non
         ("format", {"spans": [[5, 9]], "tokens": [[1, 2], [3]]}),
         ("format", {"spans": [[5, 9]], "tokens": "text"}),
         ("format", {"separator": [5], "tokens": []}),
+        ("format", {"spans": [[5, 9]], "tokens": [[1, 2, 3, -4]]}),
+        ("format", {"spans": [[5, 9]], "tokens": [[1, 2, 3, 1 << 32]]}),
         ("format", "please"),
     ],
 )
@@ -159,6 +161,25 @@ def test_off_and_unsupported(make: Callable[..., System]) -> None:
     assert "model" == system.half.blended("b")["refused"]
 
 
+def test_chunks_wait_for_no_worker_that_cannot(make: Callable[..., System]) -> None:
+    """What requests named before the worker said that it cannot is not stored, and does not keep the engine awake."""
+    system = make(reports=[])
+    tokens, spans = joined([document(1, 9)], SYSTEM, [1, 2])
+    for name in ("early", "late"):
+        system.add(name, tokens, spans=spans)
+        assert not system.half.match(name, len(tokens), 0).is_blended
+    system.half.allocated("early", system.blocks(len(tokens)), 0)
+    before = system.half.has_pending_work
+    system.half.finish_step(WorkerReport(attached=1))
+    between = system.half.has_pending_work
+    system.half.allocated("late", system.blocks(len(tokens)), 0)
+    assert (True, False, False) == (before, between, system.half.has_pending_work)
+    assert 2 == system.cache.stats["blend.unstored_chunks"]
+    for name in ("early", "late"):
+        system.half.request_finished(name)
+    system.close()
+
+
 def test_too_few_chunks_are_computed(make: Callable[..., System]) -> None:
     """One stored chunk behind three others is not worth a blend."""
     system = make()
@@ -168,6 +189,29 @@ def test_too_few_chunks_are_computed(make: Callable[..., System]) -> None:
     tokens, spans = joined(documents, SYSTEM, [1, 2])
     assert 3 == system.serve("second", tokens, spans=spans)
     assert 1 == system.cache.stats["blend.too_few"]
+    system.close()
+
+
+def test_chunks_that_are_missing_beside_others_are_stored(make: Callable[..., System]) -> None:
+    """A prompt that is put together without a new document has it stored, so that the next one finds it."""
+    system = make()
+    documents = [document(number, 8) for number in range(4)]
+    tokens, spans = joined(documents[:3], SYSTEM, [1, 2])
+    assert 3 == system.serve("first", tokens, spans=spans)
+    for name, chunks, num_new in (("second", documents, 1), ("third", documents[::-1], 0)):
+        tokens, spans = joined(chunks, SYSTEM, [1, 2])
+        system.add(name, tokens, spans=spans)
+        matched = system.half.match(name, len(tokens), 0)
+        assert matched.is_blended
+        block_ids = system.blocks(len(tokens))
+        system.half.allocated(name, block_ids, matched.num_tokens or 0)
+        (job,) = system.step([ScheduledRequest(name, block_ids, len(tokens))]).blends
+        assert 4 - num_new == len(job.layout.placements)
+        before = system.cache.stats["blend.stored_chunks"]
+        while system.half.has_pending_work:
+            system.step()
+        assert num_new == system.cache.stats["blend.stored_chunks"] - before
+        system.half.request_finished(name)
     system.close()
 
 
@@ -224,8 +268,10 @@ def test_a_failed_blend_is_reported_and_ends(make: Callable[..., System]) -> Non
     assert set(block_ids[1:5]) == steps.blend([job], set(), WorkerReport(), "other"), "planned for another arena"
     steps.attach(None, "")
     assert set(block_ids[1:5]) == steps.blend([job], set(), WorkerReport()), "no arena"
+    assert system.half.blended("second")["tokens"]
     system.finish(message, report)
     assert 1 == system.cache.stats["blend.failed"]
+    assert {"tokens": 0} == system.half.blended("second"), "the engine computes them"
     system.half.request_finished("second")
     while system.half.has_pending_work:
         system.step()
@@ -268,6 +314,37 @@ def test_chunks_are_computed_when_no_prompt_waits(make: Callable[..., System]) -
     assert () == system.step().entries
     system.half.request_finished("first")
     system.close()
+
+
+def test_a_reset_forgets_what_chunks_were_computed_behind(make: Callable[..., System]) -> None:
+    """After it, as for new weights, not even the anchor's KV is from before; without it the anchor is computed once."""
+    system = make()
+    for name, number in (("first", 1), ("second", 2), ("third", 3)):
+        if name == "third":
+            system.model.change()
+            system.half.reset()
+        with_anchor = system.model.num_embedded
+        tokens, spans = joined([document(number, 8)], SYSTEM, [1, 2])
+        assert 1 == system.serve(name, tokens, spans=spans)
+        assert 8 + (0 if name == "second" else len(SYSTEM)) == system.model.num_embedded - with_anchor
+    system.add("fourth", tokens, spans=spans, ratio=0.0)
+    matched = system.half.match("fourth", len(tokens), 0)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("fourth", block_ids, matched.num_tokens or 0)
+    system.step([ScheduledRequest("fourth", block_ids, len(tokens))])
+    torch.testing.assert_close(system.memory.read(12, block_ids).values, system.full(tokens[:12]).values, rtol=0, atol=1e-5)
+    system.half.request_finished("fourth")
+    system.close()
+
+
+def test_chunks_lie_within_the_models_positions(make: Callable[..., System]) -> None:
+    """A chunk that a primer would push behind the last position of the model is not computed."""
+    tokens, spans = joined([document(1, 9)], SYSTEM, [1, 2])
+    for num_positions, num_stored in ((17, 1), (16, 0)):
+        system = make(BlendParts(BlendConfig(enabled=True), primer=(3, 4, 5), num_positions=num_positions))
+        assert num_stored == system.serve("first", tokens, spans=spans)
+        assert 1 - num_stored == system.cache.stats["blend.unstored_chunks"]
+        system.close()
 
 
 def test_no_room_for_a_chunk(make: Callable[..., System]) -> None:

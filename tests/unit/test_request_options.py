@@ -45,6 +45,7 @@ def test_what_makes_sense_is_taken(asked: dict[str, object], expected: RequestOp
         ({"tenant": ""}, "['tenant'] is ''; allowed: a text of 1 to 256 characters"),
         ({"session": 7}, "['session'] is 7"),
         ({"session": "s" * 257}, "['session'] is 'sss"),
+        ({"tenant": "a\ud800"}, "['tenant'] is 'a\\ud800'"),
         ({"session": "s", "next_use_s": -1}, "['next_use_s'] is -1; allowed: seconds, 0 or more and finite"),
         ({"session": "s", "next_use_s": math.inf}, "['next_use_s'] is inf"),
         ({"session": "s", "next_use_s": math.nan}, "['next_use_s'] is nan"),

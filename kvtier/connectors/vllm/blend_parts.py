@@ -30,7 +30,10 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -
     if not config.blend.enabled:
         return BlendParts(config.blend)
     tokenizer = _tokenizer(vllm_config)
-    return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), _refusal(vllm_config, sizes))
+    model_config = vllm_config.model_config
+    num_positions = max(model_config.max_model_len, getattr(model_config.hf_text_config, "max_position_embeddings", 0))
+    refusal = _refusal(vllm_config, sizes)
+    return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), refusal, num_positions)
 
 
 def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig) -> ChunkBlender | None:
@@ -69,6 +72,8 @@ def _refusal(vllm_config: VllmConfig, sizes: BlockSizes) -> str:
         return str(error)
     if sizes.num_workers > 1:
         return f"tensor_parallel_size is {sizes.num_workers}: chunks are reused on one worker only"
+    if vllm_config.lora_config is not None:  # its layers add the adapters of the step's own tokens, whatever is computed with them
+        return "enable_lora is true: with adapters the model cannot be run outside of the engine's steps"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 
 from vllm.v1.request import Request
 
@@ -43,7 +44,8 @@ def options_of(request: Request) -> RequestOptions:
 
     A request that must see its whole prompt computed (``skip_reading_prefix_cache``: prompt log-probabilities, pooling) loads nothing.
     """
-    options, problems = parse_options((request.kv_transfer_params or {}).get(_KEY, {}))
+    params = request.kv_transfer_params
+    options, problems = parse_options(params.get(_KEY, {}) if isinstance(params, Mapping) else {})
     for problem in problems:
         _warn_once(f"kv_transfer_params[{_KEY!r}]{problem if problem.startswith('[') else ' is ' + problem}")
     if getattr(request, "prompt_embeds", None) is not None:
