@@ -161,7 +161,7 @@ class Blending:
         state.plan = None
         num_exact = request.num_computed_tokens + (0 if exact.is_async else exact.num_tokens)
         ready = [at for at in state.placements if at.end > num_exact and self._is_ready(at.chunk)]
-        if len(ready) < len(state.placements) and self._is_bringing(request, num_exact):
+        if len(ready) < len(state.placements) and self._is_bringing(request, num_exact, ready):
             self.is_waiting = True
             return _LATER
         size = self._geometry.engine_block_tokens
@@ -237,13 +237,18 @@ class Blending:
     def _is_ready(self, chunk: Chunk) -> bool:
         return self._engine.match(chunk.block_keys).ready_blocks == len(chunk.block_keys)
 
-    def _is_bringing(self, request: Request, num_exact: int) -> bool:
-        """Starts to bring chunks from slower tiers, asks for them what other engines share, and says whether to wait for that."""
+    def _is_bringing(self, request: Request, num_exact: int, ready: Sequence[Placement]) -> bool:
+        """Starts to bring chunks from slower tiers, asks for them what other engines share, and says whether to wait for that.
+
+        ``ready``: chunks that are there.
+        """
         state = request.blend
         assert state is not None
         now = self._clock()
         if state.deadline is None:
             state.deadline = end_of_wait(now, self._settings.promote_wait_s)
+            for at in ready:  # or the others would come in their place
+                self._engine.touch(at.chunk.block_keys)
         is_coming = False
         for at in state.placements:
             found = self._engine.match(at.chunk.block_keys)

@@ -242,6 +242,26 @@ def test_chunks_that_another_engine_stored_are_found(make: Callable[..., System]
     second.close()
 
 
+def test_chunks_that_are_brought_do_not_drive_out_those_beside_them(make: Callable[..., System], tmp_path: Path) -> None:
+    """In full host memory what is brought from the disk takes the room of what the prompt does not need, however long ago the rest was used."""
+    below = [{"type": "disk", "path": str(tmp_path / "disk"), "capacity": "256MiB", "write": "through"}]
+    system = make(below=below, host_blocks=10)
+    needed = [document(number, 16) for number in range(2)]
+    for name, chunk in (("a", needed[1]), ("b", needed[0]), ("c", document(2, 16))):
+        tokens, spans = joined([chunk], SYSTEM, [1, 2])
+        assert 1 == system.serve(name, tokens, spans=spans)
+        while system.half.has_pending_work:
+            system.step()
+    tokens, spans = joined(needed, SYSTEM, [1, 2])
+    system.add("both", tokens, spans=spans)
+    while (matched := system.half.match("both", len(tokens), 0)).num_tokens is None:
+        system.step()
+    assert matched.is_blended
+    assert 3 == system.cache.stats["disk.loaded_blocks"], "those of one chunk that had left, and nothing a second time"
+    system.half.request_finished("both")
+    system.close()
+
+
 def begun_blend(system: System, *, num_computed_tokens: int) -> tuple[StepMessage, list[int]]:
     """The step that puts the second of two prompts of the same documents together, and the engine blocks of that prompt."""
     documents = [document(1, 9), document(2, 8)]
