@@ -243,7 +243,7 @@ def test_chunks_that_another_engine_stored_are_found(make: Callable[..., System]
 
 
 def test_chunks_that_are_brought_do_not_drive_out_those_beside_them(make: Callable[..., System], tmp_path: Path) -> None:
-    """In full host memory what is brought from the disk takes the room of what the prompt does not need, however long ago the rest was used."""
+    """In full host memory what comes from the disk takes the room of what the prompt does not need, however old the rest is."""
     below = [{"type": "disk", "path": str(tmp_path / "disk"), "capacity": "256MiB", "write": "through"}]
     system = make(below=below, host_blocks=10)
     needed = [document(number, 16) for number in range(2)]
