@@ -116,6 +116,8 @@ class RefusalReason(enum.Enum):
     """what was asked is not a mapping with the right keys and kinds of values"""
     OFF = "off"
     """asked for, but not switched on in the configuration"""
+    LOAD = "load"
+    """nothing may be loaded for the request: it says so itself, or wants to see its whole prompt computed"""
 
 
 class BlendRefusedError(KVTierError, ValueError):

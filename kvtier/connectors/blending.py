@@ -131,11 +131,13 @@ class Blending:
     def begin(self, request: Request, identity: RequestIdentity, num_prompt_tokens: int) -> None:
         """Reads what a new request asks. What is refused is counted, and the request is served as any other."""
         asked = request.options.blend
-        if asked is None or not request.can_load:
+        if asked is None:
             return
         try:
             if not self._parts.settings.enabled:
                 raise BlendRefusedError(RefusalReason.OFF, "blend.enabled is false")
+            if not request.can_load:
+                raise BlendRefusedError(RefusalReason.LOAD, "nothing may be loaded for it")
             if self._parts.refusal:
                 raise BlendRefusedError(RefusalReason.MODEL, self._parts.refusal)
             if identity.spans or identity.has_adapter:

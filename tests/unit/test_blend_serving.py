@@ -156,6 +156,10 @@ def test_off_and_unsupported(make: Callable[..., System]) -> None:
     adapted = RequestIdentity((b"lora x",), has_adapter=True)
     system.half.add_request("a", tokens, num_prompt_tokens=len(tokens), identity=adapted, options=RequestOptions(blend={"spans": spans}))
     assert "model" == system.half.blended("a")["refused"]
+    whole = RequestOptions(load=False, blend={"spans": spans})
+    system.half.add_request("whole", tokens, num_prompt_tokens=len(tokens), options=whole)
+    assert "load" == system.half.blended("whole")["refused"]
+    assert not system.half.match("whole", len(tokens), 0).is_blended
     system.half.finish_step(WorkerReport(attached=1))
     system.add("b", tokens, spans=spans)
     assert "model" == system.half.blended("b")["refused"]
