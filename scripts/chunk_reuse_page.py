@@ -16,7 +16,8 @@ TASKS = ("single", "hops", "border", "prose")
 CURVES = ("combined, primed", "epic, primed", "cacheblend, alone")
 OPTIONS = "--model .cache/smollm2 --dtype bfloat16 --threads 1 --only-answered"
 COMMANDS: dict[str, str] = {
-    "blend": f'kvtier bench blend {OPTIONS} --items SETS --variants "cacheblend, alone" "epic, primed" "prophetkv, primed" "combined, primed"',
+    "blend": f"kvtier bench blend {OPTIONS} --items SETS"
+    ' --variants "cacheblend, alone" "epic, primed" "prophetkv, primed" "combined, primed"',
     "blend-methods": f"kvtier bench blend {OPTIONS} --items SETS --variants alone primed",
     "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 0.15 0.3 0.5"
     ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
