@@ -11,6 +11,7 @@ import errno
 import fcntl
 import itertools
 import logging
+import math
 import os
 import selectors
 import socket
@@ -36,6 +37,8 @@ HELLO_TIMEOUT_S = 5.0
 BUSY_S = 0.001
 """how often results of the tiers are asked for while they work"""
 IDLE_S = 0.05
+TELL_AGAIN_S = 60.0
+"""how long a fault that lasts is not told of again"""
 
 
 class Daemon:
@@ -67,8 +70,8 @@ class Daemon:
         self._woken.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._is_stopping = False
-        self._is_full = False
-        """no descriptor was left for the last connection"""
+        self._full_until = -math.inf
+        """until when nobody is told again that no descriptor is left"""
         self._selector.register(self._listener, selectors.EVENT_READ)
         self.node = Node(config, path, clock=clock)
 
@@ -134,12 +137,11 @@ class Daemon:
             sock, _ = self._listener.accept()
         except OSError as error:  # gone again, or no descriptor is free
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                if not self._is_full:
+                if self._clock() > self._full_until:
+                    self._full_until = self._clock() + TELL_AGAIN_S
                     _LOG.error("no descriptor is left for another connection; those to come wait")
-                self._is_full = True
                 time.sleep(BUSY_S)
             return
-        self._is_full = False
         pid, uid = peer_of(sock)
         if uid not in (os.geteuid(), 0) or len(self._connections) >= MAX_CONNECTIONS:
             _LOG.warning("refused a connection of process %d of user %d; %d connections are there", pid, uid, len(self._connections))
