@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from kvtier.tiers.disk import DiskTier, check_path
 from kvtier.tiers.disk.format import pack_entry, pack_place
 from kvtier.tiers.disk.geometry import divide
 from kvtier.tiers.disk.index_file import IndexFile
+from kvtier.tiers.disk.lock import LOCK_NAME
 from kvtier.tiers.record import RecordFields, pack_text
 from kvtier.types import Outcome
 
@@ -38,6 +42,21 @@ def test_two_openings_in_one_process(tmp_path: Path) -> None:
     tier.close()
     assert [] == check_path(tmp_path)
     open_tier(tmp_path).close()
+
+
+def test_a_holder_that_is_dying_is_waited_for(tmp_path: Path) -> None:
+    """A process that was killed may hold the lock a little longer than it lives: the kernel ends its transfers first."""
+    open_tier(tmp_path).close()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    with (tmp_path / LOCK_NAME).open("w") as file:
+        file.write(f"pid {ended.pid} on {socket.gethostname()}: engine")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        timer.start()
+        open_tier(tmp_path).close()
+        timer.join()
 
 
 def test_two_processes(tmp_path: Path) -> None:

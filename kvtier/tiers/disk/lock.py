@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from kvtier.errors import TierBusyError, TierError
 
 LOCK_NAME = "lock"
 _MAX_TEXT_BYTES = 1024
+_DYING_S = 2.0
+"""how long the directory of a process that was killed may stay locked"""
+_POLL_S = 0.01
 
 _held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
 
@@ -38,19 +42,31 @@ class DirectoryLock:
         except OSError as error:
             raise TierError(f"{path} cannot be opened ({error.strerror}): make the directory writable for this user") from error
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._fd, _MAX_TEXT_BYTES, 0).decode("utf-8", "replace").strip() or "unknown"
-            self.release()
-            raise TierBusyError(
-                f"{directory} is in use by another process ({holder}): end it, or give each process a directory of its own"
-            ) from None
+            self._lock(directory)
+        except TierBusyError:
+            raise
         except OSError as error:
             self.release()
             raise TierError(f"{path} cannot be locked ({error.strerror}): use a file system with flock") from error
         _held.add(self)
         if not read_only:
             self._write_holder(path)
+
+    def _lock(self, directory: Path) -> None:
+        until = time.monotonic() + _DYING_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(self._fd, _MAX_TEXT_BYTES, 0).decode("utf-8", "replace").strip() or "unknown"
+                if not _has_ended(holder) or time.monotonic() > until:
+                    self.release()
+                    raise TierBusyError(
+                        f"{directory} is in use by another process ({holder}): end it, or give each process a directory of its own"
+                    ) from None
+                time.sleep(_POLL_S)
+            else:
+                return
 
     def _write_holder(self, path: Path) -> None:
         text = f"pid {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}"
@@ -73,6 +89,20 @@ class DirectoryLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether the process that the text names is gone: what it had under way in the kernel may keep its files open a little longer."""
+    number, _, rest = holder.removeprefix("pid ").partition(" on ")
+    if not number.isdecimal() or rest.partition(":")[0] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _forget_in_child() -> None:
