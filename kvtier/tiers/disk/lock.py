@@ -41,18 +41,12 @@ class DirectoryLock:
             return
         except OSError as error:
             raise TierError(f"{path} cannot be opened ({error.strerror}): make the directory writable for this user") from error
-        try:
-            self._lock(directory)
-        except TierBusyError:
-            raise
-        except OSError as error:
-            self.release()
-            raise TierError(f"{path} cannot be locked ({error.strerror}): use a file system with flock") from error
+        self._lock(path)
         _held.add(self)
         if not read_only:
             self._write_holder(path)
 
-    def _lock(self, directory: Path) -> None:
+    def _lock(self, path: Path) -> None:
         until = time.monotonic() + _DYING_S
         while True:
             try:
@@ -62,9 +56,12 @@ class DirectoryLock:
                 if not _has_ended(holder) or time.monotonic() > until:
                     self.release()
                     raise TierBusyError(
-                        f"{directory} is in use by another process ({holder}): end it, or give each process a directory of its own"
+                        f"{path.parent} is in use by another process ({holder}): end it, or give each process a directory of its own"
                     ) from None
                 time.sleep(_POLL_S)
+            except OSError as error:
+                self.release()
+                raise TierError(f"{path} cannot be locked ({error.strerror}): use a file system with flock") from error
             else:
                 return
 
@@ -98,10 +95,8 @@ def _has_ended(holder: str) -> bool:
         return False
     try:
         os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
