@@ -135,9 +135,10 @@ def receive(fd: int, buffers: Sequence[Buffer], hashed: int, stall_us: int, tota
     if hashed >= len(views) or len(views[hashed]) < CHECKSUM_LEAST:
         raise ValueError(f"buffer {hashed} of {len(views)} is not there, or not of {CHECKSUM_LEAST} bytes")
     payload = views[hashed]
+    views = [view for view in views if view]
     end = time.monotonic() + min(total_us, LONGEST_US) / 1e6
     with socket.socket(fileno=os.dup(fd)) as sock:
-        while views := [view for view in views if view]:
+        while views:
             left_us = int((end - time.monotonic()) * 1e6)
             if left_us <= 0:
                 raise TimeoutError(ETIMEDOUT, os.strerror(ETIMEDOUT))
@@ -151,7 +152,7 @@ def receive(fd: int, buffers: Sequence[Buffer], hashed: int, stall_us: int, tota
                 raise
             if not count:
                 return None
-            views = _after(views, count)
+            views = rest_of(views, count)
     return xxhash.xxh3_128_digest(payload)
 
 
@@ -189,12 +190,13 @@ def ring_close(ring: object, /) -> None:  # noqa: ARG001
     raise OSError(ENOSYS, "io_uring takes the compiled core")
 
 
-def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
+def rest_of(views: Sequence[memoryview], count: int) -> list[memoryview]:
     """What is left of views after the first ``count`` bytes."""
-    rest = []
-    for view in views:
-        rest.append(view[min(count, len(view)) :])
-        count = max(0, count - len(view))
+    rest = list(views)
+    while rest and count >= len(rest[0]):
+        count -= len(rest.pop(0))
+    if count:
+        rest[0] = rest[0][count:]
     return rest
 
 

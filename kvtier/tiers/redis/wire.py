@@ -14,7 +14,7 @@ import ssl
 import struct
 from collections.abc import Sequence
 
-from kvtier._fallback import CHECKSUM_LEAST
+from kvtier._fallback import CHECKSUM_LEAST, rest_of
 from kvtier._native import receive
 from kvtier.errors import RemoteError
 from kvtier.tiers.remote.deadline import Deadline
@@ -68,7 +68,7 @@ class Wire:
                 count = self._socket.sendmsg(views) if self._is_plain else self._socket.send(views[0][:_TLS_PIECE_BYTES])
             except OSError as error:
                 raise self._failure(error) from error
-            views = _after(views, count)
+            views = rest_of(views, count)
 
     def read_line(self, deadline: Deadline) -> bytes:
         """The next line, without its end."""
@@ -92,11 +92,11 @@ class Wire:
             count = min(len(self._ahead), len(open_views[0]))
             open_views[0][:count] = self._ahead[:count]
             self._ahead = self._ahead[count:]
-            open_views = _after(open_views, count)
+            open_views = rest_of(open_views, count)
             if not open_views:
                 break
         while open_views:
-            open_views = _after(open_views, self._receive(open_views, deadline, whole=True))
+            open_views = rest_of(open_views, self._receive(open_views, deadline, whole=True))
         self._check_end()
 
     def read_value(self, header: memoryview, payload: memoryview, deadline: Deadline) -> bytes | None:
@@ -194,13 +194,3 @@ def _with_data(wires: Sequence[Wire], timeout_s: float) -> list[Wire]:
         poller.register(wire, select.POLLIN)
     ready = {fd for fd, _ in poller.poll(math.ceil(1000 * timeout_s))}
     return [wire for wire in wires if wire.fileno() in ready]
-
-
-def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left of views after the first ``count`` bytes."""
-    rest = list(views)
-    while rest and count >= len(rest[0]):
-        count -= len(rest.pop(0))
-    if count:
-        rest[0] = rest[0][count:]
-    return rest
