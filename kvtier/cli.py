@@ -32,6 +32,7 @@ BENCHMARKS = {
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
     "disk": ("kvtier.bench.disk", "the disk tier beside the disk it lies on"),
     "gpu": ("kvtier.bench.gpu", "copies between host memory and a GPU, beside large pinned copies"),
+    "gpu-chunks": ("kvtier.bench.gpu_chunks", "prompts of reused chunks on a GPU, with a model of 8B's shape"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
     "faults": ("kvtier.bench.faults", "what a store that goes wrong adds to a request"),
     "sharing": ("kvtier.bench.sharing", "time to first token of what another engine has prefilled, by the store between them"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 
 from kvtier.config import ConnectorConfig
-from kvtier.copy.base import BlockCopier, LayerLoader, LayerStorer
+from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.cuda_copier import ArenaPlace
 from kvtier.copy.device import Device, cuda_copier, way_of
@@ -23,14 +23,6 @@ _LOG = logging.getLogger(__name__)
 PREFAULT_TIMEOUT_S = 600.0
 REGISTER_MAPPED = 2
 """a flag of CUDA: kernels may use the addresses"""
-
-
-class Movers(NamedTuple):
-    """What moves blocks: whole, and layer by layer where that is wanted and possible."""
-
-    copier: BlockCopier
-    loader: LayerLoader | None = None
-    storer: LayerStorer | None = None
 
 
 def movers_of(
@@ -55,7 +47,10 @@ def movers_of(
         movers = _on_cpu(arena, layout, layers, settings.copy_threads)
     else:
         movers = _on_cuda(arena, layout, views, layers, settings.gpu_copy)
-    return movers._replace(copier=PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes)) if pool_bytes else movers
+    if not pool_bytes:
+        return movers
+    assert movers.copier is not None
+    return replace(movers, copier=PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes))
 
 
 def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None, num_threads: int) -> Movers:
@@ -73,7 +68,7 @@ def _on_cuda(arena: Arena, layout: KVLayout, views: Sequence[torch.Tensor], laye
     copier = cuda_copier(layout, device, ArenaPlace(arena.address, pinned_bytes), layers=layers, forced=way_of(gpu_copy))
     if copier is None:
         return Movers(TorchCopier(views, arena.buffer))
-    return Movers(copier) if layers is None else Movers(copier, copier, copier)
+    return Movers(copier, pieces=copier) if layers is None else Movers(copier, copier, copier, copier)
 
 
 def pin_arena(arena: Arena) -> int:
