@@ -22,7 +22,6 @@ from kvtier.bench.engine import ENVIRONMENT, open_engine, prompt_of
 from kvtier.bench.report import Record, publish, record
 from kvtier.testing.daemons import DaemonProcess
 from kvtier.testing.servers import MooncakeMaster, S3Server, Server, ValkeyServer
-from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
 from kvtier.tiers.remote import Deadline
 
 PATHS = ("daemon", "redis-unix", "redis-tcp", "mooncake", "s3")
@@ -97,6 +96,8 @@ def _start(path: str, folder: Path, at_end: Callable[[Callable[[], None]], objec
     """The server, and the tier that uses it."""
     server: Server
     if path == "mooncake":
+        from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient  # noqa: PLC0415 - its libraries are not everywhere
+
         server = master = MooncakeMaster(folder).start()
         at_end(server.kill)
         member = MooncakeClient(MooncakeAccess(master=master.url.partition("//")[2], segment_bytes=1 << 30))
