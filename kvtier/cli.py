@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = command(options)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            return _refuse(f"the other end of a connection has gone: {error}")
         # the reader has seen enough; without this the interpreter fails once more when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -190,10 +193,20 @@ def _answer(work: Callable[[argparse.Namespace], bool], options: argparse.Namesp
 
 def _bench(options: argparse.Namespace) -> int:
     module_name, about = BENCHMARKS[options.name]
-    module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"kvtier bench {options.name}", description=f"Measure {about}.")
-    module.add_arguments(parser)
-    return int(module.run(parser.parse_args(options.options)))
+    try:
+        module = importlib.import_module(module_name)
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(options.options)))
+    except (
+        ImportError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a package, memory, a disk, a server: what was to be measured failed
+        if isinstance(error, BrokenPipeError):
+            raise
+        return _refuse(f"{parser.prog}: {str(error) or type(error).__name__}")
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -217,6 +230,16 @@ def _env(options: argparse.Namespace) -> int:
 def _version(_: argparse.Namespace) -> int:
     print(f"kvtier {kvtier.__version__}")
     return OK
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # no file: a test's, or closed
+        return False
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _refuse(message: str) -> int:

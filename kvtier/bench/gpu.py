@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish
 from kvtier.copy.cuda_calibrate import calibrate
 from kvtier.copy.cuda_choice import DIRECTIONS, Direction, Way
@@ -38,8 +38,8 @@ BOTH_LIMIT = 80.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per figure (default: 15)")
+    add_json(parser)
+    add_rounds(parser, 15)
 
 
 def run(args: argparse.Namespace) -> int:

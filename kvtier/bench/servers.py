@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtier.testing.servers import MooncakeMaster, S3Server, ValkeyServer
-from kvtier.tiers.object import ObjectAccess, ObjectClient
 from kvtier.tiers.redis import RedisAccess, RedisClient
 from kvtier.tiers.redis.wire import command
 from kvtier.tiers.remote import Deadline, RemoteClient
 
 if TYPE_CHECKING:
     from kvtier.tiers.mooncake import MooncakeClient
+    from kvtier.tiers.object import ObjectAccess
 
 STORES = ("redis-unix", "redis-tcp", "mooncake", "s3")
 
@@ -69,6 +69,8 @@ def _redis(stack: contextlib.ExitStack, folder: Path, name: str) -> Store:
 
 
 def _s3(stack: contextlib.ExitStack, folder: Path) -> Store:
+    from kvtier.tiers.object import ObjectAccess, ObjectClient  # noqa: PLC0415 - each store's client is an extra of its own
+
     server = S3Server(folder, names_buckets=True).start()
     stack.callback(server.kill)
     access = ObjectAccess(
@@ -87,7 +89,7 @@ def _s3(stack: contextlib.ExitStack, folder: Path) -> Store:
 
 def _mooncake(stack: contextlib.ExitStack, folder: Path) -> Store:
     """A master, and a member that gives memory, in this process; the tier and the raw transfers use a client of their own each."""
-    from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient  # noqa: PLC0415 - its libraries are not everywhere
+    from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient  # noqa: PLC0415 - as above
 
     master = MooncakeMaster(folder).start()
     stack.callback(master.kill)
