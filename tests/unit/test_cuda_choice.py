@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.copy.cuda_batch import Attributes, BatchCopy, BatchCopyError
+from kvtier.copy.cuda_batch import Attributes, BatchCopy, BatchCopyError, tolerate_captures
 from kvtier.copy.cuda_calibrate import calibrate
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Measured, Way
 from kvtier.copy.cuda_runtime import Launch
@@ -207,3 +207,13 @@ class TestBatchCopy:
         source.write_text("int cuInit(unsigned flags) { return (int)flags; }")
         subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
         assert BatchCopy.find(str(library)) is None
+
+
+def test_a_thread_beside_a_capture(tmp_path: Path) -> None:
+    """It asks for the mode in which its calls do not break the capture (2, relaxed); without a driver nothing happens."""
+    source, library = tmp_path / "driver.c", tmp_path / "driver.so"
+    source.write_text("int mode; int cuThreadExchangeStreamCaptureMode(int* m) { mode = *m; *m = 0; return 0; }")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    assert tolerate_captures(str(library))
+    assert 2 == ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "mode").value
+    assert not tolerate_captures(str(tmp_path / "absent.so"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from kvtier.config import ConnectorConfig
 from kvtier.copy.base import BlockCopier, LayerLoader, LayerStorer
 from kvtier.copy.cpu import NativeCopier
-from kvtier.copy.cuda_copier import ArenaPlace
+from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
 from kvtier.copy.device import Device, cuda_copier, way_of
 from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.copy.pool import PoolCopier
@@ -25,12 +27,18 @@ REGISTER_MAPPED = 2
 """a flag of CUDA: kernels may use the addresses"""
 
 
+def _nothing() -> None:
+    pass
+
+
 class Movers(NamedTuple):
     """What moves blocks: whole, and layer by layer where that is wanted and possible."""
 
     copier: BlockCopier
     loader: LayerLoader | None = None
     storer: LayerStorer | None = None
+    release: Callable[[], None] = _nothing
+    """Lets go of the device's memory and of the arena, which may be unmapped then. After the last copy has ended; never raises."""
 
 
 def movers_of(
@@ -65,18 +73,19 @@ def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None, num_
 
 
 def _on_cuda(arena: Arena, layout: KVLayout, views: Sequence[torch.Tensor], layers: Sequence[range] | None, gpu_copy: str) -> Movers:
-    pinned_bytes = pin_arena(arena)
+    number = views[0].device.index or 0
+    pinned_bytes = pin_arena(arena, number)
     if not pinned_bytes:
         return Movers(TorchCopier(views, arena.buffer))
-    number = views[0].device.index or 0
     device = Device(number, lambda: int(torch.cuda.current_stream(number).cuda_stream))
     copier = cuda_copier(layout, device, ArenaPlace(arena.address, pinned_bytes), layers=layers, forced=way_of(gpu_copy))
+    release = functools.partial(_release, copier, arena.address, number)
     if copier is None:
-        return Movers(TorchCopier(views, arena.buffer))
-    return Movers(copier) if layers is None else Movers(copier, copier, copier)
+        return Movers(TorchCopier(views, arena.buffer), release=release)
+    return Movers(copier, release=release) if layers is None else Movers(copier, copier, copier, release)
 
 
-def pin_arena(arena: Arena) -> int:
+def pin_arena(arena: Arena, device: int) -> int:
     """Registers host memory with CUDA, for direct and asynchronous copies. Returns how much; 0 (slower, but right) where that fails.
 
     A kernel must not touch host memory behind that.
@@ -86,5 +95,26 @@ def pin_arena(arena: Arena) -> int:
     error = torch.cuda.cudart().cudaHostRegister(arena.address, num_bytes, REGISTER_MAPPED)
     if int(error) != 0:
         _LOG.warning("kvtier: cudaHostRegister of %d bytes failed (%s); copies go through pageable memory", num_bytes, error)
+        forget_error(device)
         return 0
     return num_bytes
+
+
+def forget_error(device: int) -> None:
+    """CUDA keeps the error of a call that was refused, and torch would raise it at the engine's next kernel: it is raised here instead."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=f"cuda:{device}")  # a launch, after which torch looks
+
+
+def _release(copier: CudaCopier | None, address: int, device: int) -> None:
+    # Memory that is unmapped while CUDA knows it stays known: whatever is mapped there next would be copied from the old pages.
+    try:
+        with torch.cuda.device(device):
+            if copier is not None:
+                copier.close()
+            error = torch.cuda.cudart().cudaHostUnregister(address)
+            if int(error) != 0:
+                _LOG.warning("kvtier: cudaHostUnregister failed (%s)", error)
+                forget_error(device)
+    except RuntimeError as error:
+        _LOG.warning("kvtier: the device did not let go of host memory: %s", error)

@@ -23,6 +23,7 @@ from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
 from kvtier.connectors.vllm.movers import Movers, movers_of
 from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.controller import Controller
+from kvtier.copy.cuda_batch import tolerate_captures
 from kvtier.engine import CacheEngine
 from kvtier.errors import ConfigError
 from kvtier.hashing import Namespace
@@ -145,6 +146,8 @@ class WorkerSide:
         self._arena = open_arena(arena_path, config) if config.daemon.socket is None else None
         self._served: ServedArena[Movers] | None = None
         self._half: WorkerHalf | None = None
+        self._movers: Movers | None = None
+        """of an arena of the engine's own"""
         self._layer_indices: dict[str, int] = {}
         self._config = config
         self._layerwise = config.connector.layerwise
@@ -162,17 +165,19 @@ class WorkerSide:
         used_layers = layers if self._by_layer else None
 
         def movers_for(arena: Arena) -> Movers:
+            if self._arena is None and device.type != "cpu":
+                tolerate_captures()  # on a thread of its own, while the engine may be capturing
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 return movers_of(arena, layout, views, layers=used_layers, pool_bytes=pool_bytes, settings=self._config.connector)
 
         blender = blender_of(self._num_blocks, self._sizes, self._config.blend) if self._config.blend.enabled else None
         if self._arena is not None:
-            movers = movers_for(self._arena)
+            self._movers = movers = movers_for(self._arena)
             self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer, blender=blender)
         else:
             self._half = WorkerHalf(None, None, part, blender=blender)
             hello = Hello("worker", self._name, str(rank), {})
-            self._served = ServedArena(self._config.daemon, hello, self, movers_for)
+            self._served = ServedArena(self._config.daemon, hello, self, movers_for, release=lambda movers: movers.release())
 
     def attach(self, arena: Arena, arena_id: str, prepared: Movers) -> None:
         self.half.attach(arena, prepared.copier, loader=prepared.loader, storer=prepared.storer, arena_id=arena_id)
@@ -219,6 +224,9 @@ class WorkerSide:
             self._served.close()
         if self._half is not None:
             self._half.close()
+        movers, self._movers = self._movers, None
+        if movers is not None:
+            movers.release()
         if self._arena is not None:
             self._arena.close()
 
