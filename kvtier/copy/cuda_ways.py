@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from kvtier.copy.cuda_choice import Direction, Way
-from kvtier.copy.cuda_params import BULK_CAPABILITY, MAX_BLOCKS, DeviceTable, paged_copy
+from kvtier.copy.cuda_params import BULK_CAPABILITY, MAX_BLOCKS, BulkRing, DeviceTable, paged_copy
 from kvtier.copy.cuda_runs import Addresses, Ints, Runs, joined, runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory, Launch
 
@@ -22,11 +22,7 @@ MIN_SLICE_BYTES = 64 << 10
 MAX_SLICE_BYTES = 16 << 20
 MAX_THREAD_BLOCKS = 1024
 COPY_THREADS = 512
-BULK_THREADS = 32
-BULK_BARRIER_BYTES = 128
-BULK_SHARED_BYTES = 96 << 10
-"""of the ring of a bulk kernel's block: what every device with the bulk copy engine has"""
-BULK_STAGES = (3, 16)
+WARP_THREADS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,18 +147,15 @@ class BulkCopies:
         if bound.arena_address % 16:
             raise ValueError(f"bulk copies need multiples of 16 bytes, and the arena is at {bound.arena_address}")
         self._bound = bound
-        low, high = BULK_STAGES
-        self._num_stages = min(high, BULK_SHARED_BYTES // bound.table.chunk_bytes)
-        if self._num_stages < low:
-            raise ValueError(f"{low} stages of {bound.table.chunk_bytes} bytes do not fit into {BULK_SHARED_BYTES} bytes")
-        self._shared_bytes = BULK_BARRIER_BYTES + self._num_stages * bound.table.chunk_bytes
+        self._ring = BulkRing.of(bound.table.chunk_bytes)
 
     def submit(self, batch: Batch, direction: Direction, after: DeviceEvent) -> DeviceEvent:
         misplaced = batch.offsets[batch.offsets % 16 != 0]
         if len(misplaced):
             raise ValueError(f"bulk copies need multiples of 16 bytes, and a block starts at arena offset {int(misplaced[0])}")
-        launch = functools.partial(Launch, "bulk_copy", num_threads=BULK_THREADS, shared_bytes=self._shared_bytes)
-        return _launch_slices(self._bound, batch, direction, after, launch, num_stages=self._num_stages)
+        ring = self._ring
+        launch = functools.partial(Launch, "bulk_copy", num_threads=WARP_THREADS * ring.num_warps, shared_bytes=ring.shared_bytes)
+        return _launch_slices(self._bound, batch, direction, after, launch, num_stages=ring.num_stages)
 
 
 class DirectCopies:
