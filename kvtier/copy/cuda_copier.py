@@ -32,6 +32,9 @@ from kvtier.layout import KVLayout, Segment
 MAX_CHUNK_BYTES = 8192
 """that one warp, or one stage of a bulk kernel, copies at a time"""
 
+SAMPLED_BLOCKS = 32
+"""whose runs are looked at before a batch is submitted"""
+
 DEVICE_BLOCKS = 256
 """thread blocks of a copy between two places of the device"""
 
@@ -166,8 +169,9 @@ class CudaCopier:
             return self._event(self._layers[layer][1][way].submit(batch, "store", self._runtime.record(self._compute_stream())))
 
     def choose(self, table: DeviceTable, batch: Batch, direction: Direction) -> Way:
-        """The way that a batch goes: by the length of its runs."""
-        runs = runs_of(table.rows, batch.block_ids, batch.offsets, self._arena.address)
+        """The way that a batch goes: by the length of its first blocks' runs."""
+        sample = batch.part(0, SAMPLED_BLOCKS)
+        runs = runs_of(table.rows, sample.block_ids, sample.offsets, self._arena.address)
         return self.table.choose(direction, runs.total_bytes / max(1, len(runs)), forced=self._forced)
 
     def to_device(self, place: ArenaPlace) -> CudaCopier:

@@ -15,7 +15,7 @@ from kvtier.copy.cuda_runs import Ints
 from kvtier.copy.rope import TokenShift
 from kvtier.layout import KVLayout, Segment
 
-MAX_BLOCKS = 128
+MAX_BLOCKS = 512
 """of one launch of a copy kernel"""
 
 BULK_CAPABILITY = 90

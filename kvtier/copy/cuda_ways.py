@@ -77,6 +77,11 @@ class Bound:
         """Bytes of one engine block, as far as the table goes."""
         return int(self.table.rows["num_bytes"].sum())
 
+    @property
+    def blocks_per_slice(self) -> int:
+        """Blocks that are submitted at a time; one, if need be larger than a slice."""
+        return max(1, self.settings.slice_bytes // self.block_bytes)
+
     def part(self, first: int, stop: int) -> Bound:
         """The same for some neighbouring segments: of every block their bytes alone."""
         moved = int(self.table.rows["slot_offset"][first] - self.table.rows["slot_offset"][0])
@@ -93,6 +98,10 @@ class Batch:
     def part(self, start: int, stop: int) -> Batch:
         """Some of the blocks."""
         return Batch(self.block_ids[start:stop], self.offsets[start:stop])
+
+    def parts(self, size: int) -> Iterator[Batch]:
+        """All blocks in order, at most ``size`` at a time."""
+        return (self.part(start, start + size) for start in range(0, len(self), size))
 
     def __len__(self) -> int:
         return len(self.block_ids)
@@ -116,12 +125,13 @@ class DmaCopies:
         self._bound = bound
 
     def submit(self, batch: Batch, direction: Direction, after: DeviceEvent) -> DeviceEvent:
-        runtime, stream = self._bound.runtime, self._bound.lanes[direction].transfer
-        runtime.wait(stream, after)
-        runs = runs_of(self._bound.table.rows, batch.block_ids, batch.offsets, self._bound.arena_address)
-        for part in runs.slices(self._bound.settings.slice_bytes):
-            runtime.copy(stream, *_ends(part, direction), part.num_bytes)
-        return runtime.record(stream)
+        bound, stream = self._bound, self._bound.lanes[direction].transfer
+        bound.runtime.wait(stream, after)
+        for part in batch.parts(bound.blocks_per_slice):  # so that the first copy starts before the last one is worked out
+            runs = runs_of(bound.table.rows, part.block_ids, part.offsets, bound.arena_address)
+            for few in runs.slices(bound.settings.slice_bytes):
+                bound.runtime.copy(stream, *_ends(few, direction), few.num_bytes)
+        return bound.runtime.record(stream)
 
 
 class BulkCopies:
@@ -261,8 +271,8 @@ class StagedCopies:
         event = after
         for group in self._groups:
             blocks = min(MAX_BLOCKS, self._bound.settings.slice_bytes // group.padded_bytes)
-            for start in range(0, len(batch), blocks):
-                event = step(group, batch.part(start, start + blocks), self._staging.rings[direction])
+            for part in batch.parts(blocks):
+                event = step(group, part, self._staging.rings[direction])
         return event
 
     def _load_slice(self, group: _Group, batch: Batch, ring: Ring) -> DeviceEvent:
@@ -324,9 +334,7 @@ def _launch_slices(
     """One kernel a slice, straight between pages and arena. Nobody waits for a bus on the device, so there slices need not be short."""
     stream = bound.lanes[direction].kernel
     bound.runtime.wait(stream, after)
-    step = MAX_BLOCKS if bound.is_on_device else min(MAX_BLOCKS, max(1, bound.settings.slice_bytes // bound.block_bytes))
-    for start in range(0, len(batch), step):
-        part = batch.part(start, start + step)
+    for part in batch.parts(MAX_BLOCKS if bound.is_on_device else min(MAX_BLOCKS, bound.blocks_per_slice)):
         params = paged_copy(
             bound.table, bound.arena_address, part.block_ids, part.offsets, to_paged=direction == "load", num_stages=num_stages
         )

@@ -7,6 +7,7 @@ import pytest
 
 cuda_cupy = pytest.importorskip("kvtier.copy.cuda_cupy", reason="NOTHING WAS CHECKED ON A GPU: CuPy is not installed", exc_type=ImportError)
 
+from kvtier.copy.cuda_params import PAGED_COPY  # noqa: E402 - only where there is CuPy
 from kvtier.copy.cuda_runtime import Launch  # noqa: E402 - only where there is CuPy
 from kvtier.testing.cuda_copies import CudaContract  # noqa: E402
 
@@ -23,7 +24,7 @@ class TestDevice(CudaContract):
 def test_a_wrong_kernel_is_an_error_and_not_silence() -> None:
     """A launch that the device refuses raises when it is submitted."""
     runtime = cuda_cupy.CupyRuntime(0)
-    params = np.zeros(1, np.dtype([("x", "<i8", (264,))]))
+    params = np.zeros(1, np.dtype([("x", "<i8", (PAGED_COPY.itemsize // 8,))]))
     with pytest.raises(RuntimeError):
         runtime.launch(runtime.open_stream(is_urgent=False), Launch("paged_copy", params, 1, 4096))
 

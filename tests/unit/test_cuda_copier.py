@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cuda_choice import CopyTable, Measured, Way
 from kvtier.copy.cuda_copier import ArenaPlace, CopierOptions, CudaCopier
+from kvtier.copy.cuda_runs import runs_of
 from kvtier.copy.cuda_ways import CopySettings
 from kvtier.layout import KVLayout, Segment
 from kvtier.testing.simulated_cuda import RaceError, SimulatedCuda
@@ -323,3 +324,18 @@ class TestRefusals:
         other.copier.close()
         taken = free - other.device.free_bytes
         assert taken == -(2 * 2 * SLICE + 40)
+
+
+def test_the_first_copy_starts_before_the_last_is_worked_out() -> None:
+    """The copy engines are told of a batch slice by slice, each worked out when the one before it is on its way."""
+    rig = Rig([16_384, 16_384], num_blocks=40, forced=Way.DMA)
+    sizes: list[int] = []
+
+    def counted(table: Any, block_ids: Any, offsets: Any, contiguous: int) -> Any:
+        sizes.append(len(block_ids))
+        return runs_of(table, block_ids, offsets, contiguous)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvtier.copy.cuda_ways.runs_of", counted)
+        rig.copier.gather(rig.copies([(block, block) for block in range(40)])).wait()
+    assert [2] * 20 == sizes
