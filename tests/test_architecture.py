@@ -93,7 +93,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
         "kvtier.copy.torch_copier",
         "kvtier.connectors",
         "kvtier.bench.blend",
-        "kvtier.bench.gpu",
+        "kvtier.bench.gpu_beside",
         "kvtier.bench.lmcache",
         "kvtier.testing",
     ),

@@ -23,7 +23,7 @@ from kvtier.bench.gpu_beside import beside_a_matrix_product
 from kvtier.bench.report import Record, publish
 from kvtier.copy.cuda_calibrate import Bytes, calibrate, page_aligned
 from kvtier.copy.cuda_choice import DIRECTIONS, Direction, Way
-from kvtier.copy.cuda_copier import DEVICE_BLOCKS, bind_ways, open_lanes, upload_segments
+from kvtier.copy.cuda_copier import DEVICE_BLOCKS, bind_ways, close_lanes, open_lanes, upload_segments
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent
 from kvtier.copy.cuda_ways import Batch, Bound, CopySettings, CopyWay, DirectCopies, Lane, Staging
 from kvtier.layout import Segment
@@ -136,7 +136,9 @@ class GpuBench:
         self._stack.enter_context(contextlib.closing(runtime.register(self._host.ctypes.data, len(self._host))))
         self._staging = self._stack.enter_context(contextlib.closing(Staging(runtime, self._settings)))
         self._lanes: dict[Direction, Lane] = open_lanes(runtime)
+        self._stack.callback(close_lanes, runtime, self._lanes)
         self._engine = runtime.open_stream(is_urgent=False)
+        self._stack.callback(runtime.close_stream, self._engine)
 
     def __enter__(self) -> Self:
         return self

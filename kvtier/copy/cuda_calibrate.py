@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Measured, Way
-from kvtier.copy.cuda_copier import bind_ways, open_lanes, upload_segments
+from kvtier.copy.cuda_copier import bind_ways, close_lanes, open_lanes, upload_segments
 from kvtier.copy.cuda_params import segment_table
 from kvtier.copy.cuda_runs import Runs, runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime
@@ -57,12 +57,14 @@ class Scratch:
             self._pinned = runtime.register(self.host.ctypes.data, num_bytes)
         except BaseException:
             self.device.close()
+            runtime.close_stream(self.stream)
             raise
 
     def close(self) -> None:
         """Gives both back."""
         self._pinned.close()
         self.device.close()
+        self.runtime.close_stream(self.stream)
 
     def plain_copy(self, to: int, source: int) -> None:
         """Copies as much as there is, at once."""
@@ -113,6 +115,7 @@ def calibrate(
         scratch = stack.enter_context(contextlib.closing(Scratch(runtime, total_bytes)))
         staging = stack.enter_context(contextlib.closing(Staging(runtime, settings)))
         lanes = open_lanes(runtime)
+        stack.callback(close_lanes, runtime, lanes)
         for piece_bytes in piece_sizes:
             work = _Workload.of(scratch.device.address, piece_bytes, total_bytes)
             memory, table = upload_segments(work.segments, runtime, lanes["load"].transfer)

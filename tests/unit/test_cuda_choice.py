@@ -28,6 +28,14 @@ def table_of(rates: dict[tuple[Direction, Way, int], float], **more: Any) -> Cop
     return CopyTable(tuple(Measured(direction, way, size, rate) for (direction, way, size), rate in rates.items()), **more)
 
 
+def test_a_forced_way_that_was_wrong_is_refused() -> None:
+    """In the direction in which it was."""
+    table = CopyTable((Measured("load", Way.BULK, 4096, 9.0, is_right=False), Measured("store", Way.BULK, 4096, 9.0)))
+    assert Way.BULK is table.choose("store", 4096, forced=Way.BULK)
+    with pytest.raises(ValueError, match="copying by bulk was asked for, but it failed or moved wrong bytes"):
+        table.choose("load", 4096, forced=Way.BULK)
+
+
 def test_the_fastest_is_chosen_per_direction_and_size() -> None:
     """Each direction has its own figures, and each size its own winner."""
     table = table_of(
