@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,11 @@ def movers_of(
     else:
         movers = _on_cuda(arena, layout, views, layers, settings.gpu_copy)
     return movers._replace(copier=PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes)) if pool_bytes else movers
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """What a thread does inside is done on this device: threads of their own start on the first one, and so would their events."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None, num_threads: int) -> Movers:

@@ -6,7 +6,6 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -20,7 +19,7 @@ from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.vllm.blend_parts import blender_of
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
-from kvtier.connectors.vllm.movers import Movers, movers_of
+from kvtier.connectors.vllm.movers import Movers, movers_of, on_device
 from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.controller import Controller
 from kvtier.copy.cuda_batch import tolerate_captures
@@ -151,13 +150,14 @@ class WorkerSide:
         self._layer_indices: dict[str, int] = {}
         self._config = config
         self._layerwise = config.connector.layerwise
+        self._device = torch.device("cpu")
         self._by_layer = False
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
         layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
-        device = views[0].device
+        self._device = device = views[0].device
         self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and device.type != "cpu")
         rank = get_tensor_model_parallel_rank()
         part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
@@ -167,7 +167,7 @@ class WorkerSide:
         def movers_for(arena: Arena) -> Movers:
             if self._arena is None and device.type != "cpu":
                 tolerate_captures()  # on a thread of its own, while the engine may be capturing
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            with on_device(device):
                 return movers_of(arena, layout, views, layers=used_layers, pool_bytes=pool_bytes, settings=self._config.connector)
 
         blender = blender_of(self._num_blocks, self._sizes, self._config.blend) if self._config.blend.enabled else None
@@ -183,7 +183,8 @@ class WorkerSide:
         self.half.attach(arena, prepared.copier, loader=prepared.loader, storer=prepared.storer, arena_id=arena_id)
 
     def detach(self) -> None:
-        self.half.detach()
+        with on_device(self._device):  # on this thread or on the arena's
+            self.half.detach()
 
     def enter_step(self) -> None:
         """Before anything of a step: a daemon's arena may be replaced here. Idempotent in a step."""
