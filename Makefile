@@ -33,7 +33,7 @@ test-engine: ## tests in the real engine only
 	@$(SETUP) engine model engine-old
 	@$(PYTHON) scripts/run_tests.py engine engine-old
 
-gpu-check: ## tests and benchmarks on a GPU (needs Python with CuPy, numpy, pytest; builds and installs nothing)
+gpu-check: ## tests and benchmarks on a GPU (needs Python with CuPy, numpy, pytest, pytest-timeout, hypothesis; builds nothing)
 	@$(PYTHON) scripts/gpu_check.py $(ARGS)
 
 lint: ## ruff and mypy

@@ -1,67 +1,100 @@
-// Copies straight between paged KV and pinned slots by the bulk copy engine, with a few one-warp blocks.
+// Copies straight between paged KV and pinned slots by the bulk copy engine, with a few small blocks.
 //
-// Each block takes every gridDim.x-th chunk through a ring of stages in shared memory:
+// Every warp works for itself, so that the index arithmetic of some overlaps the waiting of others: its first thread takes every
+// num_warps-th chunk of the launch through a ring of stages in shared memory:
 //
-//   barriers | stage 0 | stage 1 | ... | stage num_stages-1        load n+num_stages-2 ... | wait load n | store n
+//   shared:  Stage of warp 0's stage 0, 1, ..., of warp 1's ...  |  bytes of warp 0's stage 0, 1, ..., of warp 1's ...
+//   warp:    load n ... n+num_stages-1 | wait load n, store n | store n-1 has been read, load n+num_stages-1 | wait load n+1 ...
 //
-// Every address and length must be a multiple of 16, and num_stages between 3 and 16. Needs: paged_index.h, bulk_primitives.h.
+// Every address and length must be a multiple of 16, and num_stages at least 2. Needs: paged_index.h, bulk_primitives.h.
 
 namespace kvtier {
 
-constexpr int kMaxStages = 16;
-constexpr int kStoresInFlight = 2;
-constexpr int kBarrierBytes = 8 * kMaxStages;
+constexpr int kThreadsOfWarp = 32;
+constexpr int kStoresInFlight = 1;
 
-struct Ring {
-  unsigned char* shared;
-  i64 num_stages;
-  i64 stage_bytes;
+// What the copy engine is told of one stage, and what its store needs once the load has arrived.
+struct Stage {
+  u64 barrier;
+  u64 to;
+  i64 num_bytes;
+  i64 reserved;
 };
 
-__device__ __forceinline__ u64* barrier_of(const Ring& ring, i64 turn) {
-  return reinterpret_cast<u64*>(ring.shared) + turn % ring.num_stages;
+static_assert(sizeof(Stage) == 32, "Stage: see cuda_ways.py");
+
+// The stages of one warp.
+struct Ring {
+  Stage* stages;
+  unsigned char* bytes;
+  unsigned int num_stages;
+  unsigned int stage_bytes;
+};
+
+// A position in the ring, and the parity of how often it went round.
+struct Turn {
+  unsigned int stage = 0;
+  unsigned int parity = 0;
+};
+
+__device__ __forceinline__ void advance(Turn& turn, const Ring& ring) {
+  if (++turn.stage == ring.num_stages) {
+    turn.stage = 0;
+    turn.parity ^= 1u;
+  }
 }
 
-__device__ __forceinline__ unsigned char* stage_of(const Ring& ring, i64 turn) {
-  return ring.shared + kBarrierBytes + turn % ring.num_stages * ring.stage_bytes;
-}
-
-__device__ __forceinline__ void start_load(const PagedCopy& copy, const Ring& ring, i64 turn) {
-  const Piece piece = piece_at(copy, blockIdx.x + turn * gridDim.x);
+__device__ __forceinline__ void start_load(const PagedCopy& copy, const Ring& ring, const Turn& turn, i64 item) {
+  const Piece piece = piece_at(copy, item);
+  Stage& stage = ring.stages[turn.stage];
+  stage.to = copy.to_paged ? piece.paged : piece.contiguous;
+  stage.num_bytes = piece.num_bytes;
   const u64 from = copy.to_paged ? piece.contiguous : piece.paged;
-  bulk_load(stage_of(ring, turn), from, static_cast<unsigned int>(piece.num_bytes), barrier_of(ring, turn));
+  bulk_load(ring.bytes + turn.stage * ring.stage_bytes, from, static_cast<unsigned int>(piece.num_bytes), &stage.barrier);
 }
 
-__device__ __forceinline__ void start_store(const PagedCopy& copy, const Ring& ring, i64 turn) {
-  const Piece piece = piece_at(copy, blockIdx.x + turn * gridDim.x);
-  const u64 to = copy.to_paged ? piece.paged : piece.contiguous;
-  bulk_store(to, stage_of(ring, turn), static_cast<unsigned int>(piece.num_bytes));
+__device__ __forceinline__ void start_store(const Ring& ring, const Turn& turn) {
+  Stage& stage = ring.stages[turn.stage];
+  barrier_wait(&stage.barrier, turn.parity);
+  bulk_store(stage.to, ring.bytes + turn.stage * ring.stage_bytes, static_cast<unsigned int>(stage.num_bytes));
 }
 
 }  // namespace kvtier
 
-extern "C" __global__ void __launch_bounds__(32) bulk_copy(const __grid_constant__ kvtier::PagedCopy copy) {
+extern "C" __global__ void __launch_bounds__(512) bulk_copy(const __grid_constant__ kvtier::PagedCopy copy) {
   using namespace kvtier;
   extern __shared__ __align__(128) unsigned char shared[];
-  const i64 num_turns = (num_items(copy) - static_cast<i64>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
-  if (threadIdx.x != 0 || num_turns <= 0) {
+  const unsigned int warp = threadIdx.x / kThreadsOfWarp;
+  const unsigned int warps_of_block = blockDim.x / kThreadsOfWarp;
+  const i64 first = static_cast<i64>(blockIdx.x) * warps_of_block + warp;
+  const i64 num_warps = static_cast<i64>(gridDim.x) * warps_of_block;
+  const i64 end = num_items(copy);
+  if (threadIdx.x % kThreadsOfWarp != 0 || first >= end) {
     return;
   }
-  const Ring ring = {shared, copy.num_stages, copy.chunk_bytes};
-  for (i64 stage = 0; stage < ring.num_stages; ++stage) {
-    barrier_init(barrier_of(ring, stage));
+  const unsigned int num_stages = static_cast<unsigned int>(copy.num_stages);
+  const unsigned int stage_bytes = static_cast<unsigned int>(copy.chunk_bytes);
+  unsigned char* bytes = shared + warps_of_block * num_stages * sizeof(Stage);
+  const Ring ring = {reinterpret_cast<Stage*>(shared) + warp * num_stages, bytes + warp * num_stages * stage_bytes, num_stages, stage_bytes};
+  for (unsigned int stage = 0; stage < num_stages; ++stage) {
+    barrier_init(&ring.stages[stage].barrier);
   }
   barriers_ready();
-  for (i64 turn = 0; turn < ring.num_stages && turn < num_turns; ++turn) {
-    start_load(copy, ring, turn);
+  Turn loading;
+  Turn storing;
+  i64 next = first;  // to be loaded
+  for (unsigned int stage = 0; stage < num_stages && next < end; ++stage, next += num_warps) {
+    start_load(copy, ring, loading, next);
+    advance(loading, ring);
   }
-  for (i64 turn = 0; turn < num_turns; ++turn) {
-    barrier_wait(barrier_of(ring, turn), static_cast<unsigned int>(turn / ring.num_stages & 1));
-    start_store(copy, ring, turn);
+  for (i64 item = first; item < end; item += num_warps) {
+    start_store(ring, storing);
+    advance(storing, ring);
     stores_have_read<kStoresInFlight>();
-    const i64 next = turn - kStoresInFlight + ring.num_stages;
-    if (turn >= kStoresInFlight && next < num_turns) {
-      start_load(copy, ring, next);
+    if (item != first && next < end) {
+      start_load(copy, ring, loading, next);
+      advance(loading, ring);
+      next += num_warps;
     }
   }
   stores_are_complete();

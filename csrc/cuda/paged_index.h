@@ -21,7 +21,7 @@ struct Segment {
   i64 first_chunk;   // chunks of all segments before this one
 };
 
-constexpr int kMaxBlocks = 128;  // of one launch: the parameters of a kernel may take 4 KiB
+constexpr int kMaxBlocks = 512;  // of one launch: the parameters of a kernel may take 32 KiB since CUDA 12.1
 
 // Everything a copy kernel is told. Passed by value.
 struct PagedCopy {

@@ -1,6 +1,7 @@
 """``kvtier bench gpu``: copies between host memory and a GPU, beside large pinned copies measured in the same run.
 
-Every figure is of whole calls, as the engine's worker makes them: submitting counts. Limits and ways are measured by turns.
+Every figure is of whole calls, as the engine's worker makes them: submitting counts. Limits and ways are measured by turns. Behind
+its rounds every way copies once more, over bytes that are not right, and all bytes are compared: a wrong copy has no figure.
 """
 
 from __future__ import annotations
@@ -8,21 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 
+from kvtier.bench.gpu_beside import beside_a_matrix_product
 from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish
-from kvtier.copy.cuda_calibrate import calibrate
+from kvtier.copy.cuda_calibrate import Bytes, calibrate, page_aligned
 from kvtier.copy.cuda_choice import DIRECTIONS, Direction, Way
-from kvtier.copy.cuda_copier import DEVICE_BLOCKS, bind_ways, open_lanes, upload_segments
+from kvtier.copy.cuda_copier import DEVICE_BLOCKS, bind_ways, close_lanes, open_lanes, upload_segments
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent
 from kvtier.copy.cuda_ways import Batch, Bound, CopySettings, CopyWay, DirectCopies, Lane, Staging
 from kvtier.layout import Segment
@@ -31,8 +32,13 @@ PIECE_BYTES = (4 << 10, 6 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 PIECES_PER_BLOCK = 32
 TOTAL_BYTES = 256 << 20
 ARROWS = {"load": "host to GPU", "store": "GPU to host"}
-BOTH_LIMIT = 80.0
+TARGET_FRACTIONS = {4 << 10: 0.85, 6 << 10: 0.85, 8 << 10: 0.85, 16 << 10: 0.85, 32 << 10: 0.95, 64 << 10: 0.95}
+"""piece size -> stated target of a copy between host and GPU, of the large copy's rate"""
+BOTH_TARGET = 80.0
 """stated target for both directions at once, in GB/s; the limit measured in the run stands beside it"""
+GATHER_TARGET = 0.80
+BOTH_PARTS = 8
+"""loads and stores take turns in so many parts, as in an engine's steps"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     add_json(parser)
     add_rounds(parser, 15)
+    parser.add_argument(
+        "--without", action="append", default=[], choices=[way.value for way in Way], help="a way that is not tried; may be given again"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints, writes. Returns the exit status: 2 where there is no GPU."""
+    """Measures, prints, writes. Returns the exit status: 2 where there is no GPU, 1 where bytes were wrong."""
     try:
         from kvtier.copy.cuda_cupy import CupyRuntime  # noqa: PLC0415 - only where there is CuPy
 
@@ -51,50 +60,85 @@ def run(args: argparse.Namespace) -> int:
     except (ImportError, RuntimeError) as error:
         print(f"nothing was measured: there is no GPU, or no CuPy ({error})", file=sys.stderr)
         return 2
-    with GpuBench(runtime, rounds=args.rounds) as bench:
+    with GpuBench(runtime, rounds=args.rounds, without=[Way(name) for name in args.without]) as bench:
         print("\n".join(bench.table.lines()))
-        records = [*bench.copies(), *bench.both_at_once(), *bench.gather(), *beside_a_matrix_product(bench)]
+        records = [*bench.copies(), *bench.both_at_once(), *bench.gather(), *beside_a_matrix_product(bench, args.device)]
     publish(f"kvtier bench gpu, compute capability {runtime.capability / 10}", records, args.json)
-    return 0
+    for item in records:
+        if verdict := missed(item):
+            print(f"{verdict}: {item.name}, {dict(item.params)}")
+    return 1 if any("wrong" in item.params for item in records) else 0
 
 
-Cases = dict[str, Sequence[Callable[[], DeviceEvent]]]
-"""name -> what is submitted at once"""
+def missed(item: Record) -> str:
+    """What is wrong with a figure that has a target; empty: nothing."""
+    if "wrong" in item.params:
+        return f"WRONG BYTES ({item.params['wrong']})"
+    for name, value in (("target_fraction", item.fraction), ("target_gb_per_s", item.value)):
+        target = item.params.get(name)
+        if isinstance(target, float) and value is not None and value < target:
+            return f"TARGET MISSED ({value:.3g} of {target:.3g})"
+    most = item.params.get("target_ratio")
+    return f"TARGET MISSED ({item.value:.4g}, at most {most})" if isinstance(most, float) and item.value > most else ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
     """Blocks of one piece size, bound to all ways."""
 
-    bound: Bound
-    """of loads"""
+    bounds: Mapping[Direction, Bound]
     batch: Batch
-    submit: dict[tuple[Direction, Way], Callable[[], DeviceEvent]]
+    piece_bytes: int
+    ways: Mapping[tuple[Direction, Way], CopyWay]
 
     @property
     def num_bytes(self) -> int:
-        return len(self.batch) * self.bound.block_bytes
+        return len(self.batch) * PIECES_PER_BLOCK * self.piece_bytes
+
+    def gathered(self, pages: Bytes) -> Bytes:
+        """What the pages' bytes are in contiguous memory: the oracle."""
+        shape = (PIECES_PER_BLOCK, len(self.batch), self.piece_bytes)
+        return np.ascontiguousarray(pages[: self.num_bytes].reshape(shape)[:, self.batch.block_ids].transpose(1, 0, 2)).ravel()
+
+
+Case = Sequence[Callable[[], DeviceEvent]]
+"""what is submitted together"""
 
 
 class GpuBench:
-    """One device, its memory and the figures; closes what it opened."""
+    """One device, its memory and the figures; closes what it opened.
+
+    The first half of device and host memory is what loads go between, the second half that of stores.
+    """
 
     def __init__(
-        self, runtime: CudaRuntime, *, rounds: int, total_bytes: int = TOTAL_BYTES, clock: Callable[[], float] = time.perf_counter
+        self,
+        runtime: CudaRuntime,
+        *,
+        rounds: int,
+        total_bytes: int = TOTAL_BYTES,
+        clock: Callable[[], float] = time.perf_counter,
+        without: Collection[Way] = (),
     ) -> None:
         self.runtime = runtime
         self._rounds = rounds
         self._total = total_bytes
         self._clock = clock
+        self._without = without
         self._settings = CopySettings()
         self._stack = contextlib.ExitStack()
-        self.table = calibrate(runtime, self._settings, piece_sizes=PIECE_BYTES, total_bytes=min(16 << 20, total_bytes), clock=clock)
+        small = min(16 << 20, total_bytes)
+        self.table = calibrate(runtime, self._settings, piece_sizes=PIECE_BYTES, total_bytes=small, clock=clock, without=without)
         self._device = self._stack.enter_context(contextlib.closing(runtime.allocate(2 * total_bytes)))
-        self._host = np.random.default_rng(1).integers(0, 256, 2 * total_bytes, dtype=np.uint8)
+        self._host = page_aligned(2 * total_bytes)
+        self._noise = np.random.default_rng(1).integers(0, 256, total_bytes, dtype=np.uint8)
+        self._host[:total_bytes] = self._noise
         self._stack.enter_context(contextlib.closing(runtime.register(self._host.ctypes.data, len(self._host))))
         self._staging = self._stack.enter_context(contextlib.closing(Staging(runtime, self._settings)))
         self._lanes: dict[Direction, Lane] = open_lanes(runtime)
+        self._stack.callback(close_lanes, runtime, self._lanes)
         self._engine = runtime.open_stream(is_urgent=False)
+        self._stack.callback(runtime.close_stream, self._engine)
 
     def __enter__(self) -> Self:
         return self
@@ -107,51 +151,69 @@ class GpuBench:
         for piece_bytes in PIECE_BYTES:
             with self._work(piece_bytes) as work:
                 for direction in DIRECTIONS:
-                    cases: Cases = {"limit": [functools.partial(self._large, direction)]}
-                    cases |= {way.value: [submit] for (each, way), submit in work.submit.items() if each == direction}
+                    ways = {way.value: copies for (each, way), copies in work.ways.items() if each == direction}
+                    cases: dict[str, Case] = {"limit": [functools.partial(self._large, direction)]}
+                    cases |= {name: [functools.partial(self._submit, copies, work.batch, direction)] for name, copies in ways.items()}
                     rates = self._rates(cases, work.num_bytes)
-                    chosen = self.table.choose(direction, piece_bytes)
-                    limit = statistics.median(rates["limit"])
+                    wrong = {name: self._wrong(work, direction, cases[name]) for name in ways}
+                    chosen, limit = self.table.choose(direction, piece_bytes).value, statistics.median(rates["limit"])
                     params: dict[str, object] = {"piece_bytes": piece_bytes}
-                    yield _record(ARROWS[direction], {**params, "way": f"chosen: {chosen.value}"}, rates[chosen.value], limit)
-                    for name in (name for name in rates if name != "limit"):
-                        yield _record(f"{ARROWS[direction]}, one way", {**params, "way": name}, rates[name], limit)
+                    target = {"way": f"chosen: {chosen}", "target_fraction": TARGET_FRACTIONS[piece_bytes]}
+                    yield _record(ARROWS[direction], {**params, **target}, rates[chosen], limit, wrong[chosen])
+                    for name in ways:
+                        yield _record(f"{ARROWS[direction]}, one way", {**params, "way": name}, rates[name], limit, wrong[name])
 
     def both_at_once(self) -> Iterator[Record]:
         """Loads and stores together, each the way that would be chosen, against two large copies at once."""
         for piece_bytes in PIECE_BYTES:
             with self._work(piece_bytes) as work:
-                ways = {direction: work.submit[direction, self.table.choose(direction, piece_bytes)] for direction in DIRECTIONS}
-                cases: Cases = {
+                size = -(-len(work.batch) // BOTH_PARTS)
+                chosen = {direction: work.ways[direction, self.table.choose(direction, piece_bytes)] for direction in DIRECTIONS}
+                cases: dict[str, Case] = {
                     "limit": [functools.partial(self._large, direction) for direction in DIRECTIONS],
-                    "both": [ways[direction] for direction in DIRECTIONS],
+                    "both": [
+                        functools.partial(self._submit, chosen[direction], part, direction)
+                        for part in work.batch.parts(size)
+                        for direction in DIRECTIONS
+                    ],
                 }
                 rates = self._rates(cases, 2 * work.num_bytes)
-                params = {"piece_bytes": piece_bytes, "target_gb_per_s": BOTH_LIMIT}
-                yield _record("both directions at once", params, rates["both"], statistics.median(rates["limit"]))
+                wrong = " ".join(filter(None, (self._wrong(work, direction, cases["both"]) for direction in DIRECTIONS)))
+                params = {"piece_bytes": piece_bytes, "target_gb_per_s": BOTH_TARGET}
+                yield _record("both directions at once", params, rates["both"], statistics.median(rates["limit"]), wrong)
 
     def gather(self) -> Iterator[Record]:
         """Pages into contiguous memory on the device, as into a pool there, against a copy of as many bytes on the device."""
         for piece_bytes in PIECE_BYTES:
             with self._work(piece_bytes) as work:
                 bound = replace(
-                    work.bound,
+                    work.bounds["load"],
                     settings=CopySettings(num_blocks=DEVICE_BLOCKS),
                     arena_address=self._device.address + self._total,
                     is_on_device=True,
                 )
-                gather = functools.partial(self._submit, DirectCopies(bound), work.batch, "store")
-                cases: Cases = {"limit": [self._on_device], "gather": [gather]}
+                cases: dict[str, Case] = {
+                    "limit": [self._on_device],
+                    "gather": [functools.partial(self._submit, DirectCopies(bound), work.batch, "store")],
+                }
                 rates = self._rates(cases, work.num_bytes)
-                yield _record("gather on the device", {"piece_bytes": piece_bytes}, rates["gather"], statistics.median(rates["limit"]))
+                wrong = self._wrong_on_device(work, cases["gather"])
+                params = {"piece_bytes": piece_bytes, "target_fraction": GATHER_TARGET}
+                yield _record("gather on the device", params, rates["gather"], statistics.median(rates["limit"]), wrong)
 
     def load_once(self) -> DeviceEvent:
         """One load of Llama-sized pieces, the way that would be chosen; for measuring what it costs others."""
         if self._streaming is None:
             self._streaming = self._stack.enter_context(self._work(32 << 10))
-        return self._streaming.submit["load", self.table.choose("load", 32 << 10)]()
+        way = self._streaming.ways["load", self.table.choose("load", 32 << 10)]
+        return self._submit(way, self._streaming.batch, "load")
 
     _streaming: _Work | None = None
+
+    @property
+    def bytes_of_a_load(self) -> int:
+        """That :meth:`load_once` copies."""
+        return self._total
 
     @contextlib.contextmanager
     def _work(self, piece_bytes: int) -> Iterator[_Work]:
@@ -160,7 +222,7 @@ class GpuBench:
         block_ids = np.random.default_rng(2).permutation(num_blocks).astype(np.int64)
         batch = Batch(block_ids, np.arange(num_blocks, dtype=np.int64) * (PIECES_PER_BLOCK * piece_bytes))
         bounds: dict[Direction, Bound] = {}
-        submit: dict[tuple[Direction, Way], Callable[[], DeviceEvent]] = {}
+        ways: dict[tuple[Direction, Way], CopyWay] = {}
         with contextlib.ExitStack() as stack:
             for direction in DIRECTIONS:
                 first = self._first(direction)
@@ -169,9 +231,9 @@ class GpuBench:
                 memory, table = upload_segments(segments, self.runtime, self._lanes["load"].transfer)
                 stack.enter_context(contextlib.closing(memory))
                 bounds[direction] = Bound(self.runtime, self._settings, self._lanes, table, self._host.ctypes.data + first)
-                for way, copies in bind_ways(bounds[direction], self._staging)[0].items():
-                    submit[direction, way] = functools.partial(self._submit, copies, batch, direction)
-            yield _Work(bounds["load"], batch, submit)
+                bound_ways = bind_ways(bounds[direction], self._staging)[0]
+                ways |= {(direction, way): copies for way, copies in bound_ways.items() if way not in self._without}
+            yield _Work(bounds, batch, piece_bytes, ways)
 
     def _submit(self, copies: CopyWay, batch: Batch, direction: Direction) -> DeviceEvent:
         return copies.submit(batch, direction, self.runtime.record(self._engine))
@@ -179,18 +241,47 @@ class GpuBench:
     def _first(self, direction: Direction) -> int:
         return 0 if direction == "load" else self._total
 
-    def _rates(self, cases: Cases, num_bytes: int) -> dict[str, list[float]]:
+    def _rates(self, cases: Mapping[str, Case], num_bytes: int) -> dict[str, list[float]]:
         """GB/s of each case in each round; all cases by turns, the first round not counted."""
         rates: dict[str, list[float]] = {name: [] for name in cases}
         for number in range(self._rounds + 1):
             for name, submits in cases.items():
                 start = self._clock()
-                events = [submit() for submit in submits]
-                for event in events:
-                    event.wait()
+                _run(submits)
                 if number:
                     rates[name].append(num_bytes / (self._clock() - start) / 1e9)
         return rates
+
+    def _wrong(self, work: _Work, direction: Direction, case: Case) -> str:
+        """Runs a case over bytes that are not right; empty where all of one direction are right behind it."""
+        pages, host = self._device.address + self._first(direction), self._host[self._first(direction) :][: self._total]
+        poison = ~self._noise
+        if direction == "load":
+            self._fill(pages, poison)
+            host[:] = self._noise
+            _run(case)
+            is_right = np.array_equal(work.gathered(self._contents(pages)), self._noise[: work.num_bytes])
+        else:
+            self._fill(pages, self._noise)
+            host[:] = poison
+            _run(case)
+            is_right = np.array_equal(work.gathered(self._noise), host[: work.num_bytes])
+        return "" if is_right else direction
+
+    def _wrong_on_device(self, work: _Work, case: Case) -> str:
+        pages, pool = self._device.address, self._device.address + self._total
+        self._fill(pages, self._noise)
+        self._fill(pool, ~self._noise)
+        _run(case)
+        return "" if np.array_equal(work.gathered(self._noise), self._contents(pool)[: work.num_bytes]) else "gather"
+
+    def _fill(self, address: int, contents: Bytes) -> None:
+        self._plain(self._engine, address, contents.ctypes.data).wait()
+
+    def _contents(self, address: int) -> Bytes:
+        found = np.empty(self._total, np.uint8)
+        self._plain(self._engine, found.ctypes.data, address).wait()
+        return found
 
     def _large(self, direction: Direction) -> DeviceEvent:
         """All bytes of a direction in one piece."""
@@ -206,46 +297,16 @@ class GpuBench:
         return self.runtime.record(stream)
 
 
-def beside_a_matrix_product(bench: GpuBench, *, size: int = 8192, products: int = 20, rounds: int = 7) -> Iterator[Record]:
-    """What a running matrix product loses while a load streams. Only where torch is installed with CUDA."""
-    if importlib.util.find_spec("torch") is None:
-        return
-    import torch  # noqa: PLC0415 - only here, and only where it is
-
-    if not torch.cuda.is_available():
-        return
-    left, right = (torch.randn((size, size), device="cuda", dtype=torch.bfloat16) for _ in range(2))
-
-    def seconds(*, is_loading: bool) -> float:
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        running = [bench.load_once() for _ in range(4)] if is_loading else []
-        start.record()
-        for _ in range(products):
-            torch.mm(left, right)
-            if running and running[0].done():
-                running = [*running[1:], bench.load_once()]
-        end.record()
-        end.synchronize()
-        for event in running:
-            event.wait()
-        return float(start.elapsed_time(end)) / 1e3
-
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for number in range(rounds + 1):
-        for is_loading in (False, True):
-            elapsed = seconds(is_loading=is_loading)
-            if number:
-                times[is_loading].append(elapsed)
-    ratios = [with_load / alone for with_load, alone in zip(times[True], times[False], strict=True)]
-    value = statistics.median(ratios)
-    yield Record(
-        "matrix product beside a load", {"size": size, "dtype": "bf16"}, value, "ratio", max(ratios) - min(ratios), 1.02, value / 1.02
-    )
+def _run(case: Case) -> None:
+    events = [submit() for submit in case]
+    for event in events:
+        event.wait()
 
 
-def _record(name: str, params: dict[str, Any], rates: Sequence[float], limit: float) -> Record:
+def _record(name: str, params: dict[str, Any], rates: Sequence[float], limit: float, wrong: str = "") -> Record:
     values = sorted(rates)
     spread = values[(3 * len(values)) // 4] - values[len(values) // 4] if len(values) > 3 else 0.0
+    if wrong:
+        return Record(name, {**params, "wrong": wrong}, 0.0, "GB/s", 0.0, limit, 0.0)
     value = statistics.median(values)
     return Record(name, params, value, "GB/s", spread, limit, value / limit)

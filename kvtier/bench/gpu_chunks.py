@@ -14,8 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kvtier.bench.options import add_json, add_rounds, whole
 from kvtier.bench.report import publish
 
+MOST_TOKENS = 131_072
+MOST_CHUNK_TOKENS = 8192
+NO_CHUNK_TOKENS = 128
+"""of a prompt: the system's and the question's"""
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "vocab_size": 128_256,
@@ -42,14 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--device", default="cuda:0", help="torch's name of the device (default: cuda:0)")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b", help="of the model (default: 8b)")
-    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a prompt (default: 16384)")
-    parser.add_argument("--chunk-tokens", type=int, default=512, help="tokens of a chunk (default: 512)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per figure (default: 5)")
+    parser.add_argument("--tokens", type=whole(256, MOST_TOKENS), default=16_384, help="tokens of a prompt (default: 16384)")
+    parser.add_argument("--chunk-tokens", type=whole(16, MOST_CHUNK_TOKENS), default=512, help="tokens of a chunk (default: 512)")
+    add_json(parser)
+    add_rounds(parser, 5)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints, writes. Returns the exit status: 2 where there is no such device."""
+    """Measures, prints, writes. Returns the exit status: 2 where there is no such device, or no room for a chunk."""
+    if args.chunk_tokens > args.tokens - NO_CHUNK_TOKENS:
+        print(f"--chunk-tokens is {args.chunk_tokens}; at most --tokens less {NO_CHUNK_TOKENS} is allowed", file=sys.stderr)
+        return 2
     try:
         import torch  # noqa: PLC0415 - --help works without it
 

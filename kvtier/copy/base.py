@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,6 +99,10 @@ class PieceReader(Protocol):
         """
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Movers:
     """What moves a worker's blocks: whole, and in the other ways where that is wanted and possible."""
@@ -109,3 +113,5 @@ class Movers:
     storer: LayerStorer | None = None
     pieces: PieceReader | None = None
     """None: the arena is read by the CPU"""
+    release: Callable[[], None] = _nothing
+    """Lets go of the device's memory and of the arena, which may be unmapped then. After the last copy has ended; never raises."""

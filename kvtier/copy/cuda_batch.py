@@ -1,6 +1,6 @@
-"""Many copies in one call of the CUDA driver (12.8 and later): ``cuMemcpyBatchAsync``, by its C interface.
+"""What CuPy lacks of the CUDA driver, by its C interface: many copies in one call (12.8 and later), and how threads heed captures.
 
-CuPy does not have it yet, and ``cuda.bindings`` takes Python lists, which cost more than the copies.
+``cuda.bindings`` takes the copies as Python lists, which cost more than the copies.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from kvtier.copy.cuda_runs import Addresses, Ints
 LIBRARY = "libcuda.so.1"
 _IN_STREAM_ORDER = 1
 _PREFER_OVERLAP_WITH_COMPUTE = 1
+_RELAXED = 2
 
 
 class Location(ctypes.Structure):
@@ -76,3 +77,15 @@ class BatchCopy:
         )
         if status != 0:
             raise BatchCopyError(f"the driver refused a batch of {len(num_bytes)} copies with error {status}")
+
+
+def tolerate_captures(library: str = LIBRARY) -> bool:
+    """Lets the calling thread, from now on, allocate, register and wait while another thread captures a CUDA graph.
+
+    By CUDA's default such a call fails, and breaks the other thread's capture. Returns whether it was done; False: there is no driver.
+    """
+    try:
+        exchange = ctypes.CDLL(library).cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return False
+    return int(exchange(ctypes.byref(ctypes.c_int(_RELAXED)))) == 0

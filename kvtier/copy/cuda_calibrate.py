@@ -8,14 +8,14 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Measured
-from kvtier.copy.cuda_copier import bind_ways, open_lanes, upload_segments
+from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Measured, Way
+from kvtier.copy.cuda_copier import bind_ways, close_lanes, open_lanes, upload_segments
 from kvtier.copy.cuda_params import segment_table
 from kvtier.copy.cuda_runs import Runs, runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime
@@ -33,6 +33,12 @@ ROUNDS = 3
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+def page_aligned(num_bytes: int) -> Bytes:
+    """Host memory that may be registered: none of its pages is anybody else's."""
+    room = np.empty(-(-num_bytes // 4096) * 4096 + 4096, np.uint8)
+    return room[-room.ctypes.data % 4096 :][:num_bytes]
+
+
 class Scratch:
     """Memory to measure on: pages on the device, pinned host memory in place of an arena, and what is in both before a check.
 
@@ -43,8 +49,7 @@ class Scratch:
     def __init__(self, runtime: CudaRuntime, num_bytes: int) -> None:
         self.runtime = runtime
         self.device = runtime.allocate(num_bytes)
-        room = np.empty(num_bytes + 4096, np.uint8)
-        self.host: Bytes = room[-room.ctypes.data % 4096 :][:num_bytes]
+        self.host = page_aligned(num_bytes)
         self.page_noise, self.host_noise = (np.random.default_rng(seed).integers(0, 256, num_bytes, dtype=np.uint8) for seed in (1, 2))
         self.stream = runtime.open_stream(is_urgent=False)
         """in the engine's place"""
@@ -52,12 +57,14 @@ class Scratch:
             self._pinned = runtime.register(self.host.ctypes.data, num_bytes)
         except BaseException:
             self.device.close()
+            runtime.close_stream(self.stream)
             raise
 
     def close(self) -> None:
         """Gives both back."""
         self._pinned.close()
         self.device.close()
+        self.runtime.close_stream(self.stream)
 
     def plain_copy(self, to: int, source: int) -> None:
         """Copies as much as there is, at once."""
@@ -93,8 +100,12 @@ def calibrate(
     piece_sizes: Sequence[int] = PIECE_BYTES,
     total_bytes: int = TOTAL_BYTES,
     clock: Callable[[], float] = time.perf_counter,
+    without: Collection[Way] = (),
 ) -> CopyTable:
     """The table for this device; takes a second or two. A way that fails or moves bytes wrongly is in it as wrong, and logged.
+
+    Args:
+        without: ways that are not tried, and refused in the table
 
     Raises:
         MemoryError: the device has no room for ``total_bytes`` and the staging buffers.
@@ -104,14 +115,16 @@ def calibrate(
         scratch = stack.enter_context(contextlib.closing(Scratch(runtime, total_bytes)))
         staging = stack.enter_context(contextlib.closing(Staging(runtime, settings)))
         lanes = open_lanes(runtime)
+        stack.callback(close_lanes, runtime, lanes)
         for piece_bytes in piece_sizes:
             work = _Workload.of(scratch.device.address, piece_bytes, total_bytes)
             memory, table = upload_segments(work.segments, runtime, lanes["load"].transfer)
             ways, _ = bind_ways(Bound(runtime, settings, lanes, table, scratch.host.ctypes.data), staging)
             for direction, way in itertools.product(DIRECTIONS, ways.values()):
-                measured.append(_measure(scratch, work, way, direction, clock))
+                if way.way not in without:
+                    measured.append(_measure(scratch, work, way, direction, clock))
             memory.close()
-    return CopyTable(tuple(measured))
+    return CopyTable(tuple(measured), dict.fromkeys(without, "it was not to be tried"))
 
 
 def _measure(scratch: Scratch, work: _Workload, way: CopyWay, direction: Direction, clock: Callable[[], float]) -> Measured:

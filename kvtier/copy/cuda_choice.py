@@ -60,11 +60,15 @@ class CopyTable:
             forced: taken without asking what was measured, unless it is refused
 
         Raises:
-            ValueError: no way is left, or the forced one is refused; says why.
+            ValueError: no way is left, or the forced one is refused or was wrong when it was measured; says why.
         """
         if forced is not None:
             if forced in self.refused:
                 raise ValueError(f"copying by {forced.value} was asked for, but {self.refused[forced]}")
+            if forced in self._wrong(direction):
+                raise ValueError(
+                    f"copying by {forced.value} was asked for, but it failed or moved wrong bytes when it was tried ({direction})"
+                )
             return forced
         usable = self._usable(direction)
         if not usable:
@@ -89,8 +93,11 @@ class CopyTable:
         return points[-1][1]
 
     def _usable(self, direction: Direction) -> list[Way]:
-        wrong = {it.way for it in self.measured if it.direction == direction and not it.is_right}
+        wrong = self._wrong(direction)
         return [way for way in Way if way not in self.refused and way not in wrong]
+
+    def _wrong(self, direction: Direction) -> set[Way]:
+        return {it.way for it in self.measured if it.direction == direction and not it.is_right}
 
     def lines(self) -> list[str]:
         """The table for people: a row for each direction and size, the chosen way marked."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,9 @@ from kvtier.layout import KVLayout, Segment
 
 MAX_CHUNK_BYTES = 8192
 """that one warp, or one stage of a bulk kernel, copies at a time"""
+
+SAMPLED_BLOCKS = 32
+"""whose runs are looked at before a batch is submitted"""
 
 DEVICE_BLOCKS = 256
 """thread blocks of a copy between two places of the device"""
@@ -120,11 +123,12 @@ class CudaCopier:
         self._forced = options.forced
         segments, layers = merged_by_layer(layout, options.layers)
         self.num_layers = len(layers)
-        self._lanes = open_lanes(runtime)
         self._staging = Staging(runtime, options.settings)
+        self._lanes = open_lanes(runtime)
         try:
             self._segments, rows = upload_segments(segments, runtime, self._lanes["load"].transfer)
         except BaseException:
+            close_lanes(runtime, self._lanes)
             self._staging.close()
             raise
         self._whole = Bound(runtime, options.settings, self._lanes, rows, arena.address, arena.is_on_device)
@@ -178,8 +182,9 @@ class CudaCopier:
             return self._event(self._layers[layer][1][way].submit(batch, "store", self._runtime.record(self._compute_stream())))
 
     def choose(self, table: DeviceTable, batch: Batch, direction: Direction) -> Way:
-        """The way that a batch goes: by the length of its runs."""
-        runs = runs_of(table.rows, batch.block_ids, batch.offsets, self._arena.address)
+        """The way that a batch goes: by the length of its first blocks' runs."""
+        sample = batch.part(0, SAMPLED_BLOCKS)
+        runs = runs_of(table.rows, sample.block_ids, sample.offsets, self._arena.address)
         return self.table.choose(direction, runs.total_bytes / max(1, len(runs)), forced=self._forced)
 
     def to_device(self, place: ArenaPlace) -> CudaCopier:
@@ -193,6 +198,8 @@ class CudaCopier:
     def close(self) -> None:
         """Waits for running copies and gives device memory back. Idempotent."""
         self._drain()
+        lanes, self._lanes = self._lanes, {}
+        close_lanes(self._runtime, lanes)
         self._staging.close()
         self._segments.close()
 
@@ -271,6 +278,13 @@ def open_lanes(runtime: CudaRuntime) -> dict[Direction, Lane]:
     }
 
 
+def close_lanes(runtime: CudaRuntime, lanes: Mapping[Direction, Lane]) -> None:
+    """Ends the streams of lanes."""
+    for lane in lanes.values():
+        for stream in (lane.transfer, lane.kernel):
+            runtime.close_stream(stream)
+
+
 def upload_segments(segments: Sequence[Segment], runtime: CudaRuntime, stream: int) -> tuple[DeviceMemory, DeviceTable]:
     """The segments' table in device memory; the memory must live as long as the table is used."""
     chunk_bytes = min(MAX_CHUNK_BYTES, -(-max(segment.num_bytes for segment in segments) // 16) * 16)
@@ -282,10 +296,15 @@ def upload_segments(segments: Sequence[Segment], runtime: CudaRuntime, stream: i
 def upload(rows: np.ndarray[Any, np.dtype[Any]], runtime: CudaRuntime, stream: int) -> DeviceMemory:
     """A copy of ``rows`` in device memory, complete on return."""
     memory = runtime.allocate(rows.nbytes)
-    target, source = (np.array([address], np.uint64) for address in (memory.address, rows.ctypes.data))
+    put(rows, memory.address, runtime, stream)
+    return memory
+
+
+def put(rows: np.ndarray[Any, np.dtype[Any]], address: int, runtime: CudaRuntime, stream: int) -> None:
+    """Copies ``rows`` to device memory, complete on return."""
+    target, source = (np.array([place], np.uint64) for place in (address, rows.ctypes.data))
     runtime.copy(stream, target, source, np.array([rows.nbytes], np.int64))
     runtime.record(stream).wait()
-    return memory
 
 
 def bind_ways(bound: Bound, staging: Staging) -> tuple[dict[Way, CopyWay], dict[Way, str]]:

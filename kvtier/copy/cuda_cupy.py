@@ -98,6 +98,9 @@ class CupyRuntime:
         handle: int = runtime.streamCreateWithPriority(_STREAM_NON_BLOCKING, _URGENT if is_urgent else 0)
         return handle
 
+    def close_stream(self, stream: int) -> None:
+        runtime.streamDestroy(stream)
+
     def allocate(self, num_bytes: int) -> CupyMemory:
         try:
             return CupyMemory(runtime.malloc(num_bytes), runtime.free)

@@ -15,11 +15,14 @@ from kvtier.copy.cuda_runs import Ints
 from kvtier.copy.rope import TokenShift
 from kvtier.layout import KVLayout, Segment
 
-MAX_BLOCKS = 128
+MAX_BLOCKS = 512
 """of one launch of a copy kernel"""
 
 BULK_CAPABILITY = 90
 """the first compute capability with the bulk copy engine, as 10 * major + minor"""
+
+MIN_STAGES, MAX_STAGES = 3, 16
+"""of one warp of the bulk kernel"""
 
 MAX_SPANS = 64
 """of one launch of a rotation"""
@@ -63,6 +66,41 @@ ROPE_SHIFT = np.dtype(
         ("spans", ROPE_SPAN, (MAX_SPANS,)),
     ]
 )
+
+
+BULK_SHARED_BYTES = 99 << 10
+"""of a bulk kernel's block: what every device with the bulk copy engine has"""
+BULK_STAGE_BYTES = 32
+"""of shared memory, for each stage beside its chunk"""
+BULK_MAX_WARPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BulkRing:
+    """The shared memory of a bulk kernel's block: rings of stages of one chunk each, one ring a warp."""
+
+    num_warps: int
+    num_stages: int
+    """of each warp"""
+    chunk_bytes: int
+
+    @classmethod
+    def of(cls, chunk_bytes: int) -> BulkRing:
+        """As many warps as there can be with three stages each: two chunks that arrive and one that leaves.
+
+        Raises:
+            ValueError: not even one warp's stages fit.
+        """
+        total = BULK_SHARED_BYTES // (chunk_bytes + BULK_STAGE_BYTES)
+        if total < MIN_STAGES:
+            raise ValueError(f"{MIN_STAGES} stages of {chunk_bytes} bytes do not fit into {BULK_SHARED_BYTES} bytes")
+        num_warps = min(BULK_MAX_WARPS, total // MIN_STAGES)
+        return cls(num_warps, min(MAX_STAGES, total // num_warps), chunk_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        return self.num_warps * self.num_stages * (self.chunk_bytes + BULK_STAGE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

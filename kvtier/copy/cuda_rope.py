@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvtier.copy.cuda_copier import upload
+from kvtier.copy.cuda_copier import put, upload
 from kvtier.copy.cuda_params import RopePlace, rope_pairs_per_item, rope_shifts
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory, Launch
 from kvtier.copy.rope import NUMPY_OF_STORAGE, Floats, Pairs, Storage, TokenShift, check_shifts
 
 THREADS = 256
+MIN_TABLE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,13 @@ class CudaKeyShifter:
         self._kernel = f"rope_{pairs}_{storage}"
         self._item_bytes = NUMPY_OF_STORAGE[storage].itemsize
         self._num_blocks = num_blocks
+        self._stack = contextlib.ExitStack()
         self._stream = runtime.open_stream(is_urgent=False)
-        self._tables: list[tuple[DeviceEvent, DeviceMemory]] = []
-        """of rotations that may be running"""
+        self._stack.callback(runtime.close_stream, self._stream)
+        self._running: list[tuple[DeviceEvent, int, DeviceMemory]] = []
+        """rotations that may be running: their end, and the size and place of their table"""
+        self._spare: list[tuple[int, DeviceMemory]] = []
+        """tables whose rotation is over. Giving memory back waits for all that the device does, so they are used again."""
         self._bases = upload(np.array(keys.addresses, np.uint64), runtime, self._stream)
 
     def shift(self, shifts: Sequence[TokenShift], table: Floats, *, compute_stream: int) -> DeviceEvent:
@@ -72,22 +78,31 @@ class CudaKeyShifter:
         check_shifts(shifts, num_blocks=keys.num_blocks, block_tokens=keys.block_tokens, num_rows=table.shape[0])
         wide = rope_pairs_per_item(keys.addresses, keys.strides, num_pairs=num_pairs, item_bytes=self._item_bytes)
         place = RopePlace(self._bases.address, len(keys.addresses), keys.num_heads, keys.strides, wide)
-        self._forget_tables()
-        cos_sin = upload(np.ascontiguousarray(table), self._runtime, self._stream)
+        num_bytes, cos_sin = self._room(table.nbytes)
+        put(np.ascontiguousarray(table), cos_sin.address, self._runtime, self._stream)
         for params in rope_shifts(place, [shift for shift in shifts if shift.num_tokens], cos_sin=cos_sin.address, num_pairs=num_pairs):
             self._runtime.launch(compute_stream, Launch(self._kernel, params, self._num_blocks, THREADS))
         event = self._runtime.record(compute_stream)
-        self._tables.append((event, cos_sin))
+        self._running.append((event, num_bytes, cos_sin))
         return event
 
     def close(self) -> None:
         """Waits for running rotations and gives device memory back. Idempotent."""
-        for event, table in self._tables:
+        for event, _, _ in self._running:
             event.wait()
+        for _, table in [*self._spare, *((size, table) for _, size, table in self._running)]:
             table.close()
-        self._tables.clear()
+        self._spare.clear()
+        self._running.clear()
         self._bases.close()
+        self._stack.close()
 
-    def _forget_tables(self) -> None:
-        while self._tables and self._tables[0][0].done():
-            self._tables.pop(0)[1].close()
+    def _room(self, num_bytes: int) -> tuple[int, DeviceMemory]:
+        """Room for a table, and its size, which is a power of two."""
+        while self._running and self._running[0][0].done():
+            self._spare.append(self._running.pop(0)[1:])
+        for index, (size, _) in enumerate(self._spare):
+            if size >= num_bytes:
+                return self._spare.pop(index)
+        size = max(MIN_TABLE_BYTES, 1 << (num_bytes - 1).bit_length())
+        return size, self._runtime.allocate(size)

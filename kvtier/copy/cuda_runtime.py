@@ -58,6 +58,9 @@ class CudaRuntime(Protocol):
     def open_stream(self, *, is_urgent: bool) -> int:
         """A stream of its own. The device prefers the kernels of urgent ones."""
 
+    def close_stream(self, stream: int) -> None:
+        """Ends a stream; what was submitted to it goes on. A device has few queues, which streams share where there are many."""
+
     def allocate(self, num_bytes: int) -> DeviceMemory:
         """Device memory, not cleared. Raises MemoryError, which names how much there is, where it does not fit."""
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from kvtier.copy.cuda_choice import Direction, Way
-from kvtier.copy.cuda_params import BULK_CAPABILITY, MAX_BLOCKS, DeviceTable, paged_copy
+from kvtier.copy.cuda_params import BULK_CAPABILITY, MAX_BLOCKS, BulkRing, DeviceTable, paged_copy
 from kvtier.copy.cuda_runs import Addresses, Ints, Runs, joined, runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory, Launch
 
@@ -22,11 +22,7 @@ MIN_SLICE_BYTES = 64 << 10
 MAX_SLICE_BYTES = 16 << 20
 MAX_THREAD_BLOCKS = 1024
 COPY_THREADS = 512
-BULK_THREADS = 32
-BULK_BARRIER_BYTES = 128
-BULK_SHARED_BYTES = 96 << 10
-"""of the ring of a bulk kernel's block: what every device with the bulk copy engine has"""
-BULK_STAGES = (3, 16)
+WARP_THREADS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +77,11 @@ class Bound:
         """Bytes of one engine block, as far as the table goes."""
         return int(self.table.rows["num_bytes"].sum())
 
+    @property
+    def blocks_per_slice(self) -> int:
+        """Blocks that are submitted at a time; one, if need be larger than a slice."""
+        return max(1, self.settings.slice_bytes // self.block_bytes)
+
     def part(self, first: int, stop: int) -> Bound:
         """The same for some neighbouring segments: of every block their bytes alone."""
         moved = int(self.table.rows["slot_offset"][first] - self.table.rows["slot_offset"][0])
@@ -97,6 +98,10 @@ class Batch:
     def part(self, start: int, stop: int) -> Batch:
         """Some of the blocks."""
         return Batch(self.block_ids[start:stop], self.offsets[start:stop])
+
+    def parts(self, size: int) -> Iterator[Batch]:
+        """All blocks in order, at most ``size`` at a time."""
+        return (self.part(start, start + size) for start in range(0, len(self), size))
 
     def __len__(self) -> int:
         return len(self.block_ids)
@@ -120,12 +125,13 @@ class DmaCopies:
         self._bound = bound
 
     def submit(self, batch: Batch, direction: Direction, after: DeviceEvent) -> DeviceEvent:
-        runtime, stream = self._bound.runtime, self._bound.lanes[direction].transfer
-        runtime.wait(stream, after)
-        runs = runs_of(self._bound.table.rows, batch.block_ids, batch.offsets, self._bound.arena_address)
-        for part in runs.slices(self._bound.settings.slice_bytes):
-            runtime.copy(stream, *_ends(part, direction), part.num_bytes)
-        return runtime.record(stream)
+        bound, stream = self._bound, self._bound.lanes[direction].transfer
+        bound.runtime.wait(stream, after)
+        for part in batch.parts(bound.blocks_per_slice):  # so that the first copy starts before the last one is worked out
+            runs = runs_of(bound.table.rows, part.block_ids, part.offsets, bound.arena_address)
+            for few in runs.slices(bound.settings.slice_bytes):
+                bound.runtime.copy(stream, *_ends(few, direction), few.num_bytes)
+        return bound.runtime.record(stream)
 
 
 class BulkCopies:
@@ -151,18 +157,15 @@ class BulkCopies:
         if bound.arena_address % 16:
             raise ValueError(f"bulk copies need multiples of 16 bytes, and the arena is at {bound.arena_address}")
         self._bound = bound
-        low, high = BULK_STAGES
-        self._num_stages = min(high, BULK_SHARED_BYTES // bound.table.chunk_bytes)
-        if self._num_stages < low:
-            raise ValueError(f"{low} stages of {bound.table.chunk_bytes} bytes do not fit into {BULK_SHARED_BYTES} bytes")
-        self._shared_bytes = BULK_BARRIER_BYTES + self._num_stages * bound.table.chunk_bytes
+        self._ring = BulkRing.of(bound.table.chunk_bytes)
 
     def submit(self, batch: Batch, direction: Direction, after: DeviceEvent) -> DeviceEvent:
         misplaced = batch.offsets[batch.offsets % 16 != 0]
         if len(misplaced):
             raise ValueError(f"bulk copies need multiples of 16 bytes, and a block starts at arena offset {int(misplaced[0])}")
-        launch = functools.partial(Launch, "bulk_copy", num_threads=BULK_THREADS, shared_bytes=self._shared_bytes)
-        return _launch_slices(self._bound, batch, direction, after, launch, num_stages=self._num_stages)
+        ring = self._ring
+        launch = functools.partial(Launch, "bulk_copy", num_threads=WARP_THREADS * ring.num_warps, shared_bytes=ring.shared_bytes)
+        return _launch_slices(self._bound, batch, direction, after, launch, num_stages=ring.num_stages)
 
 
 class DirectCopies:
@@ -268,8 +271,8 @@ class StagedCopies:
         event = after
         for group in self._groups:
             blocks = min(MAX_BLOCKS, self._bound.settings.slice_bytes // group.padded_bytes)
-            for start in range(0, len(batch), blocks):
-                event = step(group, batch.part(start, start + blocks), self._staging.rings[direction])
+            for part in batch.parts(blocks):
+                event = step(group, part, self._staging.rings[direction])
         return event
 
     def _load_slice(self, group: _Group, batch: Batch, ring: Ring) -> DeviceEvent:
@@ -331,9 +334,7 @@ def _launch_slices(
     """One kernel a slice, straight between pages and arena. Nobody waits for a bus on the device, so there slices need not be short."""
     stream = bound.lanes[direction].kernel
     bound.runtime.wait(stream, after)
-    step = MAX_BLOCKS if bound.is_on_device else min(MAX_BLOCKS, max(1, bound.settings.slice_bytes // bound.block_bytes))
-    for start in range(0, len(batch), step):
-        part = batch.part(start, start + step)
+    for part in batch.parts(MAX_BLOCKS if bound.is_on_device else min(MAX_BLOCKS, bound.blocks_per_slice)):
         params = paged_copy(
             bound.table, bound.arena_address, part.block_ids, part.offsets, to_paged=direction == "load", num_stages=num_stages
         )

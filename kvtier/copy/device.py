@@ -42,16 +42,19 @@ def cuda_copier(
     if importlib.util.find_spec("cupy") is None:
         _LOG.warning("kvtier: CuPy is not installed, so copies go through torch and are slower: pip install 'kvtier[cuda13]' (or cuda12)")
         return None
-    from kvtier.copy.cuda_calibrate import calibrate  # noqa: PLC0415 - this and the next only where there is CuPy
+    from kvtier.copy.cuda_calibrate import PIECE_BYTES, calibrate  # noqa: PLC0415 - this and the next only where there is CuPy
     from kvtier.copy.cuda_cupy import CupyRuntime  # noqa: PLC0415
 
     options = CopierOptions(forced=forced, layers=layers)
     try:
         runtime = CupyRuntime(device.number)
-        table = calibrate(runtime, options.settings) if forced is None else CopyTable()
+        # where there is nothing to choose one size shows that the way is right, and its kernels are compiled before the first step
+        table = calibrate(runtime, options.settings, piece_sizes=PIECE_BYTES if forced is None else PIECE_BYTES[:1])
         copier = CudaCopier(layout, runtime, arena, compute_stream=device.compute_stream, options=replace(options, table=table))
-    except (RuntimeError, MemoryError, ImportError) as error:
-        # of the device, the driver or CuPy's own libraries
+    except (RuntimeError, MemoryError, ImportError, ValueError) as error:
+        if forced is not None and isinstance(error, ValueError):
+            raise
+        # of the device, the driver or CuPy's own libraries; or no way that was tried is right
         _LOG.warning("kvtier: copies go through torch and are slower: %s", error)
         return None
     for line in copier.table.lines():

@@ -42,13 +42,23 @@ class ServedArena(Generic[T]):
         hello: who the worker is
         user: gets an arena at the beginning of a step; loses it there too, or between two steps
         prepare: makes what the user needs for an arena, in the background
+        release: lets go of what ``prepare`` made, in the background, after the user and before the arena is unmapped
     """
 
-    def __init__(self, settings: DaemonConfig, hello: messages.Hello, user: ArenaUser[T], prepare: Callable[[Arena], T]) -> None:
+    def __init__(
+        self,
+        settings: DaemonConfig,
+        hello: messages.Hello,
+        user: ArenaUser[T],
+        prepare: Callable[[Arena], T],
+        *,
+        release: Callable[[T], None],
+    ) -> None:
         self._settings = settings
         self._hello = hello
         self._user = user
         self._prepare = prepare
+        self._dispose = release
         self._lock = threading.Lock()
         self._ready: tuple[Arena, str, T] | None = None
         """mapped, and not given to the user yet"""
@@ -124,6 +134,7 @@ class ServedArena(Generic[T]):
                         link.wait_for_end()
                 finally:
                     self._wait_for_release()  # whatever has happened: the user may have the arena
+                    self._dispose(prepared)
             finally:
                 arena.close()
         finally:

@@ -125,6 +125,7 @@ class SimulatedCuda:
         self.free_bytes = memory_bytes
         self.streams: list[_Stream] = []
         self.urgent_streams: set[int] = set()
+        self.closed_streams: set[int] = set()
         self.log: list[_Operation] = []
         """all operations ever submitted, in that order"""
         self.fail_at = fail_at
@@ -141,6 +142,10 @@ class SimulatedCuda:
             self.urgent_streams.add(number)
         return number
 
+    def close_stream(self, stream: int) -> None:
+        assert stream not in self.closed_streams, f"stream {stream} was closed already"
+        self.closed_streams.add(stream)
+
     def allocate(self, num_bytes: int) -> SimulatedMemory:
         if num_bytes > self.free_bytes:
             raise MemoryError(f"{self.free_bytes} bytes are free on the device")
@@ -156,12 +161,12 @@ class SimulatedCuda:
         return SimulatedMemory(address)
 
     def record(self, stream: int) -> SimulatedEvent:
-        queue = self.streams[stream]
+        queue = self._open(stream)
         return SimulatedEvent(self, stream, queue.num_submitted, dict(queue.clock))
 
     def wait(self, stream: int, event: DeviceEvent) -> None:
         assert isinstance(event, SimulatedEvent)
-        queue = self.streams[stream]
+        queue = self._open(stream)
         queue.awaited.append((queue.num_submitted + 1, event))
         _merge(queue.clock, event.clock)
 
@@ -194,7 +199,7 @@ class SimulatedCuda:
         """
         if self.fail_at == len(self.log):
             raise RuntimeError(f"{name} could not be submitted")
-        queue = self.streams[stream]
+        queue = self._open(stream)
         queue.num_submitted += 1
         _merge(queue.clock, self._host_clock)
         operation = _Operation(name, stream, queue.num_submitted, dict(queue.clock), run, reads, writes)
@@ -226,6 +231,10 @@ class SimulatedCuda:
     def host_saw(self, clock: dict[int, int]) -> None:
         """The host knows that everything up to ``clock`` is over."""
         _merge(self._host_clock, clock)
+
+    def _open(self, stream: int) -> _Stream:
+        assert stream not in self.closed_streams, f"stream {stream} is closed"
+        return self.streams[stream]
 
     def _is_ready(self, queue: _Stream) -> bool:
         return all(event.is_over for number, event in queue.awaited if number <= queue.waiting[0].number)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from kvtier.copy.cuda_params import BulkRing
+
 HERE = Path(__file__).resolve().parent
 FLAGS = (
     "-std=c++17",
@@ -42,9 +44,11 @@ class KernelsOnCpu:
         """Runs the kernel on memory of the CPU."""
         self._library.run_paged_copy(_address(params), num_blocks, num_threads)
 
-    def bulk_copy(self, params: Record, num_blocks: int = 2, *, late_loads: bool, late_stores: bool) -> int:
+    def bulk_copy(self, params: Record, ring: BulkRing, num_blocks: int = 2, *, late_loads: bool, late_stores: bool) -> int:
         """Runs the kernel; returns what it did wrong, 0 for nothing."""
-        return int(self._library.run_bulk_copy(_address(params), num_blocks, int(late_loads), int(late_stores)))
+        shared_bytes = ctypes.c_longlong(ring.shared_bytes)
+        threads = 32 * ring.num_warps
+        return int(self._library.run_bulk_copy(_address(params), num_blocks, threads, shared_bytes, int(late_loads), int(late_stores)))
 
     def rope_shift(self, kernel: str, params: Record, num_blocks: int = 2, num_threads: int = 32) -> None:
         """Runs one of ``ROPE_KERNELS``."""

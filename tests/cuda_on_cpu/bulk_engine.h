@@ -8,21 +8,29 @@
 
 #include "device.h"
 
-enum BulkFault { kNoFault = 0, kUnaligned = 1, kBarrierInUse = 2, kWouldHang = 3, kNotReady = 4, kUnfinished = 5 };
+enum BulkFault { kNoFault = 0, kUnaligned = 1, kBarrierInUse = 2, kWouldHang = 3, kNotReady = 4, kUnfinished = 5, kShared = 6 };
 
 class BulkEngine {
  public:
   bool loads_are_late = false;
   bool stores_are_late = false;
   int fault = kNoFault;
+  const unsigned char* end_of_shared = nullptr;  // what the launch asked for
 
-  void start() {
+  void start_block() { owned_.clear(); }
+
+  // Every thread has its barriers and its groups of stores for itself.
+  void start_thread(unsigned int thread) {
+    thread_ = thread;
     barriers_.clear();
     stores_.clear();
     are_ready_ = false;
   }
 
-  void init(unsigned long long* barrier) { barriers_.push_back({barrier, 0, false, nullptr, nullptr, 0}); }
+  void init(unsigned long long* barrier) {
+    own(barrier, sizeof *barrier);
+    barriers_.push_back({barrier, 0, false, nullptr, nullptr, 0});
+  }
 
   void ready() { are_ready_ = true; }
 
@@ -31,6 +39,7 @@ class BulkEngine {
     if (barrier == nullptr || !are_ready_) return fail(kNotReady);
     if (barrier->is_loading) return fail(kBarrierInUse);
     check(shared, global, num_bytes);
+    own(shared, num_bytes);
     barrier->is_loading = true;
     barrier->to = shared;
     barrier->from = global;
@@ -62,7 +71,7 @@ class BulkEngine {
     }
   }
 
-  void stop() {
+  void stop_thread() {
     if (!stores_.empty()) fail(kUnfinished);
     for (const Barrier& barrier : barriers_) {
       if (barrier.is_loading) fail(kUnfinished);
@@ -84,6 +93,23 @@ class BulkEngine {
     size_t num_bytes;
   };
 
+  struct Owned {
+    uintptr_t begin;
+    uintptr_t end;
+    unsigned int thread;
+  };
+
+  // Threads run one after the other here, so two that use the same shared memory are only seen by comparing.
+  void own(const void* shared, size_t num_bytes) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(shared);
+    const Owned mine = {begin, begin + num_bytes, thread_};
+    if (end_of_shared != nullptr && mine.end > reinterpret_cast<uintptr_t>(end_of_shared)) fail(kShared);
+    for (const Owned& other : owned_) {
+      if (other.thread != thread_ && mine.begin < other.end && other.begin < mine.end) fail(kShared);
+    }
+    owned_.push_back(mine);
+  }
+
   Barrier* find(unsigned long long* address) {
     for (Barrier& barrier : barriers_) {
       if (barrier.address == address) return &barrier;
@@ -101,6 +127,8 @@ class BulkEngine {
 
   std::vector<Barrier> barriers_;
   std::vector<Store> stores_;
+  std::vector<Owned> owned_;
+  unsigned int thread_ = 0;
   bool are_ready_ = false;
 };
 

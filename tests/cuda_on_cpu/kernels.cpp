@@ -24,19 +24,22 @@ void run_paged_copy(const PagedCopy* copy, unsigned int num_blocks, unsigned int
 }
 
 // Returns a BulkFault.
-int run_bulk_copy(const PagedCopy* copy, unsigned int num_blocks, int loads_are_late, int stores_are_late) {
+int run_bulk_copy(const PagedCopy* copy, unsigned int num_blocks, unsigned int num_threads, long long shared_bytes, int loads_are_late,
+                  int stores_are_late) {
   engine.loads_are_late = loads_are_late != 0;
   engine.stores_are_late = stores_are_late != 0;
   engine.fault = kNoFault;
+  engine.end_of_shared = shared + shared_bytes;
   gridDim.x = num_blocks;
-  blockDim.x = 32;
+  blockDim.x = num_threads;
   for (blockIdx.x = 0; blockIdx.x < num_blocks; ++blockIdx.x) {
     std::memset(shared, 0xdb, sizeof shared);
-    engine.start();
-    for (threadIdx.x = 0; threadIdx.x < 32; ++threadIdx.x) {
+    engine.start_block();
+    for (threadIdx.x = 0; threadIdx.x < num_threads; ++threadIdx.x) {
+      engine.start_thread(threadIdx.x);
       bulk_copy(*copy);
+      engine.stop_thread();
     }
-    engine.stop();
   }
   return engine.fault;
 }

@@ -38,6 +38,12 @@ def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -
     assert "no device cuda:0" in capsys.readouterr().err
 
 
+def test_a_prompt_without_room_for_a_chunk(capsys: pytest.CaptureFixture[str]) -> None:
+    """Is an error that names the option."""
+    assert 2 == main(["bench", "gpu-chunks", "--tokens", "600", "--chunk-tokens", "500"])
+    assert "--chunk-tokens is 500" in capsys.readouterr().err
+
+
 def test_wrong_kv_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where chunks do not arrive as they were stored, or ratio 1 does not give full prefill's logits, the benchmark ends."""
     with torch.inference_mode(), ChunksOnDevice(torch.device("cpu"), SHAPES["tiny"], 500, 90, tmp_path) as bench:

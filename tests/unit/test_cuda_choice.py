@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.copy.cuda_batch import Attributes, BatchCopy, BatchCopyError
+from kvtier.copy.cuda_batch import Attributes, BatchCopy, BatchCopyError, tolerate_captures
 from kvtier.copy.cuda_calibrate import calibrate
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Measured, Way
 from kvtier.copy.cuda_runtime import Launch
@@ -26,6 +26,14 @@ SMALL = CopySettings(slice_bytes=64 << 10, num_buffers=2)
 
 def table_of(rates: dict[tuple[Direction, Way, int], float], **more: Any) -> CopyTable:
     return CopyTable(tuple(Measured(direction, way, size, rate) for (direction, way, size), rate in rates.items()), **more)
+
+
+def test_a_forced_way_that_was_wrong_is_refused() -> None:
+    """In the direction in which it was."""
+    table = CopyTable((Measured("load", Way.BULK, 4096, 9.0, is_right=False), Measured("store", Way.BULK, 4096, 9.0)))
+    assert Way.BULK is table.choose("store", 4096, forced=Way.BULK)
+    with pytest.raises(ValueError, match="copying by bulk was asked for, but it failed or moved wrong bytes"):
+        table.choose("load", 4096, forced=Way.BULK)
 
 
 def test_the_fastest_is_chosen_per_direction_and_size() -> None:
@@ -207,3 +215,13 @@ class TestBatchCopy:
         source.write_text("int cuInit(unsigned flags) { return (int)flags; }")
         subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
         assert BatchCopy.find(str(library)) is None
+
+
+def test_a_thread_beside_a_capture(tmp_path: Path) -> None:
+    """It asks for the mode in which its calls do not break the capture (2, relaxed); without a driver nothing happens."""
+    source, library = tmp_path / "driver.c", tmp_path / "driver.so"
+    source.write_text("int mode; int cuThreadExchangeStreamCaptureMode(int* m) { mode = *m; *m = 0; return 0; }")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    assert tolerate_captures(str(library))
+    assert 2 == ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "mode").value
+    assert not tolerate_captures(str(tmp_path / "absent.so"))

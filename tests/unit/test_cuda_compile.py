@@ -12,7 +12,7 @@ from kvtier.copy.cuda_params import BULK_CAPABILITY
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 MAX_REGISTERS = {"paged_copy": 64, "bulk_copy": 64, "rope_shift": 40}
-"""so that a block of the most threads that a kernel is launched with fits: 512, 32 and 256"""
+"""so that a block of the most threads that a kernel is launched with fits: 512, 512 and 256"""
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import unittest
+
 import pytest
 
+from kvtier.copy.cuda_choice import Way
 from kvtier.copy.cuda_runtime import Launch
-from kvtier.testing.cuda_copies import CudaContract
+from kvtier.testing.cuda_copies import CudaContract, WayContract
 from kvtier.testing.simulated_cuda import SimulatedCuda
 from tests.cuda_on_cpu import KernelsOnCpu
 
@@ -43,4 +46,16 @@ class TestContractCanFail:
                 return Sloppy()
 
         with pytest.raises(AssertionError, match="wrong bytes on the"):
+            Contract().test_every_way_moves_every_byte_of_every_layout()
+
+    def test_a_way_that_the_device_lacks(self) -> None:
+        """Is not a success: the test says that nothing was checked."""
+
+        class Contract(WayContract):
+            ways = (Way.BULK,)
+
+            def open_runtime(self) -> SimulatedCuda:
+                return SimulatedCuda(capability=80)
+
+        with pytest.raises(unittest.SkipTest, match="NOTHING WAS CHECKED: the device allows none of \\['bulk'\\]"):
             Contract().test_every_way_moves_every_byte_of_every_layout()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.copy import cuda_params
-from kvtier.copy.cuda_params import DeviceTable, merged, paged_copy, rope_pairs_per_item, rope_shifts, segment_table
+from kvtier.copy.cuda_params import BulkRing, DeviceTable, merged, paged_copy, rope_pairs_per_item, rope_shifts, segment_table
 from kvtier.copy.cuda_runs import Runs, joined, runs_of
 from kvtier.copy.rope import NUMPY_OF_STORAGE, TokenShift, plain_frequencies, shift_keys, shift_table
 from kvtier.layout import KVLayout, Segment
@@ -138,18 +138,45 @@ def test_paged_copy_of_many_words_a_thread(kernels: KernelsOnCpu, to_paged: bool
         assert expected.contents() == actual.contents()
 
 
-@given(batches(unit=16), st.sampled_from([16, 32, 64, 2048]), st.integers(3, 16), st.booleans(), st.booleans(), st.booleans())
+@given(
+    batches(unit=16),
+    st.sampled_from([16, 32, 64, 2048]),
+    st.integers(3, 16),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_bulk_copy_waits_for_everything(
-    kernels: KernelsOnCpu, batch: Any, chunk_bytes: int, num_stages: int, to_paged: bool, late_loads: bool, late_stores: bool
+    kernels: KernelsOnCpu,
+    batch: Any,
+    chunk_bytes: int,
+    num_stages: int,
+    num_warps: int,
+    to_paged: bool,
+    late_loads: bool,
+    late_stores: bool,
 ) -> None:
-    """However early or late the copy engine moves bytes: the right ones arrive, no stage is reused too soon, nothing hangs."""
+    """However early or late the copy engine moves bytes: the right ones arrive, no stage is reused too soon or shared, nothing hangs."""
     segments, num_blocks, pairs, shift = batch
     expected, actual = (Memory(segments, num_blocks, num_blocks, align=16, shift=shift) for _ in range(2))
     for block, slot in pairs:
         expected.move(block, slot, to_paged=to_paged)
     params = run_on(actual, pairs, chunk_bytes, to_paged=to_paged, num_stages=num_stages)
-    assert 0 == kernels.bulk_copy(params, 3, late_loads=late_loads, late_stores=late_stores)
+    ring = BulkRing(num_warps, num_stages, chunk_bytes)
+    assert 0 == kernels.bulk_copy(params, ring, 3, late_loads=late_loads, late_stores=late_stores)
     assert expected.contents() == actual.contents()
+
+
+@given(st.integers(1, 512))
+def test_a_ring_fits_and_keeps_the_bus_busy(units: int) -> None:
+    """Whatever the chunk: it fits into every device, with two loads under way in each warp; from 2 KiB on, 32 KiB and more a block."""
+    ring = BulkRing.of(16 * units)
+    assert ring.shared_bytes <= 99 << 10
+    assert 3 <= ring.num_stages <= 16
+    assert 1 <= ring.num_warps <= 16
+    if ring.chunk_bytes >= 2048:
+        assert ring.num_warps * (ring.num_stages - 1) * ring.chunk_bytes >= 32 << 10
 
 
 @given(batches(), st.sampled_from([16, 48, 8192]), st.data())

@@ -19,6 +19,8 @@ import system_libraries
 import wheel_requirements
 from setup_progress import Progress, SetupError
 
+from kvtier.copy.cuda_choice import Way
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -276,10 +278,44 @@ class TestGpuCheck:
     )
     def test_outcomes_of_a_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: str) -> None:
         """A command that fails or takes too long is not a success."""
-        monkeypatch.setitem(gpu_check.LIMITS_S, "tests", 2.0)
-        step = gpu_check.run("tests", tmp_path, sys.executable, "-c", code)
+        monkeypatch.setitem(gpu_check.LIMITS_S, "rest", 2.0)
+        step = gpu_check.run("rest", tmp_path, sys.executable, "-c", code)
         assert expected == step.outcome
         assert (expected != "ok") == step.is_bad
+
+    @pytest.mark.parametrize(
+        ("body", "expected"),
+        [
+            ("def test_one(): pass\ndef test_two(): pytest.skip('no')", ("ok", "1 passed, 0 failed, 1 skipped")),
+            ("def test_one(): pytest.skip('no GPU')", ("not run", "0 passed, 0 failed, 1 skipped")),
+            ("pytest.skip('no CuPy', allow_module_level=True)", ("FAILED", "0 passed, 0 failed, 1 skipped")),
+            ("def test_one(): pass\ndef test_two(): assert False", ("FAILED", "1 passed, 1 failed, 0 skipped")),
+            ("import os\ndef test_one(): pass\ndef test_two(): os._exit(0)", ("FAILED", "no report")),
+            ("import time\ndef test_one(): time.sleep(60)", ("FAILED", "")),
+        ],
+    )
+    def test_a_step_is_ok_only_where_tests_have_passed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, expected: tuple[str, str]
+    ) -> None:
+        """Neither where all were skipped, nor where the process ended too soon; a test that hangs is told of by its name."""
+        (tmp_path / "pytest.ini").write_text("[pytest]\n")
+        (tmp_path / "test_it.py").write_text(f"import pytest\n{body}\n")
+        monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+        monkeypatch.setitem(gpu_check.TESTS, "rest", "test_")
+        monkeypatch.setitem(gpu_check.LIMITS_S, "rest", 9.0)
+        pytest_of = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout_method=thread", str(tmp_path))
+        step = gpu_check.test("rest", tmp_path, pytest_of)
+        assert expected == (step.outcome, step.detail)
+        if "sleep" in body:
+            assert "time.sleep(60)" in (tmp_path / "rest.log").read_text()
+
+    def test_every_way_is_a_step(self) -> None:
+        """And the class of its tests exists; what is no way's belongs to the rest."""
+        classes = re.findall(r"^class Test(\w+)\(", (ROOT / "tests" / "gpu" / "test_device.py").read_text(), re.MULTILINE)
+        ways = {name: tests for name, tests in gpu_check.TESTS.items() if name != "rest"}
+        assert [way.value for way in Way] == sorted(ways, key=[way.value for way in Way].index)
+        assert {*ways.values(), "TestDevice"} == {f"Test{name}" for name in classes}
+        assert all(f"not {tests}" in gpu_check.TESTS["rest"] for tests in ways.values())
 
     def test_all_limits_together(self) -> None:
         """Are less than nine minutes."""

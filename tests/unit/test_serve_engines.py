@@ -48,13 +48,21 @@ class ServedEngine:
         self.worker = WorkerHalf(None, Movers(), SlotPart(0, 1, block_bytes), strict=True)
         self._num_polls = num_polls
         self.num_attached = 0
-        self.served = ServedArena(section, hello("worker", name, namespace={}), self, self._copier)
+        self.released: list[tuple[bool, bool]] = []
+        """whether the arena was still mapped, and the worker still had it, when a copier was let go of"""
+        self._arenas: dict[FaultyCopier, Arena] = {}
+        self.served = ServedArena(section, hello("worker", name, namespace={}), self, self._copier, release=self._release)
         self.engine = FakeEngine(half, [self.worker], self.memory, token_budget=24)
         assert self.cache.wait_until_usable(20.0)
 
     def _copier(self, arena: Arena) -> FaultyCopier:
         copier = NativeCopier(self.memory.layout(0), arena_address=arena.address, arena_bytes=arena.capacity_bytes)
-        return FaultyCopier(copier, num_polls=self._num_polls)
+        faulty = FaultyCopier(copier, num_polls=self._num_polls)
+        self._arenas[faulty] = arena
+        return faulty
+
+    def _release(self, copier: FaultyCopier) -> None:
+        self.released.append((not self._arenas[copier]._closed, self.worker._copier is copier))
 
     def attach(self, arena: Arena, arena_id: str, prepared: FaultyCopier) -> None:
         self.num_attached += 1
@@ -138,8 +146,20 @@ def test_an_idle_worker_lets_go_of_a_lost_arena(path: Path) -> None:
     assert engine.cache.wait_until_usable(20.0)
     assert [0, 16] == [ask(engine, "b", 1), ask(engine, "c", 1)]
     assert 2 == engine.num_attached
+    assert [(True, False)] == engine.released
     engine.close()
     daemon.stop()
+
+
+def test_what_was_never_attached_is_let_go_of_too(path: Path) -> None:
+    """The daemon goes before a step takes the arena: what was made for it is released, while the arena is still mapped."""
+    daemon = DaemonThread(CONFIG, path)
+    engine = ServedEngine(path, "engine")
+    daemon.stop()
+    wait_for(lambda: engine.released)
+    assert [(True, False)] == engine.released
+    assert 0 == engine.num_attached
+    engine.close()
 
 
 def test_a_worker_in_the_middle_of_a_step_keeps_its_arena(path: Path) -> None:

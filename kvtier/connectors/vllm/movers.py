@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -11,7 +14,7 @@ import torch
 from kvtier.config import ConnectorConfig
 from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
-from kvtier.copy.cuda_copier import ArenaPlace
+from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
 from kvtier.copy.device import Device, cuda_copier, way_of
 from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.copy.pool import PoolCopier
@@ -53,6 +56,11 @@ def movers_of(
     return replace(movers, copier=PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes))
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """What a thread does inside is done on this device: threads of their own start on the first one, and so would their events."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None, num_threads: int) -> Movers:
     place = {"arena_address": arena.address, "arena_bytes": arena.capacity_bytes}
     copier = NativeCopier(layout, **place, num_threads=num_threads)
@@ -60,18 +68,20 @@ def _on_cpu(arena: Arena, layout: KVLayout, layers: Sequence[range] | None, num_
 
 
 def _on_cuda(arena: Arena, layout: KVLayout, views: Sequence[torch.Tensor], layers: Sequence[range] | None, gpu_copy: str) -> Movers:
-    pinned_bytes = pin_arena(arena)
+    number = views[0].device.index or 0
+    pinned_bytes = pin_arena(arena, number)
     if not pinned_bytes:
         return Movers(TorchCopier(views, arena.buffer))
-    number = views[0].device.index or 0
     device = Device(number, lambda: int(torch.cuda.current_stream(number).cuda_stream))
     copier = cuda_copier(layout, device, ArenaPlace(arena.address, pinned_bytes), layers=layers, forced=way_of(gpu_copy))
+    release = functools.partial(_release, copier, arena.address, number)
     if copier is None:
-        return Movers(TorchCopier(views, arena.buffer))
-    return Movers(copier, pieces=copier) if layers is None else Movers(copier, copier, copier, copier)
+        return Movers(TorchCopier(views, arena.buffer), release=release)
+    by_layer = None if layers is None else copier
+    return Movers(copier, by_layer, by_layer, copier, release)
 
 
-def pin_arena(arena: Arena) -> int:
+def pin_arena(arena: Arena, device: int) -> int:
     """Registers host memory with CUDA, for direct and asynchronous copies. Returns how much; 0 (slower, but right) where that fails.
 
     A kernel must not touch host memory behind that.
@@ -81,5 +91,26 @@ def pin_arena(arena: Arena) -> int:
     error = torch.cuda.cudart().cudaHostRegister(arena.address, num_bytes, REGISTER_MAPPED)
     if int(error) != 0:
         _LOG.warning("kvtier: cudaHostRegister of %d bytes failed (%s); copies go through pageable memory", num_bytes, error)
+        forget_error(device)
         return 0
     return num_bytes
+
+
+def forget_error(device: int) -> None:
+    """CUDA keeps the error of a call that was refused, and torch would raise it at the engine's next kernel: it is raised here instead."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=f"cuda:{device}")  # a launch, after which torch looks
+
+
+def _release(copier: CudaCopier | None, address: int, device: int) -> None:
+    # Memory that is unmapped while CUDA knows it stays known: whatever is mapped there next would be copied from the old pages.
+    try:
+        with torch.cuda.device(device):
+            if copier is not None:
+                copier.close()
+            error = torch.cuda.cudart().cudaHostUnregister(address)
+            if int(error) != 0:
+                _LOG.warning("kvtier: cudaHostUnregister failed (%s)", error)
+                forget_error(device)
+    except RuntimeError as error:
+        _LOG.warning("kvtier: the device did not let go of host memory: %s", error)

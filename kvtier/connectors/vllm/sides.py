@@ -6,7 +6,6 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -20,10 +19,11 @@ from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.vllm.blend_parts import blender_of
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
-from kvtier.connectors.vllm.movers import movers_of
+from kvtier.connectors.vllm.movers import movers_of, on_device
 from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.controller import Controller
 from kvtier.copy.base import Movers
+from kvtier.copy.cuda_batch import tolerate_captures
 from kvtier.engine import CacheEngine
 from kvtier.errors import ConfigError
 from kvtier.hashing import Namespace
@@ -146,16 +146,19 @@ class WorkerSide:
         self._arena = open_arena(arena_path, config) if config.daemon.socket is None else None
         self._served: ServedArena[Movers] | None = None
         self._half: WorkerHalf | None = None
+        self._movers: Movers | None = None
+        """of an arena of the engine's own"""
         self._layer_indices: dict[str, int] = {}
         self._config = config
         self._layerwise = config.connector.layerwise
+        self._device = torch.device("cpu")
         self._by_layer = False
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learns where the engine's KV lies. Raises UnsupportedModelError where it is not what the configuration says."""
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
         layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
-        device = views[0].device
+        self._device = device = views[0].device
         self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and device.type != "cpu")
         rank = get_tensor_model_parallel_rank()
         part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
@@ -163,22 +166,26 @@ class WorkerSide:
         used_layers = layers if self._by_layer else None
 
         def movers_for(arena: Arena) -> Movers:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if self._arena is None and device.type != "cpu":
+                tolerate_captures()  # on a thread of its own, while the engine may be capturing
+            with on_device(device):
                 return movers_of(arena, layout, views, layers=used_layers, pool_bytes=pool_bytes, settings=self._config.connector)
 
         blender = blender_of(self._num_blocks, self._sizes, self._config.blend) if self._config.blend.enabled else None
         if self._arena is not None:
-            self._half = WorkerHalf(self._arena, movers_for(self._arena), part, blender=blender)
+            self._movers = movers_for(self._arena)
+            self._half = WorkerHalf(self._arena, self._movers, part, blender=blender)
         else:
             self._half = WorkerHalf(None, Movers(), part, blender=blender)
             hello = Hello("worker", self._name, str(rank), {})
-            self._served = ServedArena(self._config.daemon, hello, self, movers_for)
+            self._served = ServedArena(self._config.daemon, hello, self, movers_for, release=lambda movers: movers.release())
 
     def attach(self, arena: Arena, arena_id: str, prepared: Movers) -> None:
         self.half.attach(arena, prepared, arena_id)
 
     def detach(self) -> None:
-        self.half.detach()
+        with on_device(self._device):  # on this thread or on the arena's
+            self.half.detach()
 
     def enter_step(self) -> None:
         """Before anything of a step: a daemon's arena may be replaced here. Idempotent in a step."""
@@ -219,6 +226,9 @@ class WorkerSide:
             self._served.close()
         if self._half is not None:
             self._half.close()
+        movers, self._movers = self._movers, None
+        if movers is not None:
+            movers.release()
         if self._arena is not None:
             self._arena.close()
 
