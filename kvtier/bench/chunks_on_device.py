@@ -22,7 +22,7 @@ from kvtier.blend.prefill import Rows, advance, attend, causal_groups, start
 from kvtier.blend.transformers_models import TransformersModel
 from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
-from kvtier.copy.base import PieceReader
+from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_copier import ArenaPlace
 from kvtier.copy.device import Device, cuda_copier
 from kvtier.layout import KVLayout, Segment
@@ -94,7 +94,7 @@ class ChunksOnDevice:
         self._arena = self._stack.enter_context(arena)
         arena.prefault()
         arena.wait_prefaulted(600.0)
-        self._pieces = self._open_pieces() if device.type == "cuda" else None
+        self._rows = self._open_rows() if device.type == "cuda" else None
         self._slots = self._store()
 
     def __enter__(self) -> Self:
@@ -128,7 +128,7 @@ class ChunksOnDevice:
                 elapsed = self._timed(self._case(name, ids, layout))
                 if number:  # the first round compiles and warms
                     seconds.append(elapsed)
-        params: dict[str, object] = {"tokens": self._num_tokens, "copies": "ahead" if self._pieces else "by the CPU"}
+        params: dict[str, object] = {"tokens": self._num_tokens, "copies": "ahead" if self._rows else "by the CPU"}
         yield Record("difference at ratio 1, of the logits' spread", params, self.difference, "ratio", 0.0, TOLERANCE, None)
         computed = times.pop("computed")
         yield record("time to first token, computed", params, computed, "ms")
@@ -144,7 +144,7 @@ class ChunksOnDevice:
         job = self._job(ids, layout, "none", 0.0)
         seconds = []
         for _ in range(rounds + 1):
-            with self._blender.reading(job, self._arena, self._pieces) as reads:
+            with self._blender.reading(job, self._arena, self._rows) as reads:
                 seconds.append(self._timed(lambda reads=reads: [reads.layer(index) for index in range(self._model.num_layers)]))  # type: ignore[misc]
         num_bytes = sum(len(chunk.slots) for chunk in job.chunks) * self._block_pages * PAGE_BYTES
         return record("chunks to the device", {"tokens": self._num_tokens, "bytes": num_bytes}, seconds[1:], "ms")
@@ -203,7 +203,7 @@ class ChunksOnDevice:
         both = torch.cat([torch.frombuffer(block, dtype=self._memory.dtype).view(shape) for block in raw], 3)[:, :, :, :num_tokens]
         return TokenKV(both[:, 0].to(self._device), both[:, 1].to(self._device))
 
-    def _open_pieces(self) -> PieceReader | None:
+    def _open_rows(self) -> RowMover | None:
         number = self._device.index or 0
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(self._arena.address, self._arena.capacity_bytes, 2)) != 0:
@@ -233,7 +233,7 @@ class ChunksOnDevice:
     def _blended(self, ids: list[int], layout: PromptLayout, method: str, ratio: float) -> torch.Tensor:
         """The same from chunks: the blend of a worker, and the question computed behind it."""
         job = self._job(ids, layout, method, ratio)
-        self._blender.blend(job, self._arena, self._pieces)
+        self._blender.blend(job, self._arena, self._rows)
         tokens = torch.tensor(ids, device=self._device)
         rows: Rows = start(self._model, tokens, torch.arange(job.end, len(ids), device=self._device))
         advance(self._model, rows, self._memory.kv, torch.ones(len(ids), dtype=torch.bool, device=self._device))

@@ -12,7 +12,7 @@ import torch
 
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.entries import ChunkEntry, Context
-from kvtier.blend.layout import Placement, PromptLayout
+from kvtier.blend.layout import PromptLayout
 from kvtier.blend.model import Rotary, TokenKV
 from kvtier.copy.rope import shift_table
 
@@ -35,12 +35,8 @@ class ChunkSource(Protocol):
         """In which row of a layer each chunk's first token lies; the others follow it."""
         ...
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[num_kv_heads, rows, head_dim]`` of a layer, on the model's device.
-
-        Asked for once for each layer, in order. What is returned may be overwritten at the next call, or later in the order of
-        the work submitted to the device.
-        """
+    def place(self, layer: int, plan: PlacementPlan, target: TokenKV) -> None:
+        """Puts the chunks into a layer of the prompt. Asked for once for each layer, in order."""
         ...
 
 
@@ -53,10 +49,43 @@ class EntrySource:
         self.contexts = [entry.context for entry in entries]
         self.first_rows = [sum(entry.kv.num_tokens for entry in entries[:index]) for index in range(len(entries))]
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def place(self, layer: int, plan: PlacementPlan, target: TokenKV) -> None:
         """As :class:`ChunkSource` says."""
-        keys = torch.cat([entry.kv.keys[index] for entry in self._entries], 1)
-        return keys, torch.cat([entry.kv.values[index] for entry in self._entries], 1)
+        keys = torch.cat([entry.kv.keys[layer] for entry in self._entries], 1)
+        plan.place(keys, torch.cat([entry.kv.values[layer] for entry in self._entries], 1), layer, target)
+
+
+class PlacementPlan:
+    """From which rows of a source chunks go to which positions of a prompt, and by how much their keys turn. Tensors on one device.
+
+    Tokens that move come first.
+    """
+
+    def __init__(self, layout: PromptLayout, first_rows: Sequence[int], rotary: Rotary, device: torch.device) -> None:
+        pairs = list(zip(layout.placements, first_rows, strict=True))
+        moving = [pair for pair in pairs if pair[0].shift != 0]
+        ordered = [*moving, *(pair for pair in pairs if pair[0].shift == 0)]
+        self.rotary = rotary
+        self.positions = _joined([(at.start, at.end) for at, _ in ordered], device)
+        self.rows = _joined([(first + at.first_token, first + at.chunk.num_tokens) for at, first in ordered], device)
+        self.table = torch.from_numpy(shift_table(rotary.frequencies, [at.shift for at, _ in moving])).to(device)
+        """cosine and sine of every pair for each chunk that moves: ``[chunks, pairs, 2]``, fp32"""
+        lengths = torch.tensor([at.num_tokens for at, _ in moving], dtype=torch.long)
+        self.turns = torch.arange(len(moving)).repeat_interleave(lengths).to(device)
+        """row of the table for each token that moves"""
+
+    @property
+    def num_moving(self) -> int:
+        """Tokens that move."""
+        return len(self.turns)
+
+    def place(self, keys: torch.Tensor, values: torch.Tensor, layer: int, target: TokenKV) -> None:
+        """Puts rows ``[num_kv_heads, rows, head_dim]`` of a layer into the prompt's."""
+        moving, staying = slice(0, self.num_moving), slice(self.num_moving, None)
+        target.values[layer].index_copy_(1, self.positions, values.index_select(1, self.rows))
+        turned = self.rotary.turn(keys.index_select(1, self.rows[moving]), self.table[self.turns])
+        target.keys[layer].index_copy_(1, self.positions[moving], turned)
+        target.keys[layer].index_copy_(1, self.positions[staying], keys.index_select(1, self.rows[staying]))
 
 
 class PromptKV:
@@ -69,40 +98,15 @@ class PromptKV:
     def __init__(self, kv: TokenKV, layout: PromptLayout, source: ChunkSource, rotary: Rotary) -> None:
         self.kv = kv
         self._source = source
-        self._rotary = rotary
+        self._plan = PlacementPlan(layout, source.first_rows, rotary, kv.keys.device)
         self._num_filled = 0
-        pairs = list(zip(layout.placements, source.first_rows, strict=True))
-        device = kv.keys.device
-        self._stay = _Route([pair for pair in pairs if pair[0].shift == 0], device)
-        moving = [pair for pair in pairs if pair[0].shift != 0]
-        self._move = _Route(moving, device)
-        self._all = _Route(pairs, device)
-        table = torch.from_numpy(shift_table(rotary.frequencies, [at.shift for at, _ in moving]))
-        lengths = torch.tensor([at.num_tokens for at, _ in moving], dtype=torch.long)
-        self._turns = table.repeat_interleave(lengths, 0).to(device)
-        """of each moving token: cosine and sine of every pair"""
 
     def fill(self, layer: int) -> None:
         """Returns when the chunks are in place in this layer and those before it, as far as the device's order of work goes."""
         while self._num_filled <= layer:
-            if len(self._all.rows):
-                self._place(self._num_filled)
+            if len(self._plan.rows):
+                self._source.place(self._num_filled, self._plan, self.kv)
             self._num_filled += 1
-
-    def _place(self, layer: int) -> None:
-        keys, values = self._source.layer(layer)
-        self.kv.values[layer].index_copy_(1, self._all.positions, values.index_select(1, self._all.rows))
-        target = self.kv.keys[layer]
-        target.index_copy_(1, self._stay.positions, keys.index_select(1, self._stay.rows))
-        target.index_copy_(1, self._move.positions, self._rotary.turn(keys.index_select(1, self._move.rows), self._turns))
-
-
-class _Route:
-    """From which rows of a source to which positions of the prompt."""
-
-    def __init__(self, pairs: Sequence[tuple[Placement, int]], device: torch.device) -> None:
-        self.positions = _joined([(at.start, at.end) for at, _ in pairs], device)
-        self.rows = _joined([(first + at.first_token, first + at.chunk.num_tokens) for at, first in pairs], device)
 
 
 def _joined(ranges: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.messages import BlendJob, EntryJob, WorkerReport
-from kvtier.copy.base import PieceReader
+from kvtier.copy.base import RowMover
 from kvtier.memory.arena import Arena
 
 
@@ -20,15 +20,19 @@ class LostChunkError(Exception):
 class Blender(Protocol):
     """Puts prompts together from chunks and computes chunks; both are done on return, or raise. LostChunkError is expected.
 
-    ``arena``: where the job's slots lie; nothing of it is kept. ``pieces``: reads it into memory of the device.
+    ``arena``: where the job's slots lie; nothing of it is kept. ``rows``: brings it to the device.
     """
 
-    def blend(self, job: BlendJob, arena: Arena, pieces: PieceReader | None) -> tuple[int, int]:
+    def blend(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> tuple[int, int]:
         """Returns how many tokens it took from chunks, and how many of them it computed anew."""
         ...
 
     def store(self, job: EntryJob, arena: Arena) -> None:
         """Computes a chunk into its slots."""
+        ...
+
+    def prepare(self, rows: RowMover) -> None:
+        """Does what takes long and is needed once before blends with ``rows``."""
         ...
 
 
@@ -37,15 +41,18 @@ class BlendSteps:
 
     def __init__(self, blender: Blender | None, on_error: Callable[[], None]) -> None:
         self._blender = blender
-        self.attach(None, "")
         self._boundary = Boundary(on_error=on_error)
         """around the blender, which runs the engine's model and may fail in any way"""
+        self.attach(None, "")
 
-    def attach(self, arena: Arena | None, arena_id: str, pieces: PieceReader | None = None) -> None:
+    def attach(self, arena: Arena | None, arena_id: str, rows: RowMover | None = None) -> None:
         """Slots are in this arena from now on, which orders call ``arena_id``."""
         self._arena = arena
-        self._pieces = pieces
+        self._rows = rows
         self._arena_id = arena_id
+        if rows is not None and self._blender is not None:
+            with self._boundary.at("prepare blends"):
+                self._blender.prepare(rows)
 
     def blend(self, jobs: Sequence[BlendJob], failed_block_ids: AbstractSet[int], report: WorkerReport, arena_id: str = "") -> set[int]:
         """Puts prompts together; one whose prefix is among ``failed_block_ids`` fails. Returns the engine blocks that were not filled."""
@@ -55,7 +62,7 @@ class BlendSteps:
             is_done = False
             if blender is not None and arena is not None and failed_block_ids.isdisjoint(job.block_ids):
                 with self._boundary.at("blend"), contextlib.suppress(LostChunkError):
-                    num_tokens, num_chosen = blender.blend(job, arena, self._pieces)
+                    num_tokens, num_chosen = blender.blend(job, arena, self._rows)
                     report.num_blended_tokens += num_tokens
                     report.num_chosen_tokens += num_chosen
                     is_done = True

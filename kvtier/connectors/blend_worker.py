@@ -16,9 +16,10 @@ from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.connectors.blend_steps import LostChunkError
-from kvtier.connectors.chunk_rows import ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource
+from kvtier.connectors.chunk_rows import STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
-from kvtier.copy.base import PieceReader
+from kvtier.copy.base import RowMover
+from kvtier.copy.cuda_rows import RowPlacement
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 
@@ -49,7 +50,7 @@ class ChunkBlender:
     """Blends and entries of one worker without tensor parallelism. One thread; a call returns when its work is done.
 
     Raises:
-        ValueError: a slot does not hold exactly the rows of ``block_tokens`` tokens.
+        ValueError: a slot does not hold exactly the rows of ``block_tokens`` tokens, or keys do not turn in all of their dimensions.
     """
 
     def __init__(
@@ -65,13 +66,21 @@ class ChunkBlender:
         self._shape = RowShape(layers, heads, block_tokens, head_dim, tokens.dtype)
         if self._shape.block_bytes != block_bytes:
             raise ValueError(f"rows of {block_tokens} tokens have {self._shape.block_bytes} bytes, a slot has {block_bytes}")
+        num_turned = 2 * len(model.rotary.frequencies)
+        if num_turned != head_dim:
+            raise ValueError(f"keys turn in {num_turned} of {head_dim} dimensions; all are allowed")
         self._model = model
         self._tokens = tokens
         self._methods = methods
         self._anchors: OrderedDict[bytes, TokenKV] = OrderedDict()
 
+    def prepare(self, rows: RowMover) -> None:
+        """Has the kernel compiled that chunks of this shape need: not inside a step."""
+        nothing = RowPlacement(0, 0, 0, 0, 0, 0, self._shape.num_heads, self._shape.head_dim // 2, 0, 0, 0)
+        rows.place_rows(nothing, pairs=self._model.rotary.pairs, storage=STORAGE_OF[self._shape.dtype])
+
     @torch.inference_mode()
-    def blend(self, job: BlendJob, arena: Arena, pieces: PieceReader | None = None) -> tuple[int, int]:
+    def blend(self, job: BlendJob, arena: Arena, rows: RowMover | None = None) -> tuple[int, int]:
         """Fills the engine's blocks of the tokens from ``job.first`` to ``job.end``.
 
         Returns how many tokens came from chunks, and how many of them were computed anew.
@@ -79,7 +88,7 @@ class ChunkBlender:
         Raises:
             LostChunkError: chunks have gone.
         """
-        made = self._blended(job, arena, pieces)
+        made = self._blended(job, arena, rows)
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
         placements = job.layout.placements
         num_tokens = sum(min(at.end, job.end) - max(at.start, job.first) for at in placements if at.start < job.end)
@@ -98,7 +107,7 @@ class ChunkBlender:
             self._slot(arena, slot).copy_(blocks[position])
         _check(arena, job.slots)
 
-    def _blended(self, job: BlendJob, arena: Arena, pieces: PieceReader | None) -> Blended:
+    def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> Blended:
         layout = job.layout
         for at, slots in zip(layout.placements, job.chunks, strict=True):
             if len(slots.slots) != len(at.chunk.block_keys):
@@ -106,18 +115,18 @@ class ChunkBlender:
         _check(arena, *job.chunks)
         prefix = self._tokens.read(layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
         method, ratio = self._methods[job.method](), FixedRatio(job.ratio)
-        with self.reading(job, arena, pieces) as reads:
-            source = SlotSource([at.chunk for at in layout.placements], reads, self._shape.block_tokens)
+        with self.reading(job, arena, rows) as reads:
+            source = SlotSource([at.chunk for at in layout.placements], reads, self._shape, rows)
             made = blend(self._model, job.token_ids, layout, source, method, ratio, prefix=prefix, end=job.end)
         _check(arena, *job.chunks)  # what was read while a slot changed hands may be anything
         return made
 
     @contextlib.contextmanager
-    def reading(self, job: BlendJob, arena: Arena, pieces: PieceReader | None) -> Iterator[LayerReads]:
+    def reading(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> Iterator[LayerReads]:
         """The job's slots, layer by layer. Nothing reads them any more when the block is left."""
         slots = [slot for chunk in job.chunks for slot in chunk.slots]
         device = self._model.device
-        reads = ArenaReads(arena, self._shape, slots, device) if pieces is None else DeviceReads(pieces, self._shape, slots, device)
+        reads = ArenaReads(arena, self._shape, slots, device) if rows is None else DeviceReads(rows, self._shape, slots, device)
         try:
             yield reads
         finally:

@@ -6,7 +6,7 @@ are on their way while one is computed; a CPU reads a layer where it lies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +15,15 @@ import torch
 
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.entries import NO_CONTEXT
-from kvtier.copy.base import CopyEvent, PieceReader
+from kvtier.blend.model import TokenKV
+from kvtier.blend.placing import PlacementPlan
+from kvtier.copy.base import CopyEvent, RowMover
+from kvtier.copy.cuda_rows import RowPlacement
+from kvtier.copy.rope import Storage
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 
+STORAGE_OF: Mapping[torch.dtype, Storage] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LAYERS_AHEAD = 2
 """that are on their way, or have arrived, beside the one that is computed"""
 
@@ -83,8 +88,8 @@ class ArenaReads:
 class DeviceReads:
     """Slots that are copied to the device ahead of the computation, by a ring of layers there."""
 
-    def __init__(self, pieces: PieceReader, shape: RowShape, slots: Sequence[int], device: torch.device) -> None:
-        self._pieces = pieces
+    def __init__(self, rows: RowMover, shape: RowShape, slots: Sequence[int], device: torch.device) -> None:
+        self._mover = rows
         self._shape = shape
         self._offsets = np.array(slots, np.int64) * PAGE_BYTES
         num_places = min(shape.num_layers, LAYERS_AHEAD + 1)
@@ -110,20 +115,60 @@ class DeviceReads:
         place = self._ring[layer % len(self._ring)]
         to = place.data_ptr() + np.arange(len(self._offsets), dtype=np.uint64) * np.uint64(self._shape.layer_bytes)
         offsets = self._offsets + layer * self._shape.layer_bytes
-        self._events.append(self._pieces.read_pieces(to, offsets, self._shape.layer_bytes))
+        self._events.append(self._mover.read_pieces(to, offsets, self._shape.layer_bytes))
 
 
 class SlotSource:
-    """Chunks in slots, as :class:`kvtier.blend.placing.ChunkSource` wants them."""
+    """Chunks in slots, as :class:`kvtier.blend.placing.ChunkSource` wants them.
 
-    def __init__(self, chunks: Sequence[Chunk], reads: LayerReads, block_tokens: int) -> None:
+    Args:
+        rows: puts them into place on a device; None: torch does
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], reads: LayerReads, shape: RowShape, rows: RowMover | None = None) -> None:
         self.chunks = chunks
         self.contexts = [NO_CONTEXT] * len(chunks)
-        sizes = [len(chunk.block_keys) * block_tokens for chunk in chunks]
+        sizes = [len(chunk.block_keys) * shape.block_tokens for chunk in chunks]
         self.first_rows = [sum(sizes[:index]) for index in range(len(chunks))]
         self._reads = reads
+        self._shape = shape
+        self._mover = rows
+        self._tokens: torch.Tensor | None = None
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def place(self, layer: int, plan: PlacementPlan, target: TokenKV) -> None:
         """As ``ChunkSource`` says."""
-        both = self._reads.layer(index).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        return both[0], both[1]
+        blocks = self._reads.layer(layer)
+        if self._mover is None:
+            both = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
+            plan.place(both[0], both[1], layer, target)
+            return
+        if self._tokens is None:
+            self._tokens = row_tokens_of(plan, self._shape)
+        self._mover.place_rows(self._placement(blocks, plan, layer, target), pairs=plan.rotary.pairs, storage=STORAGE_OF[self._shape.dtype])
+
+    def _placement(self, blocks: torch.Tensor, plan: PlacementPlan, layer: int, target: TokenKV) -> RowPlacement:
+        assert self._tokens is not None
+        item_bytes = blocks.element_size()
+        keys, values = target.keys[layer], target.values[layer]
+        return RowPlacement(
+            source=blocks.data_ptr(),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            tokens=self._tokens.data_ptr(),
+            cos_sin=plan.table.data_ptr(),
+            num_tokens=len(self._tokens),
+            num_heads=blocks.shape[2],
+            num_pairs=blocks.shape[4] // 2,
+            value_offset=blocks.stride(1) * item_bytes,
+            source_head_stride=blocks.stride(2) * item_bytes,
+            target_head_stride=keys.stride(0) * item_bytes,
+        )
+
+
+def row_tokens_of(plan: PlacementPlan, shape: RowShape) -> torch.Tensor:
+    """The table of :class:`~kvtier.copy.cuda_rows.RowPlacement` for rows that lie in blocks of slots: ``[tokens, 3]``."""
+    token_bytes = shape.head_dim * shape.dtype.itemsize
+    block, token = plan.rows // shape.block_tokens, plan.rows % shape.block_tokens
+    turns = torch.full_like(plan.rows, -1)
+    turns[: plan.num_moving] = plan.turns
+    return torch.stack((block * shape.layer_bytes + token * token_bytes, plan.positions * token_bytes, turns), 1).contiguous()

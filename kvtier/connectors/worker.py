@@ -106,7 +106,7 @@ class WorkerHalf:
     def attach(self, arena: Arena | None, movers: Movers, arena_id: str = "") -> None:
         """Copies to and from this arena from now on, which orders call ``arena_id``; None: every copy fails. Between two steps."""
         self._tenancy = Tenancy(None if arena is None else arena.generations, arena_id)
-        self._blends.attach(arena, arena_id, movers.pieces)
+        self._blends.attach(arena, arena_id, movers.rows)
         self._copier = movers.copier
         self._layers = LayerPipeline(movers.loader)
         self._layer_stores = LayerStores(movers.storer)

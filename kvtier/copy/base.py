@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvtier.copy.cuda_rows import RowPlacement
 from kvtier.copy.cuda_runs import Addresses, Ints
+from kvtier.copy.rope import Pairs, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,20 @@ class LayerStorer(Protocol):
         """engine -> arena. Nothing is copied yet. Offsets and block ids are checked (IndexError)."""
 
 
-class PieceReader(Protocol):
-    """Reads any part of the arena into memory of the device. Bound like a :class:`BlockCopier`."""
+class RowMover(Protocol):
+    """Brings rows of chunks from the arena to a device, and there to their places. Bound like a :class:`BlockCopier`."""
 
     def read_pieces(self, to: Addresses, offsets: Ints, num_bytes: int) -> CopyEvent:
         """arena -> device: ``num_bytes`` from each of ``offsets`` to each of the addresses ``to``.
 
         Ordered after everything the engine has submitted to its compute stream so far. Offsets are checked (IndexError); that there
         is so much memory at the addresses, until the event, is the caller's part.
+        """
+
+    def place_rows(self, place: RowPlacement, *, pairs: Pairs, storage: Storage) -> None:
+        """Puts rows into a prompt's KV and turns their keys, in order with what the engine submits to its compute stream.
+
+        The caller keeps the memory until that is done.
         """
 
 
@@ -111,7 +119,7 @@ class Movers:
     """None: nothing can be moved"""
     loader: LayerLoader | None = None
     storer: LayerStorer | None = None
-    pieces: PieceReader | None = None
+    rows: RowMover | None = None
     """None: the arena is read by the CPU"""
     release: Callable[[], None] = _nothing
     """Lets go of the device's memory and of the arena, which may be unmapped then. After the last copy has ended; never raises."""

@@ -12,6 +12,7 @@ import numpy as np
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
 from kvtier.copy.cuda_params import DeviceTable, merged, segment_table
+from kvtier.copy.cuda_rows import RowPlacement, launch_place_rows
 from kvtier.copy.cuda_runs import Addresses, Ints, Runs, joined, runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory
 from kvtier.copy.cuda_ways import (
@@ -27,6 +28,7 @@ from kvtier.copy.cuda_ways import (
     StagedCopies,
     Staging,
 )
+from kvtier.copy.rope import Pairs, Storage
 from kvtier.layout import KVLayout, Segment
 
 MAX_CHUNK_BYTES = 8192
@@ -164,7 +166,7 @@ class CudaCopier:
         return DeviceLayerStore(self, self._checked(copies))
 
     def read_pieces(self, to: Addresses, offsets: Ints, num_bytes: int) -> DeviceCopyEvent:
-        """Arena -> device memory, by the copy engines. See :class:`~kvtier.copy.base.PieceReader`."""
+        """Arena -> device memory, by the copy engines. See :class:`~kvtier.copy.base.RowMover`."""
         if num_bytes < 0 or (len(offsets) and not 0 <= int(offsets.min()) <= int(offsets.max()) <= self._arena.num_bytes - num_bytes):
             raise IndexError(f"{num_bytes} bytes at one of the arena offsets {offsets} are outside [0, {self._arena.num_bytes})")
         stream = self._lanes["load"].transfer
@@ -174,6 +176,10 @@ class CudaCopier:
             for part in runs.slices(self._whole.settings.slice_bytes):
                 self._runtime.copy(stream, part.paged, part.contiguous, part.num_bytes)
             return self._event(self._runtime.record(stream))
+
+    def place_rows(self, place: RowPlacement, *, pairs: Pairs, storage: Storage) -> None:
+        """On the device, by a kernel. See :class:`~kvtier.copy.base.RowMover`."""
+        launch_place_rows(self._runtime, self._compute_stream(), place, pairs=pairs, storage=storage)
 
     def store_layer(self, layer: int, batch: Batch) -> DeviceCopyEvent:
         """Copies one layer of some blocks, after what the engine has submitted so far."""

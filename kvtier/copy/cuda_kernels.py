@@ -32,9 +32,9 @@ class KernelModule:
 MODULES: Mapping[str, KernelModule] = {
     "paged_copy": KernelModule(("paged_index.h", "paged_copy.cu"), ("paged_copy",)),
     "bulk_copy": KernelModule(("paged_index.h", "bulk_primitives.h", "bulk_copy.cu"), ("bulk_copy",), BULK_CAPABILITY),
-    "rope_shift": KernelModule(
-        ("rope_index.h", "half_primitives.h", "float_formats.h", "rope_shift.cu"),
-        tuple(f"rope_{pairs}_{storage}" for pairs in ("neox", "interleaved") for storage in ("bf16", "fp16", "fp32")),
+    "place_rows": KernelModule(
+        ("row_index.h", "half_primitives.h", "float_formats.h", "place_rows.cu"),
+        tuple(f"place_{pairs}_{storage}" for pairs in ("neox", "interleaved") for storage in ("bf16", "fp16", "fp32")),
     ),
 }
 """name -> module"""

@@ -1,6 +1,6 @@
 """The parameter structs of the CUDA kernels as numpy records, and the table of segments that lies in device memory.
 
-``csrc/cuda/paged_index.h`` and ``rope_index.h`` declare the same structs; a test compares them member by member.
+``csrc/cuda/paged_index.h`` declares the same structs; a test compares them member by member.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from kvtier.copy.cuda_runs import Ints
-from kvtier.copy.rope import TokenShift
 from kvtier.layout import KVLayout, Segment
 
 MAX_BLOCKS = 512
@@ -23,9 +22,6 @@ BULK_CAPABILITY = 90
 
 MIN_STAGES, MAX_STAGES = 3, 16
 """of one warp of the bulk kernel"""
-
-MAX_SPANS = 64
-"""of one launch of a rotation"""
 
 Record = np.ndarray[Any, np.dtype[np.void]]
 """one element, or a table, of one of the types below"""
@@ -46,27 +42,6 @@ PAGED_COPY = np.dtype(
         ("offsets", "<i8", (MAX_BLOCKS,)),
     ]
 )
-
-ROPE_SPAN = np.dtype([("block_id", "<i8"), ("first_token", "<i4"), ("num_tokens", "<i4"), ("row", "<i4"), ("reserved", "<i4")])
-
-ROPE_SHIFT = np.dtype(
-    [
-        ("bases", "<u8"),
-        ("cos_sin", "<u8"),
-        ("num_layers", "<i8"),
-        ("num_spans", "<i8"),
-        ("block_tokens", "<i8"),
-        ("num_heads", "<i8"),
-        ("num_pairs", "<i8"),
-        ("block_stride", "<i8"),
-        ("token_stride", "<i8"),
-        ("head_stride", "<i8"),
-        ("dim_stride", "<i8"),
-        ("pairs_per_item", "<i8"),
-        ("spans", ROPE_SPAN, (MAX_SPANS,)),
-    ]
-)
-
 
 BULK_SHARED_BYTES = 99 << 10
 """of a bulk kernel's block: what every device with the bulk copy engine has"""
@@ -167,47 +142,3 @@ def paged_copy(table: DeviceTable, contiguous: int, block_ids: Ints, offsets: In
     one["block_ids"][: len(block_ids)] = block_ids
     one["offsets"][: len(offsets)] = offsets
     return copy
-
-
-@dataclass(frozen=True, slots=True)
-class RopePlace:
-    """Where the K of all layers lies on a device."""
-
-    bases: int
-    """address of the table of the layers' addresses, in device memory"""
-    num_layers: int
-    num_heads: int
-    strides: tuple[int, int, int, int]
-    """bytes from one block, token, head and dimension to the next"""
-    pairs_per_item: int
-    """see :func:`rope_pairs_per_item`"""
-
-
-def rope_shifts(place: RopePlace, shifts: Sequence[TokenShift], *, cos_sin: int, num_pairs: int) -> list[Record]:
-    """The parameters of the launches of a rotation, up to :data:`MAX_SPANS` shifts each.
-
-    Args:
-        cos_sin: address of the table that ``rope.shift_table`` makes, in device memory
-        num_pairs: of that table
-    """
-    launches = []
-    for start in range(0, len(shifts), MAX_SPANS):
-        part = shifts[start : start + MAX_SPANS]
-        record = np.zeros(1, ROPE_SHIFT)
-        one = record[0]
-        one["bases"], one["cos_sin"], one["num_layers"], one["num_spans"] = place.bases, cos_sin, place.num_layers, len(part)
-        one["block_tokens"] = max(shift.num_tokens for shift in part)
-        one["num_heads"], one["num_pairs"], one["pairs_per_item"] = place.num_heads, num_pairs, place.pairs_per_item
-        one["block_stride"], one["token_stride"], one["head_stride"], one["dim_stride"] = place.strides
-        for index, shift in enumerate(part):
-            one["spans"][index] = (shift.block_id, shift.first_token, shift.num_tokens, shift.row, 0)
-        launches.append(record)
-    return launches
-
-
-def rope_pairs_per_item(bases: Sequence[int], strides: tuple[int, int, int, int], *, num_pairs: int, item_bytes: int) -> int:
-    """4 where four neighbouring pairs can be read and written with wide accesses, else 1."""
-    *outer, dim_stride = strides
-    width = 4 * item_bytes
-    is_wide = dim_stride == item_bytes and num_pairs % 4 == 0 and all(place % width == 0 for place in (*bases, *outer))
-    return 4 if is_wide else 1

@@ -16,12 +16,13 @@ from kvtier.copy.cuda_calibrate import calibrate, move_on_cpu
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
 from kvtier.copy.cuda_copier import ArenaPlace, CopierOptions, CudaCopier
 from kvtier.copy.cuda_params import MAX_BLOCKS, segment_table
-from kvtier.copy.cuda_rope import CudaKeyShifter, KeyLayout
+from kvtier.copy.cuda_rows import launch_place_rows
 from kvtier.copy.cuda_runs import runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceMemory
 from kvtier.copy.cuda_ways import CopySettings
-from kvtier.copy.rope import NUMPY_OF_STORAGE, TokenShift, from_floats, plain_frequencies, shift_keys, shift_table
+from kvtier.copy.rope import NUMPY_OF_STORAGE, Pairs
 from kvtier.layout import KVLayout, Segment
+from kvtier.testing.cuda_rows import RowCase
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 GUARD_BYTES = 256
@@ -289,39 +290,32 @@ class DeviceContract(_OnDevice):
             pool.close()
             memory.close()
 
-    def test_keys_are_rotated_as_on_the_cpu(self) -> None:
-        """Every storage, pairing and layout, to the last bit; other bytes keep theirs."""
+    def test_rows_are_placed_as_on_the_cpu(self) -> None:
+        """Every storage, pairing and alignment, to the last bit; other bytes keep theirs."""
         runtime = self.open_runtime()
-        table = shift_table(plain_frequencies(10_000.0, 64), [1, -77, 100_000])
-        shifts = [TokenShift(block, block % 3, 16 - block % 5 - block % 3, block % 3) for block in range(0, 90, 2)]
-        for pairs, (storage, dtype), order in itertools.product(("neox", "interleaved"), NUMPY_OF_STORAGE.items(), _ORDERS):
-            inner = tuple((90, 16, 4, 72)[axis] for axis in order)
-            noise = np.random.default_rng(7).standard_normal((2, *inner)).astype(np.float32)
-            stored = np.ascontiguousarray(from_floats(noise, storage))
-            expected = stored.copy()
-            back = np.argsort(order)
-            for layer in expected:
-                shift_keys(layer.transpose(back), shifts, table, pairs=pairs, storage=storage)
-            actual = self._rotate(runtime, stored, back, shifts, table, pairs, storage)
-            assert dtype == actual.dtype
-            assert expected.tobytes() == actual.tobytes(), f"{pairs}, {storage}, {order}"
+        for pairs, storage, gap in itertools.product(_PAIRS, NUMPY_OF_STORAGE, (0, 1)):
+            case = RowCase(11, pairs=pairs, storage=storage, num_heads=4, num_pairs=32, num_blocks=60, gap=gap)
+            assert case.expected()[0].tobytes() != case.keys.tobytes()
+            self._check_rows(runtime, case, gap)
 
     @staticmethod
-    def _rotate(runtime: CudaRuntime, stored: Any, back: Any, shifts: Any, table: Any, pairs: Any, storage: Any) -> Any:
-        memory = runtime.allocate(stored.nbytes)
+    def _check_rows(runtime: CudaRuntime, case: RowCase, gap: int) -> None:
         stream = runtime.open_stream(is_urgent=False)
-        size = np.array([stored.nbytes], np.int64)
-        runtime.copy(stream, *_places(memory.address, stored.ctypes.data), size)
-        view = stored[0].transpose(back)
-        addresses = (memory.address, memory.address + stored[0].nbytes)
-        shifter = CudaKeyShifter(KeyLayout(addresses, 90, 16, 4, 72, view.strides), runtime, pairs=pairs, storage=storage)
-        shifter.shift(shifts, table, compute_stream=stream)
-        actual = np.zeros_like(stored)
-        runtime.copy(stream, *_places(actual.ctypes.data, memory.address), size)
-        runtime.record(stream).wait()
-        shifter.close()
-        memory.close()
-        return actual
+        parts = {"source": case.source, "keys": case.keys, "values": case.values, "tokens": case.tokens, "cos_sin": case.table}
+        memory = {name: runtime.allocate(part.nbytes + 64) for name, part in parts.items()}
+        moved = {name: gap * case.source.itemsize * (name in ("source", "keys", "values")) for name in parts}
+        at = {name: memory[name].address + moved[name] for name in parts}
+        for name, part in parts.items():
+            runtime.copy(stream, *_places(at[name], part.ctypes.data), np.array([part.nbytes], np.int64))
+        launch_place_rows(runtime, stream, case.placement(**at), pairs=case.pairs, storage=case.storage)
+        for name, expected in zip(("keys", "values"), case.expected(), strict=True):
+            actual = np.zeros_like(expected)
+            runtime.copy(stream, *_places(actual.ctypes.data, at[name]), np.array([actual.nbytes], np.int64))
+            runtime.record(stream).wait()
+            assert expected.tobytes() == actual.tobytes(), f"{name}, {case.pairs}, {case.storage}, gap {gap}"
+        runtime.close_stream(stream)
+        for each in memory.values():
+            each.close()
 
     def test_calibration_finds_nothing_wrong(self) -> None:
         """Every way that the device has moves the right bytes and has a figure."""
@@ -334,8 +328,7 @@ class CudaContract(WayContract, DeviceContract):
     """All of it. Subclass it, name the device, run it."""
 
 
-_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 3, 1))
-"""which axis lies innermost: heads behind tokens, tokens behind heads, tokens innermost"""
+_PAIRS: tuple[Pairs, ...] = ("neox", "interleaved")
 
 
 def _pairs_of_segments(shape: Shape) -> list[range]:

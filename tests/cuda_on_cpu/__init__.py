@@ -25,7 +25,7 @@ FLAGS = (
     "-Wno-unused-function",
     "-Wno-unknown-pragmas",
 )
-ROPE_KERNELS = tuple(f"rope_{pairs}_{storage}" for pairs in ("neox", "interleaved") for storage in ("bf16", "fp16", "fp32"))
+PLACE_KERNELS = tuple(f"place_{pairs}_{storage}" for pairs in ("neox", "interleaved") for storage in ("bf16", "fp16", "fp32"))
 Record = np.ndarray[Any, np.dtype[np.void]]
 
 
@@ -50,9 +50,9 @@ class KernelsOnCpu:
         threads = 32 * ring.num_warps
         return int(self._library.run_bulk_copy(_address(params), num_blocks, threads, shared_bytes, int(late_loads), int(late_stores)))
 
-    def rope_shift(self, kernel: str, params: Record, num_blocks: int = 2, num_threads: int = 32) -> None:
-        """Runs one of ``ROPE_KERNELS``."""
-        self._library.run_rope_shift(ROPE_KERNELS.index(kernel), _address(params), num_blocks, num_threads)
+    def place_rows(self, kernel: str, params: Record, num_blocks: int = 2, num_threads: int = 32) -> None:
+        """Runs one of ``PLACE_KERNELS``."""
+        self._library.run_place_rows(PLACE_KERNELS.index(kernel), _address(params), num_blocks, num_threads)
 
     def items(self, params: Record) -> list[tuple[int, int, int]]:
         """Addresses and length of every chunk."""

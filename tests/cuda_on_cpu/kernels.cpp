@@ -6,15 +6,15 @@
 #include "../../csrc/cuda/paged_index.h"
 #include "../../csrc/cuda/paged_copy.cu"
 #include "../../csrc/cuda/bulk_copy.cu"
-#include "../../csrc/cuda/rope_index.h"
+#include "../../csrc/cuda/row_index.h"
 #include "../../csrc/cuda/float_formats.h"
-#include "../../csrc/cuda/rope_shift.cu"
+#include "../../csrc/cuda/place_rows.cu"
 
 alignas(128) unsigned char shared[1 << 20];
 
 using kvtier::PagedCopy;
-using kvtier::RopeShift;
-using kvtier::RopeSpan;
+using kvtier::PlaceRows;
+using kvtier::RowToken;
 using kvtier::Segment;
 
 extern "C" {
@@ -44,10 +44,10 @@ int run_bulk_copy(const PagedCopy* copy, unsigned int num_blocks, unsigned int n
   return engine.fault;
 }
 
-void run_rope_shift(int which, const RopeShift* shift, unsigned int num_blocks, unsigned int num_threads) {
-  void (*const kernels[])(RopeShift) = {rope_neox_bf16,        rope_neox_fp16,        rope_neox_fp32,
-                                        rope_interleaved_bf16, rope_interleaved_fp16, rope_interleaved_fp32};
-  run(kernels[which], *shift, num_blocks, num_threads);
+void run_place_rows(int which, const PlaceRows* place, unsigned int num_blocks, unsigned int num_threads) {
+  void (*const kernels[])(PlaceRows) = {place_neox_bf16,        place_neox_fp16,        place_neox_fp32,
+                                        place_interleaved_bf16, place_interleaved_fp16, place_interleaved_fp32};
+  run(kernels[which], *place, num_blocks, num_threads);
 }
 
 long long num_copy_items(const PagedCopy* copy) { return kvtier::num_items(*copy); }
@@ -84,21 +84,22 @@ int paged_copy_layout(long long* out) {
   return 11;
 }
 
-int rope_span_layout(long long* out) {
-  const size_t offsets[] = {offsetof(RopeSpan, block_id), offsetof(RopeSpan, first_token), offsetof(RopeSpan, num_tokens),
-                            offsetof(RopeSpan, row),      offsetof(RopeSpan, reserved),    sizeof(RopeSpan)};
+int row_token_layout(long long* out) {
+  const size_t offsets[] = {offsetof(RowToken, from), offsetof(RowToken, to), offsetof(RowToken, turn), sizeof(RowToken)};
   for (size_t offset : offsets) *out++ = static_cast<long long>(offset);
-  return 6;
+  return 4;
 }
 
-int rope_shift_layout(long long* out) {
-  const size_t offsets[] = {offsetof(RopeShift, bases),        offsetof(RopeShift, cos_sin),      offsetof(RopeShift, num_layers),
-                            offsetof(RopeShift, num_spans),    offsetof(RopeShift, block_tokens), offsetof(RopeShift, num_heads),
-                            offsetof(RopeShift, num_pairs),    offsetof(RopeShift, block_stride), offsetof(RopeShift, token_stride),
-                            offsetof(RopeShift, head_stride),  offsetof(RopeShift, dim_stride),   offsetof(RopeShift, pairs_per_item),
-                            offsetof(RopeShift, spans),        sizeof(RopeShift)};
+int place_rows_layout(long long* out) {
+  const size_t offsets[] = {offsetof(PlaceRows, source),         offsetof(PlaceRows, keys),
+                            offsetof(PlaceRows, values),         offsetof(PlaceRows, tokens),
+                            offsetof(PlaceRows, cos_sin),        offsetof(PlaceRows, num_tokens),
+                            offsetof(PlaceRows, num_heads),      offsetof(PlaceRows, num_pairs),
+                            offsetof(PlaceRows, value_offset),   offsetof(PlaceRows, source_head_stride),
+                            offsetof(PlaceRows, target_head_stride), offsetof(PlaceRows, pairs_per_item),
+                            sizeof(PlaceRows)};
   for (size_t offset : offsets) *out++ = static_cast<long long>(offset);
-  return 14;
+  return 13;
 }
 
 }  // extern "C"

@@ -18,14 +18,17 @@ from kvtier.connectors.chunk_rows import LAYERS_AHEAD, ArenaReads, DeviceReads, 
 from kvtier.connectors.messages import ScheduledRequest, WorkerReport
 from kvtier.copy.base import CopyEvent
 from kvtier.copy.cuda_copier import ArenaPlace, CopierOptions, CudaCopier, DeviceCopyEvent
+from kvtier.copy.cuda_rows import RowPlacement
 from kvtier.copy.cuda_runs import Addresses, Ints
 from kvtier.copy.cuda_ways import CopySettings
+from kvtier.copy.rope import Pairs, Storage
 from kvtier.layout import KVLayout, Segment
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 from kvtier.testing.simulated_cuda import RaceError, SimulatedCuda
+from tests.cuda_on_cpu import KernelsOnCpu
 
-from .blend_system import SYSTEM, System, document, joined
+from .blend_system import LAYERS, SYSTEM, System, document, joined
 
 CPU = torch.device("cpu")
 NUM_SLOTS = 24
@@ -140,15 +143,32 @@ def test_pieces_outside_of_the_arena(tmp_path: Path, offset: int, num_bytes: int
 
 
 class _Waiting:
-    """Pieces whose copies are over when the computation may begin, since torch on a CPU knows no streams."""
+    """Rows that are there and in place when the computation may begin, since torch on a CPU knows no streams."""
 
-    def __init__(self, copier: CudaCopier) -> None:
+    def __init__(self, copier: CudaCopier, device: SimulatedCuda) -> None:
         self._copier = copier
+        self._device = device
+        self.num_placed = 0
 
     def read_pieces(self, to: Addresses, offsets: Ints, num_bytes: int) -> CopyEvent:
         event = self._copier.read_pieces(to, offsets, num_bytes)
         event.order_compute = event.wait  # type: ignore[method-assign]
         return event
+
+    def place_rows(self, place: RowPlacement, *, pairs: Pairs, storage: Storage) -> None:
+        self._copier.place_rows(place, pairs=pairs, storage=storage)
+        self._device.record(self._device.compute).wait()
+        self.num_placed += place.num_tokens
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelsOnCpu:
+    return KernelsOnCpu(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+def simulated(kernels: KernelsOnCpu) -> SimulatedCuda:
+    """A device that runs the kernels' own text."""
+    return SimulatedCuda(kernels=lambda launch: kernels.place_rows(launch.kernel, launch.params))
 
 
 def served_system(directory: Path) -> System:
@@ -179,14 +199,16 @@ def blend_order(system: System, method: str) -> tuple[list[int], WorkerReport, s
 
 
 @pytest.mark.parametrize("method", ["none", "combined", "cacheblend", "epic"])
-def test_blends_are_the_same_on_a_device(tmp_path: Path, method: str) -> None:
+def test_blends_are_the_same_on_a_device(tmp_path: Path, method: str, kernels: KernelsOnCpu) -> None:
     """Bit for bit, whether the CPU reads the slots or the device's copy engines."""
     found = []
     for name in ("cpu", "device"):
         (tmp_path / name).mkdir()
         system = served_system(tmp_path / name)
         if name == "device":
-            system.blend_steps.attach(system.arena, "", _Waiting(copier_of(SimulatedCuda(), system.arena)))
+            device = simulated(kernels)
+            rows = _Waiting(copier_of(device, system.arena), device)
+            system.blend_steps.attach(system.arena, "", rows)
         block_ids, report, unfilled = blend_order(system, method)
         assert not unfilled
         assert not report.failed
@@ -194,18 +216,18 @@ def test_blends_are_the_same_on_a_device(tmp_path: Path, method: str) -> None:
         found.append((kv.keys.numpy().tobytes(), kv.values.numpy().tobytes()))
         system.close()
     assert found[0] == found[1]
+    assert LAYERS * 17 == rows.num_placed
 
 
-@pytest.mark.parametrize("fail_at", range(4))
-def test_a_copy_that_cannot_be_submitted_fails_its_blend(tmp_path: Path, fail_at: int) -> None:
+@pytest.mark.parametrize("fail_at", range(6))
+def test_what_cannot_be_submitted_fails_its_blend(tmp_path: Path, fail_at: int, kernels: KernelsOnCpu) -> None:
     """The blocks count as unfilled, nothing runs any more, and the next one succeeds."""
     system = served_system(tmp_path)
-    device = SimulatedCuda()
-    copier = copier_of(device, system.arena)
-    system.blend_steps.attach(system.arena, "", _Waiting(copier))
+    device = simulated(kernels)
+    system.blend_steps.attach(system.arena, "", _Waiting(copier_of(device, system.arena), device))
     device.fail_at = len(device.log) + fail_at
     block_ids, report, unfilled = blend_order(system, "combined")
-    if fail_at < 2:  # layers of the model
+    if fail_at < 2 * LAYERS:  # a copy and a kernel each
         assert set(block_ids[:5]) == unfilled
         assert report.failed
     else:
@@ -217,8 +239,8 @@ def test_a_copy_that_cannot_be_submitted_fails_its_blend(tmp_path: Path, fail_at
 def test_nothing_runs_behind_a_blend_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slots' leases end with it."""
     system = served_system(tmp_path)
-    device = SimulatedCuda()
-    system.blend_steps.attach(system.arena, "", _Waiting(copier_of(device, system.arena)))
+    device = SimulatedCuda(kernels=lambda launch: None)
+    system.blend_steps.attach(system.arena, "", _Waiting(copier_of(device, system.arena), device))
 
     def fail(*_: object) -> None:
         raise ValueError("a model that cannot")

@@ -11,7 +11,7 @@ from kvtier.copy.cuda_kernels import MODULES, KernelError, Resources, compile_mo
 from kvtier.copy.cuda_params import BULK_CAPABILITY
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-MAX_REGISTERS = {"paged_copy": 64, "bulk_copy": 64, "rope_shift": 40}
+MAX_REGISTERS = {"paged_copy": 64, "bulk_copy": 64, "place_rows": 40}
 """so that a block of the most threads that a kernel is launched with fits: 512, 512 and 256"""
 
 
@@ -44,7 +44,7 @@ def test_texts_include_nothing(name: str) -> None:
     assert "#include" not in source_of(name)
 
 
-@pytest.mark.parametrize(("name", "accesses"), [("paged_copy", ["ld.v4.u32", "st.v4.u32"]), ("rope_shift", ["ld.v4.u16", "st.v4.u16"])])
+@pytest.mark.parametrize(("name", "accesses"), [("paged_copy", ["ld.v4.u32", "st.v4.u32"]), ("place_rows", ["ld.v4.u16", "st.v4.u16"])])
 def test_accesses_are_wide(name: str, accesses: list[str]) -> None:
     """16 bytes a thread where a copy's alignment allows it, 8 in a rotation of 16-bit elements."""
     program = nvrtc.createProgram(source_of(name), f"{name}.cu", (), ())

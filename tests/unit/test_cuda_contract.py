@@ -19,14 +19,14 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 class TestSimulatedCuda(CudaContract):
-    """The copies' kernels by their twin in numpy, the rotations by their own text."""
+    """The copies' kernels by their twin in numpy, those of rows by their own text."""
 
     rounds = 2
     kernels: KernelsOnCpu
 
     def open_runtime(self) -> SimulatedCuda:
         def play(launch: Launch) -> None:
-            self.kernels.rope_shift(launch.kernel, launch.params)
+            self.kernels.place_rows(launch.kernel, launch.params)
 
         return SimulatedCuda(kernels=play)
 

@@ -13,12 +13,10 @@ from kvtier.copy.base import BlockCopy
 from kvtier.copy.cuda_calibrate import calibrate
 from kvtier.copy.cuda_choice import CopyTable, Measured, Way
 from kvtier.copy.cuda_copier import ArenaPlace, CopierOptions, CudaCopier
-from kvtier.copy.cuda_rope import CudaKeyShifter, KeyLayout
 from kvtier.copy.cuda_runs import runs_of
 from kvtier.copy.cuda_ways import CopySettings
-from kvtier.copy.rope import TokenShift, plain_frequencies, shift_table
 from kvtier.layout import KVLayout, Segment
-from kvtier.testing.simulated_cuda import RaceError, SimulatedCuda, SimulatedEvent
+from kvtier.testing.simulated_cuda import RaceError, SimulatedCuda
 
 SLICE = 64 << 10
 SMALL = CopySettings(slice_bytes=SLICE, num_buffers=2, num_blocks=2)
@@ -343,29 +341,6 @@ def test_what_is_closed_leaves_nothing_on_the_device() -> None:
     page.close()
     assert free_bytes == device.free_bytes
     assert set(range(len(device.streams))) - device.closed_streams == {device.compute}
-
-
-def test_rotations_take_no_memory_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table whose rotation is over is used for the next one: giving memory back would wait for the whole device."""
-    device = SimulatedCuda(kernels=lambda launch: None)
-    memory = device.allocate(4096)
-    keys = KeyLayout((memory.address,), 1, 4, 1, 8, (64, 16, 16, 2))
-    shifter = CudaKeyShifter(keys, device, pairs="neox", storage="bf16")
-    tables = [shift_table(plain_frequencies(1e4, 8), range(rows)) for rows in (1, 3, 2)]
-    shifter.shift([TokenShift(0, 0, 4, 0)], tables[0], compute_stream=device.compute).wait()
-    free_bytes = device.free_bytes
-    for table in tables:
-        shifter.shift([TokenShift(0, 0, 4, 0)], table, compute_stream=device.compute).wait()
-    assert free_bytes == device.free_bytes
-    with monkeypatch.context() as patch:
-        patch.setattr(SimulatedEvent, "done", lambda event: False)
-        shifter.shift([TokenShift(0, 0, 4, 0)], tables[0], compute_stream=device.compute)
-        shifter.shift([TokenShift(0, 0, 4, 0)], tables[1], compute_stream=device.compute)
-        assert device.free_bytes < free_bytes, "a table that may still be read is not written over"
-    for _ in range(2):
-        shifter.close()
-    memory.close()
-    assert 1 << 30 == device.free_bytes
 
 
 def test_the_first_copy_starts_before_the_last_is_worked_out() -> None:

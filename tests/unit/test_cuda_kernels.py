@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.copy import cuda_params
-from kvtier.copy.cuda_params import BulkRing, DeviceTable, merged, paged_copy, rope_pairs_per_item, rope_shifts, segment_table
+from kvtier.copy import cuda_params, cuda_rows
+from kvtier.copy.cuda_params import BulkRing, DeviceTable, merged, paged_copy, segment_table
+from kvtier.copy.cuda_rows import pairs_per_item, place_params
 from kvtier.copy.cuda_runs import Runs, joined, runs_of
-from kvtier.copy.rope import NUMPY_OF_STORAGE, TokenShift, plain_frequencies, shift_keys, shift_table
+from kvtier.copy.rope import NUMPY_OF_STORAGE
 from kvtier.layout import KVLayout, Segment
-from tests.cuda_on_cpu import ROPE_KERNELS, KernelsOnCpu
+from kvtier.testing.cuda_rows import RowCase
+from tests.cuda_on_cpu import PLACE_KERNELS, KernelsOnCpu
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -25,10 +28,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelsOnCpu:
     return KernelsOnCpu(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
-@pytest.mark.parametrize("name", ["segment", "paged_copy", "rope_span", "rope_shift"])
+@pytest.mark.parametrize("name", ["segment", "paged_copy", "row_token", "place_rows"])
 def test_structs_lie_alike_on_both_sides(kernels: KernelsOnCpu, name: str) -> None:
     """Python writes each member where the kernels read it."""
-    dtype: np.dtype[Any] = getattr(cuda_params, name.upper())
+    dtype: np.dtype[Any] = getattr(cuda_params if hasattr(cuda_params, name.upper()) else cuda_rows, name.upper())
     assert dtype.names is not None
     assert dtype.fields is not None
     assert [*(dtype.fields[field][1] for field in dtype.names), dtype.itemsize] == kernels.struct_layout(name)
@@ -247,84 +250,38 @@ def test_neighbours_become_one_run() -> None:
     assert apart == merged(apart)
 
 
-class TestRotation:
-    """The rotation kernels give the bits of the CPU's twin."""
+class TestRows:
+    """The kernels that put rows into place give the bits of the CPU's rotation, and touch nothing else."""
 
-    @given(st.data())
-    def test_kernels_agree_with_the_twin(self, kernels: KernelsOnCpu, data: st.DataObject) -> None:
-        """Any storage, pairing, layout, part of the dimensions and set of tokens; no other byte changes."""
-        kernel = data.draw(st.sampled_from(ROPE_KERNELS))
+    @given(
+        st.sampled_from(PLACE_KERNELS),
+        st.sampled_from([1, 3, 4, 8, 32]),
+        st.integers(1, 3),
+        st.integers(1, 4),
+        st.sampled_from([0, 1, 4]),
+        st.integers(0, 10_000),
+    )
+    def test_kernels_agree_with_the_twin(
+        self, kernels: KernelsOnCpu, kernel: str, num_pairs: int, num_heads: int, num_blocks: int, gap: int, seed: int
+    ) -> None:
+        """Any storage, pairing, alignment, and set of tokens that move or stay."""
         _, pairs, storage = kernel.split("_")
-        num_pairs = data.draw(st.sampled_from([1, 3, 4, 8, 32]))
-        shape = (data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3)))
-        head_dim = 2 * num_pairs + data.draw(st.sampled_from([0, 4, 3]))
-        order = data.draw(st.sampled_from([(0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 3, 1)]))
-        shifts = self.shifts(data, shape)
-        table = shift_table(plain_frequencies(10_000.0, 2 * num_pairs), [7, -3, 100_000])
-        expected, actual = (self.keys((*shape, head_dim), order, storage) for _ in range(2))
-        for layer in expected:
-            shift_keys(layer, shifts, table, pairs=pairs, storage=storage)  # type: ignore[arg-type]
-        for params in self.launches(actual, shifts, table):
-            kernels.rope_shift(kernel, params)
-        assert [layer.tobytes() for layer in expected] == [layer.tobytes() for layer in actual]
-
-    @staticmethod
-    def shifts(data: st.DataObject, shape: tuple[int, int, int]) -> list[TokenShift]:
-        blocks = data.draw(st.lists(st.integers(0, shape[0] - 1), unique=True, min_size=1))
-        found = []
-        for block in blocks:
-            first = data.draw(st.integers(0, shape[1] - 1))
-            found.append(TokenShift(block, first, data.draw(st.integers(0, shape[1] - first)), data.draw(st.integers(0, 2))))
-        found[0] = TokenShift(found[0].block_id, 0, shape[1], 0)
-        return found
-
-    @staticmethod
-    def keys(shape: tuple[int, ...], order: tuple[int, ...], storage: str) -> list[np.ndarray[Any, np.dtype[Any]]]:
-        """Two layers; ``order`` says which axis lies innermost in memory."""
-        random = np.random.default_rng(3)
-        inner = tuple(shape[axis] for axis in order)
-        back = tuple(int(axis) for axis in np.argsort(order))
-        layers = []
-        for _ in range(2):
-            values = random.standard_normal(inner).astype(np.float32)
-            stored = (
-                (values.view(np.uint32) >> 16).astype(np.uint16)
-                if storage == "bf16"
-                else values.astype(storage.replace("fp", "f4")[:2] if storage == "fp32" else "f2")
-            )
-            room = aligned(stored.nbytes, 1)
-            room[:] = stored.reshape(-1).view(np.uint8)
-            layers.append(room.view(stored.dtype).reshape(inner).transpose(back))
-        return layers
-
-    def launches(self, layers: list[Any], shifts: list[TokenShift], table: Any) -> list[cuda_params.Record]:
-        bases = [layer.ctypes.data for layer in layers]
-        self.bases = np.array(bases, np.uint64)
-        num_pairs = table.shape[1]
-        wide = rope_pairs_per_item(bases, layers[0].strides, num_pairs=num_pairs, item_bytes=layers[0].itemsize)
-        place = cuda_params.RopePlace(self.bases.ctypes.data, len(layers), layers[0].shape[2], layers[0].strides, wide)
-        return rope_shifts(place, shifts, cos_sin=table.ctypes.data, num_pairs=num_pairs)
+        case = RowCase(seed, pairs=pairs, storage=storage, num_heads=num_heads, num_pairs=num_pairs, num_blocks=num_blocks, gap=gap)  # type: ignore[arg-type]
+        expected = case.expected()
+        parts = {"source": case.source, "keys": case.keys, "values": case.values, "tokens": case.tokens, "cos_sin": case.table}
+        place = case.placement(**{name: part.ctypes.data for name, part in parts.items()})
+        kernels.place_rows(kernel, place_params(place, case.storage))
+        assert [part.tobytes() for part in expected] == [case.keys.tobytes(), case.values.tobytes()]
 
     def test_wide_accesses_are_taken_only_where_all_are_aligned(self) -> None:
-        """A stride, a base or a number of pairs that does not fit means one pair at a time."""
-        ok: Any = {"bases": [256], "strides": (4096, 256, 128, 2), "num_pairs": 32, "item_bytes": 2}
-        assert 4 == rope_pairs_per_item(**ok)
-        for bad in ({"bases": [256, 260]}, {"strides": (4096, 256, 132, 2)}, {"strides": (4096, 2, 512, 32)}, {"num_pairs": 6}):
-            assert 1 == rope_pairs_per_item(**{**ok, **bad})
-
-    def test_more_shifts_than_one_launch_holds(self, kernels: KernelsOnCpu) -> None:
-        """Are spread over several."""
-        table = shift_table(plain_frequencies(10_000.0, 8), [1, 2])
-        shifts = [TokenShift(block, 0, 1, block % 2) for block in range(150)]
-        expected, actual = (self.keys((150, 1, 1, 8), (0, 1, 2, 3), "fp32") for _ in range(2))
-        for layer in expected:
-            shift_keys(layer, shifts, table, pairs="neox", storage="fp32")
-        launches = self.launches(actual, shifts, table)
-        assert 3 == len(launches)
-        for params in launches:
-            kernels.rope_shift("rope_neox_fp32", params)
-        assert [layer.tobytes() for layer in expected] == [layer.tobytes() for layer in actual]
+        """A stride, an address or a number of pairs that does not fit means one pair at a time."""
+        place = RowCase(1, pairs="neox", storage="bf16", num_heads=2, num_pairs=8, num_blocks=2).placement(
+            source=256, keys=512, values=1024, tokens=8, cos_sin=4
+        )
+        assert 4 == pairs_per_item(place, 2)
+        for bad in ({"source": 260}, {"keys": 2}, {"values": 12}, {"value_offset": 4}, {"source_head_stride": 36}, {"num_pairs": 6}):
+            assert 1 == pairs_per_item(replace(place, **bad), 2)
 
     def test_every_storage_has_a_kernel(self) -> None:
         """And both pairings."""
-        assert {f"rope_{pairs}_{storage}" for pairs in ("neox", "interleaved") for storage in NUMPY_OF_STORAGE} == set(ROPE_KERNELS)
+        assert {f"place_{pairs}_{storage}" for pairs in ("neox", "interleaved") for storage in NUMPY_OF_STORAGE} == set(PLACE_KERNELS)
