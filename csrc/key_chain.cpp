@@ -91,8 +91,8 @@ void StoreKey(const uint32_t* state, uint8_t* key) noexcept {
 // Two compressions at a time take as long as one. Only the last one of a message waits for the key
 // before it; it goes together with the first one of the message after next. The others of two
 // messages go together.
-void ChainKeys(const Sha256& sha, const uint8_t* parent, const uint32_t* tokens, size_t num_blocks,
-               size_t block_tokens, ExtraBytes extras, uint8_t* keys) noexcept {
+void ChainKeys(const Sha256& sha, uint8_t parent[kKeyBytes], const uint32_t* tokens,
+               size_t num_blocks, size_t block_tokens, ExtraBytes extras, KeySink sink) {
   const size_t token_bytes = block_tokens * sizeof(uint32_t);
   const size_t num_whole = token_bytes / kShaBlockBytes, whole_bytes = num_whole * kShaBlockBytes;
   const size_t rest_bytes = token_bytes - whole_bytes;
@@ -135,8 +135,8 @@ void ChainKeys(const Sha256& sha, const uint8_t* parent, const uint32_t* tokens,
     } else {
       sha.compress(state, last_block, 1);
     }
-    parent = keys + block * kKeyBytes;
-    StoreKey(state, keys + block * kKeyBytes);
+    StoreKey(state, parent);
+    sink.take(sink.context, parent);
   }
 }
 

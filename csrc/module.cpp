@@ -49,15 +49,31 @@ bool ReadExtras(PyObject* object, Py_ssize_t num_blocks, Extras* extras) {
   return true;
 }
 
-// Puts the keys into `list` from position `first` on.
-bool SetKeys(PyObject* list, Py_ssize_t first, const uint8_t* keys, Py_ssize_t num_keys) noexcept {
-  for (Py_ssize_t i = 0; i < num_keys; ++i, keys += kKeyBytes) {
-    PyObject* key = PyBytes_FromStringAndSize(reinterpret_cast<const char*>(keys), kKeyBytes);
-    if (key == nullptr || PyList_SetItem(list, first + i, key) != 0)
-      return false;  // it takes over the reference
+// Puts keys into a list that is as long as there are keys.
+class KeyList {
+ public:
+  explicit KeyList(Py_ssize_t num_keys) noexcept : list_(PyList_New(num_keys)), is_well_(list_) {}
+
+  bool is_well() const noexcept { return is_well_; }  // else a Python exception is set
+  PyObject* release() noexcept { return is_well_ ? list_.release() : nullptr; }
+  KeySink sink() noexcept { return {&Take, this}; }
+
+ private:
+  static void Take(void* self, const uint8_t* key) noexcept {
+    static_cast<KeyList*>(self)->Add(key);
   }
-  return true;
-}
+  void Add(const uint8_t* key) noexcept {
+    if (!is_well_) return;
+    PyObject* const object =
+        PyBytes_FromStringAndSize(reinterpret_cast<const char*>(key), kKeyBytes);
+    // The list takes over the reference.
+    is_well_ = object != nullptr && PyList_SetItem(list_.get(), size_++, object) == 0;
+  }
+
+  Ref list_;
+  Py_ssize_t size_ = 0;
+  bool is_well_;
+};
 
 PyObject* ChainInPieces(const Sha256& sha, const uint8_t* parent, TokenIds* token_ids,
                         Py_ssize_t first_token, Py_ssize_t num_blocks, Py_ssize_t block_tokens,
@@ -65,22 +81,20 @@ PyObject* ChainInPieces(const Sha256& sha, const uint8_t* parent, TokenIds* toke
   const Py_ssize_t piece_blocks =
       std::min(num_blocks, std::max<Py_ssize_t>(2, kTokensAtATime / block_tokens / 2 * 2));
   std::vector<uint32_t> ids(static_cast<size_t>(piece_blocks * block_tokens));
-  std::vector<uint8_t> keys(static_cast<size_t>(piece_blocks) * kKeyBytes);
-  Ref result(PyList_New(num_blocks));
-  if (!result) return nullptr;
+  uint8_t previous[kKeyBytes];
+  std::memcpy(previous, parent, kKeyBytes);
+  KeyList keys(num_blocks);
+  if (!keys.is_well()) return nullptr;
   for (Py_ssize_t block = 0; block < num_blocks; block += piece_blocks) {
     const Py_ssize_t num_here = std::min(piece_blocks, num_blocks - block);
     if (!token_ids->Read(first_token + block * block_tokens, num_here * block_tokens, ids.data()))
       return nullptr;
     const ExtraBytes extra_bytes = {
         extras.data.data(), extras.offsets.empty() ? nullptr : extras.offsets.data() + block};
-    uint8_t previous[kKeyBytes];
-    std::memcpy(previous, parent, kKeyBytes);
-    ChainKeys(sha, previous, ids.data(), num_here, block_tokens, extra_bytes, keys.data());
-    if (!SetKeys(result.get(), block, keys.data(), num_here)) return nullptr;
-    parent = keys.data() + (num_here - 1) * kKeyBytes;
+    ChainKeys(sha, previous, ids.data(), num_here, block_tokens, extra_bytes, keys.sink());
+    if (!keys.is_well()) return nullptr;
   }
-  return result.release();
+  return keys.release();
 }
 
 // `is_portable`: as it goes on every CPU and interpreter.

@@ -81,23 +81,21 @@ def _memory() -> Facts:
     from kvtier.memory.numa import memory_nodes  # noqa: PLC0415 - takes numpy, like the next
     from kvtier.memory.pages import huge_pages_allowed  # noqa: PLC0415
 
-    shared = shutil.disk_usage("/dev/shm")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return {
         "total": _kib("/proc/meminfo", "MemTotal"),
         "available": _kib("/proc/meminfo", "MemAvailable"),
         "NUMA nodes": ", ".join(map(str, memory_nodes())),
-        "/dev/shm": f"{_size(shared.free)} free of {_size(shared.total)}",
+        "/dev/shm": _room("/dev/shm", "free of"),
         "huge pages in /dev/shm": "allowed" if huge_pages_allowed("/dev/shm") else "not allowed (mount -o remount,huge=advise /dev/shm)",
         "may be locked": "without limit" if limit == resource.RLIM_INFINITY else _size(limit),
     }
 
 
 def _disk(path: Path) -> Facts:
-    usage = shutil.disk_usage(path)
     return {
         "path": str(path),
-        "free": f"{_size(usage.free)} of {_size(usage.total)}",
+        "free": _room(path, "of"),
         "direct I/O": _answer(lambda: _try_direct(path)),
         "io_uring": _answer(_try_ring),
     }
@@ -120,6 +118,14 @@ def _gpus(*, measure: bool) -> Facts:
             rows = [str(error)]
         facts |= {f"{number}: copies, {index}": row for index, row in enumerate(rows)}
     return facts
+
+
+def _room(path: str | Path, of: str) -> str:
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as error:
+        return f"unknown: {error}"
+    return f"{_size(usage.free)} {of} {_size(usage.total)}"
 
 
 def _try_direct(path: Path) -> None:

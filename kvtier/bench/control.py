@@ -10,7 +10,6 @@ import contextlib
 import gc
 import itertools
 import mmap
-import resource
 import shutil
 import statistics
 import sys
@@ -50,6 +49,8 @@ STEP_BLOCK_TOKENS = 32
 DISK_BATCH = 256
 """blocks of one job"""
 SEGMENT_BYTES = 64 << 20
+LEAST_TO_WEIGH = 100_000
+"""entries; fewer fit into memory that the process has already"""
 PEER_RESIDENT = 10_000
 """entries up to which a peer that keeps a file for each can be filled in reasonable time"""
 
@@ -161,19 +162,19 @@ def decode_steps(cache: Cache, rounds: int, num_requests: int) -> list[float]:
 def evictions(resident: Sequence[int], rounds: int) -> Iterator[Record]:
     """Storing prompts into a host memory that is full: slots, index, policy, eviction; no bytes."""
     for count in resident:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _resident_bytes()
         generations = np.zeros(count, np.uint32).data
         space = HostSpace(SlabAllocator(count * PAGE_BYTES, 64 << 20), generations)
         planner = Planner(space, Residency("host", lambda: create_policy("lru"), None), [], Stats())
         prompts = _prompts()
         while planner.num_blocks()["host"] + BLOCKS_PER_PROMPT <= count:
             _put(planner, next(prompts))
-        entry_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / count
+        entry_bytes = (_resident_bytes() - before) / count
         fresh = [next(prompts) for _ in range(rounds + 2)]
         times = time_rounds(lambda fresh=fresh, planner=planner: _put(planner, fresh.pop()), rounds=rounds)  # type: ignore[misc]
         per_block = [seconds / BLOCKS_PER_PROMPT for seconds in times]
         yield record("put + evict, memory", {"resident": count}, per_block, "us", limit=5.0)
-        if count == max(resident):
+        if count == max(resident) and count >= LEAST_TO_WEIGH:
             yield Record("memory per entry, host", {"resident": count}, entry_bytes, "bytes")
         del planner, space
         gc.collect()
@@ -251,6 +252,11 @@ class _RawFile:
         self._file.close()
 
 
+def _resident_bytes() -> int:
+    """Memory of this process. (Its peak says nothing of what is freed and used again.)"""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+
+
 def _seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
@@ -267,6 +273,7 @@ def _capacity_for(num_blocks: int) -> int:
 
 def _put(planner: Planner, keys: list[BlockKey]) -> None:
     plan = planner.begin_store(StoreOrder(keys, 0), PAGE_BYTES, 0.0)
+    assert len(keys) == len(plan.slots), "the planner takes them all, or nothing was measured"
     planner.commit_store(plan.job_id, (), 0.0)
 
 

@@ -69,8 +69,12 @@ def first_tokens(model: str, rounds: int, directory: Path) -> Iterator[Record]:
             answers = [(ask([prompt]), ask([prompt])) for prompt in prompts]
             computed[size] = [cold["ttft_s"] for cold, _ in answers]
             host[size] = [warm["ttft_s"] for _, warm in answers]
+            _check_hits(size, [cold["host_tokens"] for cold, _ in answers], [warm["host_tokens"] for _, warm in answers])
     with open_engine(model, directory, own_tiers(directory)) as ask:
-        disk = {size: [ask([prompt_of(size, size // 10 + number)])["ttft_s"] for number in range(rounds)] for size in sizes}
+        found = {size: [ask([prompt_of(size, size // 10 + number)]) for number in range(rounds)] for size in sizes}
+    for size, again in found.items():
+        _check_hits(size, [0], [answer["loaded_tokens"] for answer in again])
+    disk = {size: [answer["ttft_s"] for answer in again] for size, again in found.items()}
     for size in sizes:
         yield record("time to first token, computed", {"tokens": size}, computed[size], "ms")
         for source, times in (("host", host[size]), ("disk", disk[size])):
@@ -78,6 +82,12 @@ def first_tokens(model: str, rounds: int, directory: Path) -> Iterator[Record]:
             limit = LIMITS[size, source]
             yield record(f"time to first token, {source}", {"tokens": size}, times, "ms")
             yield Record(f"of computing, {source}", {"tokens": size}, share, "ratio", 0.0, limit, share / limit if limit else None)
+
+
+def _check_hits(size: int, computed: Sequence[int], loaded: Sequence[int]) -> None:
+    """Raises RuntimeError where prompts that were to be computed came from a tier, or the others did not."""
+    if max(computed) or min(loaded) < size - 64:
+        raise RuntimeError(f"of prompts of {size} tokens, {max(computed)} were there at first, and {min(loaded)} afterwards")
 
 
 def overhead(model: str, rounds: int, directory: Path) -> Record:

@@ -74,6 +74,7 @@ def load(cache: Cache) -> Callable[[], object]:
         cache.match(keys)
         pin = cache.pin(keys, 30.0)
         plan = cache.begin_load(keys)
+        assert len(keys) == len(plan.slots)
         cache.touch(keys)
         cache.unpin(pin)
         cache.end_load(plan.job_id)
@@ -87,7 +88,9 @@ def store(cache: Cache) -> Callable[[], object]:
     numbers = iter(range(2, 1 << 30))
 
     def work() -> None:
-        plan = cache.begin_store(_keys(next(numbers)), 0)
+        keys = _keys(next(numbers))
+        plan = cache.begin_store(keys, 0)
+        assert len(keys) == len(plan.slots)
         cache.commit_store(plan.job_id)
         cache.poll()
 

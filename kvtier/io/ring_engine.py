@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -28,6 +29,11 @@ _NO_SLOT = -1
 _MAX_RETRIES = 100
 """without progress"""
 _STALL_S = 0.01
+_WAIT_S = 1.0
+"""the longest wait at once: a thread that waits on a ring which is gone is woken by nothing else"""
+_LAST_S = 2.0
+"""how long the kernel may take to end what a ring that is gone had under way; until then its memory is not given back"""
+_LOST_POLL_S = 0.1
 
 
 class RingCalls(Protocol):
@@ -135,6 +141,7 @@ class RingEngine:
         self._next_token = 1
         self._completions: list[Completion] = []
         self._closed = False
+        self._is_lost = False
 
     @property
     def registered_bytes(self) -> int:
@@ -162,7 +169,8 @@ class RingEngine:
                 return
             self._closed = True
             self._queue.clear()
-        self._ring.wake()
+        with contextlib.suppress(OSError):  # of a ring that is lost: who waits finds out
+            self._ring.wake()
         with self._polling:
             while self._queue.num_running:
                 self._reap(None)
@@ -218,29 +226,48 @@ class RingEngine:
 
     def _not_started(self, token: int, error: OSError) -> None:
         with self._lock:
-            piece = self._running.pop(token)
+            piece = self._running.pop(token, None)
+            if piece is None:
+                return  # the ring was lost, and the piece with it
             is_stalled = error.errno in (errno.EAGAIN, errno.EBUSY) and not self._closed
             if is_stalled:
                 self._stalled.append(piece)
         if not is_stalled:
             self._fail(piece, error)
-        with contextlib.suppress(ValueError):  # closed, since nothing runs any more
+        with contextlib.suppress(OSError, ValueError):  # lost, or closed, since nothing runs any more
             self._ring.wake()
 
     def _reap(self, timeout_s: float | None) -> None:
-        timeout_us = -1 if timeout_s is None else max(0, int(timeout_s * 1e6))
+        timeout_us = int(1e6 * (_WAIT_S if timeout_s is None else max(0.0, min(timeout_s, _WAIT_S))))
         with self._lock:
             stalled, self._stalled = self._stalled, []
         for piece in stalled:
             self._start(piece)
         if self._stalled:
             timeout_us = int(_STALL_S * 1e6)
-        for token, result in self._ring.wait(timeout_us):
+        try:
+            events = self._ring.wait(timeout_us)
+        except OSError as error:
+            self._lose(error)
+            return
+        for token, result in events:
             if token:
                 with self._lock:
                     piece = self._running.pop(token)
                 self._advance(piece, result)
         self._start_waiting()
+
+    def _lose(self, error: OSError) -> None:
+        """The ring answers no more: somebody closed its descriptor, say. What runs on it fails, and all that follows."""
+        if not self._is_lost:
+            self._is_lost = True
+            logger.error("io_uring is lost, every transfer fails from now on: %s", error)
+        time.sleep(_LAST_S if self._running else _LOST_POLL_S)
+        with self._lock:
+            pieces = list(self._running.values())
+            self._running.clear()
+        for piece in pieces:
+            self._fail(piece, error)
 
     def _advance(self, piece: _Piece, result: int) -> None:
         """Takes the result of a system call into account; goes on where it did not do everything."""

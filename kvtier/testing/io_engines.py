@@ -23,6 +23,7 @@ from kvtier.errors import ClosedError
 from kvtier.io import PAGE_BYTES, AlignedFile, Completion, DirectMode, IoEngine, Scratch, Transfer, preallocate
 
 _DEADLINE_S = 30.0
+_PATIENCE_US = 1_000_000
 
 
 def pages(num_bytes: int, fill: bytes = b"") -> memoryview:
@@ -292,9 +293,10 @@ class FaultyRing:
     def wait(self, timeout_us: int) -> list[tuple[int, int]]:
         assert not self.is_closed
         with self._changed:
-            timeout_s = _DEADLINE_S if timeout_us < 0 else timeout_us / 1e6
+            is_patient = not 0 <= timeout_us < _PATIENCE_US  # here the engine has nothing else to do
+            timeout_s = _DEADLINE_S if is_patient else timeout_us / 1e6
             has_something = self._changed.wait_for(lambda: self._waiting or self._is_woken, timeout_s)
-            assert has_something or timeout_us >= 0, "nothing ended this wait"
+            assert has_something or not is_patient, "nothing ended this wait"
             waiting, self._waiting = self._waiting, []
             self._is_woken = False
         return [(entry[0], self._move(*entry[1:4], entry[4], entry[5])) for entry in waiting]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.bench import copy, disk, engine, options, policies
+from kvtier.bench import control, copy, disk, engine, options, policies
 from kvtier.cli import BENCHMARKS, main
 from kvtier.copy.cpu import NativeCopier
 
@@ -138,3 +138,22 @@ def test_the_least_and_the_most_are_allowed() -> None:
     """Bounds belong to what they bound."""
     read = options.whole(1, 5)
     assert [1, 5] == [read("1"), read("5")]
+
+
+def test_control_weighs_what_can_be_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of an entry is what the process grew by, not its peak; of a few entries it is not told."""
+    peak = bytearray(200 << 20)
+    peak[:] = b"\1" * len(peak)
+    del peak
+    assert "memory per entry, host" not in [item.name for item in control.evictions([1000], 1)]
+    monkeypatch.setattr(control, "LEAST_TO_WEIGH", 20_000)
+    (weight,) = (item.value for item in control.evictions([1000, 20_000], 1) if item.name == "memory per entry, host")
+    assert 100 < weight < 5000
+
+
+def test_prompts_that_were_not_found_are_no_figure() -> None:
+    """Neither those that were there before they were computed."""
+    engine._check_hits(900, [0, 0], [896, 836])
+    for computed, loaded in (([0], [835]), ([32], [896])):
+        with pytest.raises(RuntimeError, match="of prompts of 900 tokens"):
+            engine._check_hits(900, computed, loaded)

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,20 @@ class TestEnv:
         disk = machine.describe(tmp_path, measure_gpus=False)["disk"]
         assert disk["io_uring"].startswith("no: [Errno 1] forbidden here")
         assert "no: [Errno 22] not on this file system" == disk["direct I/O"]
+
+    def test_a_machine_without_shared_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Has no /dev/shm to ask about; the rest is told."""
+        plain = shutil.disk_usage
+
+        def usage(path: str | Path) -> object:
+            if path == "/dev/shm":
+                raise FileNotFoundError(errno.ENOENT, "none here", path)
+            return plain(path)
+
+        monkeypatch.setattr("shutil.disk_usage", usage)
+        facts = machine.describe(tmp_path, measure_gpus=False)
+        assert "unknown: [Errno 2] none here: '/dev/shm'" == facts["memory"]["/dev/shm"]
+        assert " of " in facts["disk"]["free"]
 
     def test_a_path_that_is_none(self, tmp_path: Path) -> None:
         """Named, with status 2."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -17,13 +18,15 @@ from hypothesis import strategies as st
 
 from kvtier import _core, _fallback, _native
 from kvtier.errors import TierError
-from kvtier.io import PAGE_BYTES, IoEngine, Transfer, address_of, open_engine
+from kvtier.io import PAGE_BYTES, IoEngine, Transfer, address_of, open_engine, ring_engine
 from kvtier.io.aligned_file import AlignedFile
 from kvtier.io.ring_engine import NativeRing, RingEngine
 from kvtier.io.thread_engine import ThreadEngine
 from kvtier.io.transfers import TransferQueue
 from kvtier.testing.io_engines import FaultyRing, IoEngineContract, completions_of, open_file, pages
+from kvtier.testing.tiers import load, meta_of, store
 from kvtier.tiers.disk import DiskTier
+from kvtier.types import Outcome
 
 
 def _ring_refusal() -> str | None:
@@ -114,6 +117,67 @@ def test_an_error_ends_a_transfer(tmp_path: Path, error: int) -> None:
         engine.submit([Transfer(file, False, 0, [pages(3 * PAGE_BYTES)])])
         assert completions_of(engine, 1)[0].error is None
     engine.close()
+
+
+def ring_fds() -> set[int]:
+    """The descriptors of all rings of this process."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "io_uring" in os.readlink(f"/proc/self/fd/{name}"):
+                found.add(int(name))
+    return found
+
+
+def lose(fd: int) -> None:
+    """Puts another file in the place of one."""
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), fd)
+
+
+@needs_ring
+def test_a_ring_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where somebody closes its descriptor, all that runs fails, and all that follows; nobody waits for ever, and it can be closed."""
+    monkeypatch.setattr(ring_engine, "_LAST_S", 0.1)
+    before = ring_fds()
+    engine = RingEngine(4, 1 << 20)
+    (ring_fd,) = ring_fds() - before
+    reading, writing = os.pipe()
+    with open_file(tmp_path / "file", 4 * PAGE_BYTES, "off") as file, open_file(tmp_path / "other", 4 * PAGE_BYTES, "off") as pipe:
+        os.dup2(reading, pipe.fileno)  # a read that does not end by itself
+        engine.submit([Transfer(pipe, True, 0, [pages(PAGE_BYTES)])])
+        lose(ring_fd)
+        engine.submit([Transfer(file, False, 0, [pages(PAGE_BYTES)])])
+        found = completions_of(engine, 2)
+        assert all(completion.error is not None for completion in found)
+        engine.submit([Transfer(file, True, 0, [pages(PAGE_BYTES)])])
+        assert completions_of(engine, 1)[0].error is not None
+        assert [] == engine.poll(0.01)
+        assert 1 == [record.message for record in caplog.records].count(
+            f"io_uring is lost, every transfer fails from now on: {OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))}"
+        )
+        engine.close()
+        engine.close()
+    os.close(reading)
+    os.close(writing)
+
+
+@needs_ring
+def test_a_disk_tier_whose_ring_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails what it cannot write, still reads what it has, and closes."""
+    monkeypatch.setattr(ring_engine, "_LAST_S", 0.1)
+    before = ring_fds()
+    tier = DiskTier(tmp_path, 8 << 20, segment_bytes=1 << 20, io_engine="io_uring")
+    metas = [meta_of(number, 5000) for number in range(3)]
+    assert {Outcome.OK} == set(store(tier, metas[:2]))
+    for fd in ring_fds() - before:
+        lose(fd)
+    assert (Outcome.FAILED,) == store(tier, metas[2:])
+    assert {Outcome.OK} == set(load(tier, metas[:2]))
+    tier.close()
+    tier = DiskTier(tmp_path, 8 << 20, segment_bytes=1 << 20)
+    assert {Outcome.OK} == set(load(tier, metas[:2]))
+    tier.close()
 
 
 def test_large_buffers_in_known_memory(tmp_path: Path) -> None:
