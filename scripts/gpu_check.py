@@ -23,16 +23,18 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE_TESTS = "tests/gpu/test_device.py"
 TESTS = {
-    "dma": "TestDma",
-    "staged": "TestStaged",
-    "direct": "TestDirect",
-    "bulk": "TestBulk",
-    "rest": "not TestDma and not TestStaged and not TestDirect and not TestBulk",
+    "dma": (DEVICE_TESTS, "-k", "TestDma"),
+    "staged": (DEVICE_TESTS, "-k", "TestStaged"),
+    "direct": (DEVICE_TESTS, "-k", "TestDirect"),
+    "bulk": (DEVICE_TESTS, "-k", "TestBulk"),
+    "rest": (DEVICE_TESTS, "-k", "not TestDma and not TestStaged and not TestDirect and not TestBulk"),
+    "torch": ("tests/gpu/test_torch.py",),
 }
 """step -> its tests. A process for each: what a kernel breaks, it breaks for the whole process"""
 
-LIMITS_S = {**dict.fromkeys(TESTS, 50.0), "benchmark": 150.0, "sanitizer": 110.0}
+LIMITS_S = {**dict.fromkeys(TESTS, 50.0), "benchmark": 130.0, "sanitizer": 100.0}
 """together under nine minutes"""
 
 COUNTED = ("tests", "failures", "errors", "skipped")
@@ -100,7 +102,7 @@ def test(name: str, out: Path, pytest: Sequence[str]) -> Step:
     """One group of tests. It is ``ok`` only where tests have passed; where all were skipped it was not run."""
     report = out / f"{name}.xml"
     report.unlink(missing_ok=True)
-    step = run(name, out, *pytest, "--timeout", str(LIMITS_S[name] - 5), "-k", TESTS[name], f"--junitxml={report}")
+    step = run(name, out, *pytest, "--timeout", str(LIMITS_S[name] - 5), f"--junitxml={report}", *TESTS[name])
     if not report.is_file():
         return step if step.is_bad else replace(step, outcome="FAILED", detail="no report")
     counts = {what: sum(int(suite.get(what, "0")) for suite in ET.parse(report).iter("testsuite")) for what in COUNTED}
@@ -123,7 +125,7 @@ def sanitize(out: Path, tests: Sequence[str]) -> Step:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return Step("sanitizer", "not run", 0.0, "")
-    step = run("sanitizer", out, tool, *SANITIZER, *tests, "--timeout", str(LIMITS_S["sanitizer"] - 5), "-k", SANITIZED)
+    step = run("sanitizer", out, tool, *SANITIZER, *tests, "--timeout", str(LIMITS_S["sanitizer"] - 5), DEVICE_TESTS, "-k", SANITIZED)
     text = (out / step.log).read_text(errors="replace")
     if step.is_bad and any(words in text for words in NOT_SUPPORTED):
         return replace(step, outcome="not run")
@@ -143,7 +145,7 @@ def main(arguments: list[str]) -> int:
         return 2
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
-    tests = (python, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "tests/gpu")
+    tests = (python, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider")
     steps = [test(name, out, tests) for name in TESTS]
     broken = [step.name for step in steps if step.is_bad and step.name in ("dma", "staged", "direct", "bulk")]
     steps += [benchmark(out, python, broken), sanitize(out, tests)]

@@ -7,11 +7,10 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from kvtier.config import ConnectorConfig
 from kvtier.copy.base import BlockCopier, LayerLoader, LayerStorer
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
@@ -21,6 +20,9 @@ from kvtier.copy.pool import PoolCopier
 from kvtier.copy.torch_copier import TorchCopier
 from kvtier.layout import KVLayout
 from kvtier.memory.arena import Arena
+
+if TYPE_CHECKING:
+    from kvtier.config import ConnectorConfig
 
 _LOG = logging.getLogger(__name__)
 PREFAULT_TIMEOUT_S = 600.0
