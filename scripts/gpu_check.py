@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Checks and measures kvtier on a GPU: the GPU's tests, compute-sanitizer where it runs, the GPU's benchmark. Under nine minutes.
+"""Checks and measures kvtier on a GPU: the GPU's tests, its benchmarks, compute-sanitizer where it runs. Under nine minutes.
 
     python3 scripts/gpu_check.py --out DIRECTORY
 
-Needs Python with CuPy, numpy, pytest, pytest-timeout and hypothesis; builds and installs nothing. Leaves ``summary.json``, ``gpu.json``
-(the figures) and the logs in the directory. Exit status: 0 all is well, 1 something failed, 2 nothing was checked because there is no GPU.
+Needs Python with CuPy, numpy, pytest, pytest-timeout and hypothesis; builds and installs nothing; with torch and transformers chunk reuse
+is checked too. Leaves ``summary.json``, ``gpu.json`` and ``gpu-chunks.json`` (the figures) and the logs in the directory. Exit status: 0 all is well, 1 something failed, 2 nothing was checked because there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE_TESTS = "tests/gpu/test_device.py"
 TESTS = {
-    "dma": "TestDma",
-    "staged": "TestStaged",
-    "direct": "TestDirect",
-    "bulk": "TestBulk",
-    "rest": "not TestDma and not TestStaged and not TestDirect and not TestBulk",
+    "dma": (DEVICE_TESTS, "-k", "TestDma"),
+    "staged": (DEVICE_TESTS, "-k", "TestStaged"),
+    "direct": (DEVICE_TESTS, "-k", "TestDirect"),
+    "bulk": (DEVICE_TESTS, "-k", "TestBulk"),
+    "rest": (DEVICE_TESTS, "-k", "not TestDma and not TestStaged and not TestDirect and not TestBulk"),
+    "torch": ("tests/gpu/test_torch.py",),
+    "chunks": ("tests/gpu/test_chunks.py",),
 }
 """step -> its tests. A process for each: what a kernel breaks, it breaks for the whole process"""
 
-LIMITS_S = {**dict.fromkeys(TESTS, 50.0), "benchmark": 150.0, "sanitizer": 110.0}
+LIMITS_S = {**dict.fromkeys(TESTS, 40.0), "benchmark": 115.0, "chunk-benchmark": 80.0, "sanitizer": 60.0}
 """together under nine minutes"""
 
 COUNTED = ("tests", "failures", "errors", "skipped")
@@ -100,7 +103,7 @@ def test(name: str, out: Path, pytest: Sequence[str]) -> Step:
     """One group of tests. It is ``ok`` only where tests have passed; where all were skipped it was not run."""
     report = out / f"{name}.xml"
     report.unlink(missing_ok=True)
-    step = run(name, out, *pytest, "--timeout", str(LIMITS_S[name] - 5), "-k", TESTS[name], f"--junitxml={report}")
+    step = run(name, out, *pytest, "--timeout", str(LIMITS_S[name] - 5), f"--junitxml={report}", *TESTS[name])
     if not report.is_file():
         return step if step.is_bad else replace(step, outcome="FAILED", detail="no report")
     counts = {what: sum(int(suite.get(what, "0")) for suite in ET.parse(report).iter("testsuite")) for what in COUNTED}
@@ -118,12 +121,19 @@ def benchmark(out: Path, python: str, broken: Sequence[str]) -> Step:
     return replace(step, detail=f"{text.count('TARGET MISSED')} targets missed, {text.count('WRONG BYTES')} figures of wrong bytes")
 
 
+def benchmark_chunks(out: Path, python: str) -> Step:
+    """The figures of chunk reuse; not run where transformers is missing."""
+    step = run("chunk-benchmark", out, python, "-m", "kvtier", "bench", "gpu-chunks", "--json", str(out / "gpu-chunks.json"))
+    is_missing = "nothing was measured" in (out / step.log).read_text(errors="replace")
+    return replace(step, outcome="not run") if is_missing else step
+
+
 def sanitize(out: Path, tests: Sequence[str]) -> Step:
     """Some of the tests under compute-sanitizer; not run where there is none or it does not know the device."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return Step("sanitizer", "not run", 0.0, "")
-    step = run("sanitizer", out, tool, *SANITIZER, *tests, "--timeout", str(LIMITS_S["sanitizer"] - 5), "-k", SANITIZED)
+    step = run("sanitizer", out, tool, *SANITIZER, *tests, "--timeout", str(LIMITS_S["sanitizer"] - 5), DEVICE_TESTS, "-k", SANITIZED)
     text = (out / step.log).read_text(errors="replace")
     if step.is_bad and any(words in text for words in NOT_SUPPORTED):
         return replace(step, outcome="not run")
@@ -143,16 +153,16 @@ def main(arguments: list[str]) -> int:
         return 2
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
-    tests = (python, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "tests/gpu")
+    tests = (python, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider")
     steps = [test(name, out, tests) for name in TESTS]
     broken = [step.name for step in steps if step.is_bad and step.name in ("dma", "staged", "direct", "bulk")]
-    steps += [benchmark(out, python, broken), sanitize(out, tests)]
+    steps += [benchmark(out, python, broken), benchmark_chunks(out, python), sanitize(out, tests)]
     smi = shutil.which("nvidia-smi")
     gpus = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False).stdout.splitlines() if smi else []
     (out / "summary.json").write_text(json.dumps({"gpus": gpus, "steps": [asdict(step) for step in steps]}, indent=1) + "\n")
     print("\n== summary")
     for step in steps:
-        print(f"  {step.name:<12} {step.outcome:<8} {step.seconds:6.1f} s   {step.log:<14} {step.detail}")
+        print(f"  {step.name:<16} {step.outcome:<8} {step.seconds:6.1f} s   {step.log:<14} {step.detail}")
     return 1 if any(step.is_bad for step in steps) or all(step.outcome != "ok" for step in steps) else 0
 
 

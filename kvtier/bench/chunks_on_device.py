@@ -79,22 +79,22 @@ class ChunksOnDevice:
         config = self._lm.config
         size = (config.num_hidden_layers, config.num_key_value_heads, num_tokens, self._lm.model.layers[0].self_attn.head_dim)
         dtype = self._lm.dtype
-        self._memory = _Memory(TokenKV(*(torch.zeros(size, dtype=dtype, device=device) for _ in range(2))))
+        self.memory = _Memory(TokenKV(*(torch.zeros(size, dtype=dtype, device=device) for _ in range(2))))
         self._chance = random.Random(1)
         self._system = self._tokens(SYSTEM_TOKENS)
         num_chunks = (num_tokens - SYSTEM_TOKENS - QUESTION_TOKENS) // chunk_tokens
         self._documents = [self._tokens(chunk_tokens) for _ in range(num_chunks)]
         self._space = ChunkSpace(ROOT, anchor_of(ROOT, self._system, BLOCK_TOKENS), BLOCK_TOKENS)
-        layers, heads, head_dim = self._memory.row_shape
+        layers, heads, head_dim = self.memory.row_shape
         block_bytes = layers * 2 * heads * BLOCK_TOKENS * head_dim * dtype.itemsize
-        self._blender = ChunkBlender(self._model, self._memory, METHODS, block_tokens=BLOCK_TOKENS, block_bytes=block_bytes)
+        self._blender = ChunkBlender(self._model, self.memory, METHODS, block_tokens=BLOCK_TOKENS, block_bytes=block_bytes)
         self._block_pages = -(-block_bytes // PAGE_BYTES)
         blocks = num_chunks * -(-chunk_tokens // BLOCK_TOKENS)
         arena = Arena.open(str(directory / "arena"), blocks * self._block_pages * PAGE_BYTES, huge_pages=False)
         self._arena = self._stack.enter_context(arena)
         arena.prefault()
         arena.wait_prefaulted(600.0)
-        self._rows = self._open_rows() if device.type == "cuda" else None
+        self.rows = self._open_rows() if device.type == "cuda" else None
         self._slots = self._store()
 
     def __enter__(self) -> Self:
@@ -105,15 +105,15 @@ class ChunksOnDevice:
 
     def check(self) -> None:
         """Raises RuntimeError where ratio 1 is not full prefill, or ratio 0 is not the chunks as they were stored."""
-        ids, layout = self._prompt()
-        self._blended(ids, layout, "none", 0.0)
+        ids, layout = self.prompt()
+        self.blended(ids, layout, "none", 0.0)
         for at in layout.placements:
             kept = self._kept(at.chunk.key, at.num_tokens)
-            here = self._memory.kv.part(at.start, at.end)
+            here = self.memory.kv.part(at.start, at.end)
             keys = self._model.rotary.move(kept.keys, at.shift)
             if not (torch.equal(keys, here.keys) and torch.equal(kept.values, here.values)):
                 raise RuntimeError(f"the chunk at token {at.start} is not what was stored")
-        expected, found = self._full(ids), self._blended(ids, layout, "epic", 1.0)
+        expected, found = self._full(ids), self.blended(ids, layout, "epic", 1.0)
         self.difference = float((expected - found).abs().max() / expected.std())
         if not self.difference < TOLERANCE:
             raise RuntimeError(f"with ratio 1 the logits differ from full prefill's by {self.difference:.3f} of their spread")
@@ -123,12 +123,12 @@ class ChunksOnDevice:
         cases = ["computed", "none", *(name for name in ("epic", "cacheblend", "prophetkv", "combined"))]
         times: dict[str, list[float]] = {case: [] for case in cases}
         for number in range(rounds + 1):
-            ids, layout = self._prompt()
+            ids, layout = self.prompt()
             for name, seconds in times.items():
                 elapsed = self._timed(self._case(name, ids, layout))
                 if number:  # the first round compiles and warms
                     seconds.append(elapsed)
-        params: dict[str, object] = {"tokens": self._num_tokens, "copies": "ahead" if self._rows else "by the CPU"}
+        params: dict[str, object] = {"tokens": self._num_tokens, "copies": "ahead" if self.rows else "by the CPU"}
         yield Record("difference at ratio 1, of the logits' spread", params, self.difference, "ratio", 0.0, TOLERANCE, None)
         computed = times.pop("computed")
         yield record("time to first token, computed", params, computed, "ms")
@@ -140,21 +140,21 @@ class ChunksOnDevice:
 
     def loading(self, rounds: int) -> Record:
         """The chunks to the device and nothing else."""
-        ids, layout = self._prompt()
+        ids, layout = self.prompt()
         job = self._job(ids, layout, "none", 0.0)
         seconds = []
         for _ in range(rounds + 1):
-            with self._blender.reading(job, self._arena, self._rows) as reads:
+            with self._blender.reading(job, self._arena, self.rows) as reads:
                 seconds.append(self._timed(lambda reads=reads: [reads.layer(index) for index in range(self._model.num_layers)]))  # type: ignore[misc]
         num_bytes = sum(len(chunk.slots) for chunk in job.chunks) * self._block_pages * PAGE_BYTES
         return record("chunks to the device", {"tokens": self._num_tokens, "bytes": num_bytes}, seconds[1:], "ms")
 
     def attention(self, rounds: int) -> Iterator[Record]:
         """Of the rows that 15 % are, over a whole prompt, in one layer, by how many rows are taken together."""
-        heads, head_dim = self._lm.config.num_attention_heads, self._memory.row_shape[2]
+        heads, head_dim = self._lm.config.num_attention_heads, self.memory.row_shape[2]
         positions = torch.arange(0, self._num_tokens, max(1, round(1 / RATIO)), device=self._device)
-        queries = torch.randn(heads, len(positions), head_dim, dtype=self._memory.dtype, device=self._device)
-        keys, values = self._memory.kv.keys[0], self._memory.kv.values[0]
+        queries = torch.randn(heads, len(positions), head_dim, dtype=self.memory.dtype, device=self._device)
+        keys, values = self.memory.kv.keys[0], self.memory.kv.values[0]
         for group_rows in GROUP_ROWS:
             groups = causal_groups(positions, queries.dtype, group_rows)
             work = [
@@ -169,7 +169,7 @@ class ChunksOnDevice:
     def _tokens(self, number: int) -> list[int]:
         return [self._chance.randrange(self._lm.config.vocab_size) for _ in range(number)]
 
-    def _prompt(self) -> tuple[list[int], PromptLayout]:
+    def prompt(self) -> tuple[list[int], PromptLayout]:
         """All documents in a new order behind the system prompt, and a question that fills the prompt up."""
         self._chance.shuffle(self._documents)
         ids = list(self._system)
@@ -196,11 +196,11 @@ class ChunksOnDevice:
 
     def _kept(self, key: bytes, num_tokens: int) -> TokenKV:
         """A chunk as its slots hold it."""
-        layers, heads, head_dim = self._memory.row_shape
+        layers, heads, head_dim = self.memory.row_shape
         shape = (layers, 2, heads, BLOCK_TOKENS, head_dim)
-        num_bytes = torch.Size(shape).numel() * self._memory.dtype.itemsize
+        num_bytes = torch.Size(shape).numel() * self.memory.dtype.itemsize
         raw = [bytearray(self._arena.view(slot * PAGE_BYTES, num_bytes)) for slot in self._slots[key].slots]
-        both = torch.cat([torch.frombuffer(block, dtype=self._memory.dtype).view(shape) for block in raw], 3)[:, :, :, :num_tokens]
+        both = torch.cat([torch.frombuffer(block, dtype=self.memory.dtype).view(shape) for block in raw], 3)[:, :, :, :num_tokens]
         return TokenKV(both[:, 0].to(self._device), both[:, 1].to(self._device))
 
     def _open_rows(self) -> RowMover | None:
@@ -222,7 +222,7 @@ class ChunksOnDevice:
     def _case(self, name: str, ids: list[int], layout: PromptLayout) -> Callable[[], object]:
         if name == "computed":
             return lambda: self._full(ids)
-        return lambda: self._blended(ids, layout, name, 0.0 if name == "none" else RATIO)
+        return lambda: self.blended(ids, layout, name, 0.0 if name == "none" else RATIO)
 
     def _full(self, ids: list[int]) -> torch.Tensor:
         """The logits behind the last token, by the model's own forward pass, which also keeps KV."""
@@ -230,13 +230,13 @@ class ChunksOnDevice:
         logits: torch.Tensor = self._lm(tokens, use_cache=True, logits_to_keep=1).logits[0, -1].float()
         return logits
 
-    def _blended(self, ids: list[int], layout: PromptLayout, method: str, ratio: float) -> torch.Tensor:
+    def blended(self, ids: list[int], layout: PromptLayout, method: str, ratio: float) -> torch.Tensor:
         """The same from chunks: the blend of a worker, and the question computed behind it."""
         job = self._job(ids, layout, method, ratio)
-        self._blender.blend(job, self._arena, self._rows)
+        self._blender.blend(job, self._arena, self.rows)
         tokens = torch.tensor(ids, device=self._device)
         rows: Rows = start(self._model, tokens, torch.arange(job.end, len(ids), device=self._device))
-        advance(self._model, rows, self._memory.kv, torch.ones(len(ids), dtype=torch.bool, device=self._device))
+        advance(self._model, rows, self.memory.kv, torch.ones(len(ids), dtype=torch.bool, device=self._device))
         return self._model.logits(rows.hidden[-1:])[0]
 
     def _job(self, ids: list[int], layout: PromptLayout, method: str, ratio: float) -> BlendJob:

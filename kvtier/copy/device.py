@@ -48,8 +48,12 @@ def cuda_copier(
     options = CopierOptions(forced=forced, layers=layers)
     try:
         runtime = CupyRuntime(device.number)
-        # where there is nothing to choose one size shows that the way is right, and its kernels are compiled before the first step
-        table = calibrate(runtime, options.settings, piece_sizes=PIECE_BYTES if forced is None else PIECE_BYTES[:1])
+        if forced is None:
+            table = calibrate(runtime, options.settings)
+        else:
+            # Nothing to choose, but this shows that the way is right, and compiles its kernel, and that of pools, before the first step.
+            without = [way for way in Way if way not in (forced, Way.DIRECT)]
+            table = calibrate(runtime, options.settings, piece_sizes=PIECE_BYTES[:1], without=without)
         copier = CudaCopier(layout, runtime, arena, compute_stream=device.compute_stream, options=replace(options, table=table))
     except (RuntimeError, MemoryError, ImportError, ValueError) as error:
         if forced is not None and isinstance(error, ValueError):

@@ -83,12 +83,11 @@ class PoolCopier:
         if not pooled:
             return _all_of(events, events)
         absent = [copy for copy in pooled if not copy.in_pool]
-        if absent:
-            with self._in.after(None):
-                for pool, arena in self._runs(absent):
-                    pool.copy_(arena, non_blocking=True)
-            self._in.event().order_compute()  # the scatter is submitted after the compute stream's present end
-        events.append(self._within.scatter(_in_pool(pooled)))
+        with self._in.after(None):
+            for pool, arena in self._runs(absent):
+                pool.copy_(arena, non_blocking=True)
+            # ordered behind these runs, and not the engine: inside, this stream is the one that the scatter is submitted after
+            events.append(self._within.scatter(_in_pool(pooled)))
         return _all_of(events, events)
 
     def _runs(self, copies: Sequence[BlockCopy]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

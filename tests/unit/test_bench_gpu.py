@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kvtier.bench import gpu
 from kvtier.bench.gpu_beside import figures
+from kvtier.bench.report import Record
 from kvtier.copy.cuda_choice import Way
 from kvtier.copy.device import measure_ways
 from kvtier.testing.simulated_cuda import SimulatedCuda
@@ -60,6 +65,29 @@ def test_a_fast_copy_of_wrong_bytes_has_no_figure(monkeypatch: pytest.MonkeyPatc
     assert both_ways <= wrong
     assert kernel == (("gather on the device", None) in wrong)
     assert not any(item.params.get("way") == "bulk" for item in records)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_figures_up_to_an_error_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    """The document has what was measured before it; the exit status is not that of success."""
+    pytest.importorskip("cupy")
+
+    def beside(bench: object, device: int) -> Iterator[Record]:
+        if fails:
+            raise RuntimeError("the device is gone")
+        yield Record("beside", {}, 1.0, "ratio")
+
+    monkeypatch.setattr(gpu, "PIECE_BYTES", (65_536,))
+    monkeypatch.setattr(gpu, "GpuBench", functools.partial(gpu.GpuBench, total_bytes=4 << 20))
+    monkeypatch.setattr(gpu, "beside_a_matrix_product", beside)
+    monkeypatch.setattr("kvtier.copy.cuda_cupy.CupyRuntime", lambda number: SimulatedCuda())
+    path = tmp_path / "gpu.json"
+    assert int(fails) == gpu.run(argparse.Namespace(device=0, rounds=1, json=path, without=["bulk"]))
+    names = {item["name"] for item in json.loads(path.read_text())["records"]}
+    assert {"host to GPU", "GPU to host", "both directions at once", "gather on the device"} <= names
+    assert fails == ("STOPPED: the device is gone" in capsys.readouterr().out)
 
 
 class Product:
@@ -121,7 +149,7 @@ def test_without_a_gpu_nothing_is_claimed(capsys: pytest.CaptureFixture[str]) ->
     try:
         measure_ways(0)
     except (ImportError, RuntimeError):
-        assert 2 == gpu.run(argparse.Namespace(device=0, rounds=1, json=None))
+        assert 2 == gpu.run(argparse.Namespace(device=0, rounds=1, json=None, without=[]))
         assert "nothing was measured" in capsys.readouterr().err
     else:
         pytest.skip("there is a GPU")

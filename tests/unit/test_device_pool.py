@@ -156,3 +156,31 @@ def test_a_store_gives_the_blocks_of_the_engine_back_before_it_has_crossed_the_b
     monkeypatch.setattr(rig.copier, "_out", SlowBus())
     event = rig.copier.gather([BlockCopy(0, 0, 0)])
     assert (True, False) == (event.released(), event.done())
+
+
+def test_the_engine_does_not_wait_for_the_bus() -> None:
+    """A scatter from the pool is ordered behind the run into the pool on that run's own stream; the compute stream goes on."""
+    log: list[str] = []
+
+    class Stream:
+        @contextlib.contextmanager
+        def after(self, event: CopyEvent | None) -> Iterator[None]:
+            log.append("enter")
+            yield
+            log.append("leave")
+
+        def event(self) -> CopyEvent:
+            raise AssertionError("the engine would be made to wait for this")
+
+    class Within(TorchCopier):
+        def scatter(self, copies):  # type: ignore[no-untyped-def]
+            log.append("scatter")
+            return super().scatter(copies)
+
+    pages, arena, pool = torch.zeros(NUM_BLOCKS, 16, dtype=torch.int8), bytearray(range(64)), torch.zeros(64, dtype=torch.int8)
+    within = Within([pages], pool)
+    copier = PoolCopier(TorchCopier([pages], memoryview(arena)), within, memoryview(arena), pool, block_bytes=16)
+    copier._in = Stream()  # type: ignore[assignment]
+    copier.scatter([BlockCopy(3, 32, pool_offset=16), BlockCopy(5, 0, pool_offset=16, in_pool=True)]).wait()
+    assert ["enter", "scatter", "leave"] == log
+    assert 2 * [list(range(32, 48))] == [pages[3].tolist(), pages[5].tolist()]

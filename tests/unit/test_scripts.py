@@ -301,9 +301,9 @@ class TestGpuCheck:
         (tmp_path / "pytest.ini").write_text("[pytest]\n")
         (tmp_path / "test_it.py").write_text(f"import pytest\n{body}\n")
         monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-        monkeypatch.setitem(gpu_check.TESTS, "rest", "test_")
+        monkeypatch.setitem(gpu_check.TESTS, "rest", (str(tmp_path),))
         monkeypatch.setitem(gpu_check.LIMITS_S, "rest", 9.0)
-        pytest_of = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout_method=thread", str(tmp_path))
+        pytest_of = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout_method=thread")
         step = gpu_check.test("rest", tmp_path, pytest_of)
         assert expected == (step.outcome, step.detail)
         if "sleep" in body:
@@ -312,10 +312,12 @@ class TestGpuCheck:
     def test_every_way_is_a_step(self) -> None:
         """And the class of its tests exists; what is no way's belongs to the rest."""
         classes = re.findall(r"^class Test(\w+)\(", (ROOT / "tests" / "gpu" / "test_device.py").read_text(), re.MULTILINE)
-        ways = {name: tests for name, tests in gpu_check.TESTS.items() if name != "rest"}
+        ways = {name: tests[-1] for name, tests in gpu_check.TESTS.items() if name not in ("torch", "chunks", "rest")}
         assert [way.value for way in Way] == sorted(ways, key=[way.value for way in Way].index)
         assert {*ways.values(), "TestDevice"} == {f"Test{name}" for name in classes}
-        assert all(f"not {tests}" in gpu_check.TESTS["rest"] for tests in ways.values())
+        files = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+        assert files == {Path(tests[0]).name for tests in gpu_check.TESTS.values()}
+        assert all(f"not {tests}" in gpu_check.TESTS["rest"][-1] for tests in ways.values())
 
     def test_all_limits_together(self) -> None:
         """Are less than nine minutes."""

@@ -8,10 +8,10 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvtier.config import ConnectorConfig
 from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
@@ -21,6 +21,9 @@ from kvtier.copy.pool import PoolCopier
 from kvtier.copy.torch_copier import TorchCopier
 from kvtier.layout import KVLayout
 from kvtier.memory.arena import Arena
+
+if TYPE_CHECKING:
+    from kvtier.config import ConnectorConfig
 
 _LOG = logging.getLogger(__name__)
 PREFAULT_TIMEOUT_S = 600.0
