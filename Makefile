@@ -8,6 +8,9 @@ MODEL = $(CURDIR)/.cache/smollm2
 # A command line `make demo ARGS="--rounds 2"` hands on arguments.
 ARGS ?=
 
+# Libraries that the machine lacks and the set-up has fetched (scripts/system_libraries.py).
+export LD_LIBRARY_PATH := $(if $(LD_LIBRARY_PATH),$(LD_LIBRARY_PATH):)$(CURDIR)/.cache/system-libraries
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-unit test-engine gpu-check lint format bench docs setup clean distclean
 

@@ -54,7 +54,7 @@ std::vector<Segment> Divided(const std::vector<Segment>& segments) {
 
 CopyBatch::CopyBatch(const std::vector<Segment>& segments, std::vector<BlockCopy> copies,
                      Direction direction)
-    : segments_(Divided(segments)),
+    : segments_(copies.empty() ? std::vector<Segment>() : Divided(segments)),
       copies_(Ordered(std::move(copies), direction)),
       direction_(direction) {
   if (copies_.empty()) return;

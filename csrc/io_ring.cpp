@@ -105,6 +105,7 @@ int IoRing::Map(Mapping* mapping, size_t num_bytes, uint64_t offset) noexcept {
 int IoRing::Open(unsigned num_entries) noexcept {
   Params params = {};
   params.flags = kSetupClamp;
+  num_forks_ = NumForks();
   fd_ = static_cast<int>(syscall(kSetupCall, num_entries, &params));
   if (fd_ < 0) return errno;
   if ((params.features & kNeededFeatures) != kNeededFeatures) {
@@ -131,8 +132,9 @@ int IoRing::Open(unsigned num_entries) noexcept {
 }
 
 void IoRing::Close() noexcept {
+  const bool is_mapped = num_forks_ == NumForks();  // else something else may lie there by now
   for (Mapping* mapping : {&rings_, &entries_}) {
-    if (mapping->start != nullptr) munmap(mapping->start, mapping->num_bytes);
+    if (is_mapped && mapping->start != nullptr) munmap(mapping->start, mapping->num_bytes);
     *mapping = {};
   }
   if (fd_ >= 0) close(fd_);

@@ -9,6 +9,8 @@
 #include <mutex>
 #include <vector>
 
+#include "forks.h"
+
 namespace kvtier {
 
 constexpr uint64_t kWakeToken = 0;  // of no transfer
@@ -19,7 +21,8 @@ struct RingCompletion {
   int result;  // bytes, or a negative errno
 };
 
-// Functions return 0 or an errno. Any thread may submit; one at a time may wait.
+// Functions return 0 or an errno. Any thread may submit; one at a time may wait. The child of a fork
+// has neither the ring's memory nor its transfers: there the ring counts as closed.
 class IoRing {
  public:
   IoRing() = default;
@@ -48,10 +51,10 @@ class IoRing {
   // Appends what is over, waiting for the first of it up to `timeout_us` (negative: without end).
   int Wait(int64_t timeout_us, std::vector<RingCompletion>* completions) noexcept;
 
-  // Running transfers go on. Idempotent.
+  // Running transfers go on. Nobody may be in another function. Idempotent.
   void Close() noexcept;
 
-  bool is_open() const noexcept { return fd_ >= 0; }
+  bool is_open() const noexcept { return fd_ >= 0 && num_forks_ == NumForks(); }
 
  private:
   struct Mapping {
@@ -64,6 +67,7 @@ class IoRing {
   int Map(Mapping* mapping, size_t num_bytes, uint64_t offset) noexcept;
 
   int fd_ = -1;
+  unsigned num_forks_ = 0;
   std::mutex submitting_;
   Mapping rings_, entries_;
   uint32_t *sq_head_ = nullptr, *sq_tail_ = nullptr, *sq_array_ = nullptr;

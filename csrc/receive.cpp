@@ -16,6 +16,8 @@ using Clock = std::chrono::steady_clock;
 // Taken at once, and then hashed in the second-level cache. Whatever is there is taken, nothing waited
 // for: what the sender puts into the socket meanwhile is the next piece.
 constexpr size_t kPieceBytes = size_t{1} << 19;
+// Small buffers that are filled together. (Header, payload and what closes a message are three.)
+constexpr size_t kPieceBuffers = 4;
 constexpr int64_t kLeastTimeoutUs = 1000;
 constexpr int64_t kSecondUs = 1000000;
 
@@ -90,10 +92,10 @@ int Receive(int fd, const std::vector<iovec>& buffers, size_t hashed, Limits lim
       if (error != 0) return error;
       set_us = timeout_us;
     }
-    iovec piece[4];
+    iovec piece[kPieceBuffers];
     msghdr message = {};
     message.msg_iov = piece;
-    message.msg_iovlen = position.Fill(piece, 4);
+    message.msg_iovlen = position.Fill(piece, kPieceBuffers);
     const ssize_t count = recvmsg(fd, &message, 0);
     if (count == 0) return kClosed;
     if (count < 0) {

@@ -16,16 +16,18 @@ constexpr const char* kCapsuleName = "kvtier.io_ring";
 constexpr size_t kSubmitWithGilBytes = size_t{1} << 20;  // looking up its pages takes about 30 us
 constexpr Py_ssize_t kMaxBuffers = IOV_MAX;
 
-void Destroy(PyObject* capsule) noexcept {
-  delete static_cast<IoRing*>(PyCapsule_GetPointer(capsule, kCapsuleName));
+// A ring, and who is in a call to it. All but `ring` is changed with the GIL held.
+struct SharedRing {
+  IoRing ring;
+  int num_users = 0;
+  bool is_closing = false;
+};
+
+SharedRing* PointerOf(PyObject* capsule) noexcept {
+  return static_cast<SharedRing*>(PyCapsule_GetPointer(capsule, kCapsuleName));
 }
 
-bool Expect(const char* function, Py_ssize_t num_given, Py_ssize_t num_expected) noexcept {
-  if (num_given == num_expected) return true;
-  PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", function, num_expected,
-               num_given);
-  return false;
-}
+void Destroy(PyObject* capsule) noexcept { delete PointerOf(capsule); }
 
 bool ReadInteger(PyObject* object, const char* name, long long least, long long most,
                  long long* value) noexcept {
@@ -36,13 +38,22 @@ bool ReadInteger(PyObject* object, const char* name, long long least, long long 
   return false;
 }
 
-IoRing* OpenRing(PyObject* capsule) noexcept {
-  IoRing* const ring = static_cast<IoRing*>(PyCapsule_GetPointer(capsule, kCapsuleName));
-  if (ring != nullptr && !ring->is_open()) {
+SharedRing* OpenRing(PyObject* capsule) noexcept {
+  SharedRing* const shared = PointerOf(capsule);
+  if (shared != nullptr && (shared->is_closing || !shared->ring.is_open())) {
     PyErr_SetString(PyExc_ValueError, "the ring is closed");
     return nullptr;
   }
-  return ring;
+  return shared;
+}
+
+// Does work on a ring without the GIL. Where another thread closes the ring meanwhile, it goes when
+// the last such work is done.
+template <typename Work>
+void UseWithoutGIL(SharedRing* shared, Work&& work) {
+  ++shared->num_users;
+  WithoutGIL(work);
+  if (--shared->num_users == 0 && shared->is_closing) shared->ring.Close();
 }
 
 PyObject* NoneOr(int error) noexcept {
@@ -55,40 +66,39 @@ PyObject* NoneOr(int error) noexcept {
 
 PyObject* RingOpenOf(PyObject* const* args, Py_ssize_t num_args) {
   long long num_entries;
-  if (!Expect("ring_open", num_args, 1) ||
+  if (!ExpectArguments("ring_open", num_args, 1) ||
       !ReadInteger(args[0], "num_entries", 1, 32768, &num_entries)) {
     return nullptr;
   }
-  std::unique_ptr<IoRing> ring(new IoRing);
-  const int error = ring->Open(static_cast<unsigned>(num_entries));
+  std::unique_ptr<SharedRing> shared(new SharedRing);
+  const int error = shared->ring.Open(static_cast<unsigned>(num_entries));
   if (error != 0) return NoneOr(error);
-  PyObject* const capsule = PyCapsule_New(ring.get(), kCapsuleName, &Destroy);
-  if (capsule != nullptr) ring.release();
+  PyObject* const capsule = PyCapsule_New(shared.get(), kCapsuleName, &Destroy);
+  if (capsule != nullptr) shared.release();
   return capsule;
 }
 
 PyObject* RingRegisterOf(PyObject* const* args, Py_ssize_t num_args) {
   long long slot, address, num_bytes;
-  if (!Expect("ring_register", num_args, 4)) return nullptr;
-  IoRing* const ring = OpenRing(args[0]);
-  if (ring == nullptr || !ReadInteger(args[1], "slot", 0, kNumMemorySlots - 1, &slot) ||
+  if (!ExpectArguments("ring_register", num_args, 4)) return nullptr;
+  SharedRing* const shared = OpenRing(args[0]);
+  if (shared == nullptr || !ReadInteger(args[1], "slot", 0, kNumMemorySlots - 1, &slot) ||
       !ReadInteger(args[2], "address", 1, LLONG_MAX, &address) ||
       !ReadInteger(args[3], "num_bytes", 1, 1 << 30, &num_bytes)) {
     return nullptr;
   }
   int error = 0;
-  WithoutGIL([&] {
-    error = ring->Register(static_cast<unsigned>(slot), reinterpret_cast<void*>(address),
-                           static_cast<size_t>(num_bytes));
+  UseWithoutGIL(shared, [&] {
+    error = shared->ring.Register(static_cast<unsigned>(slot), reinterpret_cast<void*>(address),
+                                  static_cast<size_t>(num_bytes));
   });
   return NoneOr(error);
 }
 
 PyObject* RingSubmitOf(PyObject* const* args, Py_ssize_t num_args) {
   long long token, fd, offset, slot;
-  if (!Expect("ring_submit", num_args, 7)) return nullptr;
-  IoRing* const ring = OpenRing(args[0]);
-  if (ring == nullptr || !ReadInteger(args[1], "token", 1, LLONG_MAX, &token)) return nullptr;
+  if (!ExpectArguments("ring_submit", num_args, 7)) return nullptr;
+  if (!ReadInteger(args[1], "token", 1, LLONG_MAX, &token)) return nullptr;
   const int is_read = PyObject_IsTrue(args[2]);
   if (is_read < 0 || !ReadInteger(args[3], "fd", 0, INT_MAX, &fd) ||
       !ReadInteger(args[4], "offset", 0, LLONG_MAX, &offset) ||
@@ -115,43 +125,46 @@ PyObject* RingSubmitOf(PyObject* const* args, Py_ssize_t num_args) {
     return PyErr_Format(PyExc_ValueError, "%zu bytes are more than one transfer takes",
                         total_bytes);
   }
+  SharedRing* const shared = OpenRing(args[0]);  // last: what was asked above may have closed it
+  if (shared == nullptr) return nullptr;
   int error = 0;
   if (slot >= 0) {
-    error = ring->TransferFixed(static_cast<uint64_t>(token), is_read != 0, static_cast<int>(fd),
-                                static_cast<uint64_t>(offset), vector[0].iov_base,
-                                static_cast<uint32_t>(total_bytes), static_cast<unsigned>(slot));
+    error = shared->ring.TransferFixed(
+        static_cast<uint64_t>(token), is_read != 0, static_cast<int>(fd),
+        static_cast<uint64_t>(offset), vector[0].iov_base, static_cast<uint32_t>(total_bytes),
+        static_cast<unsigned>(slot));
     return NoneOr(error);
   }
   const auto transfer = [&] {
-    error = ring->Transfer(static_cast<uint64_t>(token), is_read != 0, static_cast<int>(fd),
-                           static_cast<uint64_t>(offset), vector.data(),
-                           static_cast<unsigned>(vector.size()));
+    error = shared->ring.Transfer(static_cast<uint64_t>(token), is_read != 0,
+                                  static_cast<int>(fd), static_cast<uint64_t>(offset),
+                                  vector.data(), static_cast<unsigned>(vector.size()));
   };
   if (total_bytes <= kSubmitWithGilBytes) {
     transfer();
   } else {
-    WithoutGIL(transfer);
+    UseWithoutGIL(shared, transfer);
   }
   return NoneOr(error);
 }
 
 PyObject* RingWakeOf(PyObject* const* args, Py_ssize_t num_args) {
-  if (!Expect("ring_wake", num_args, 1)) return nullptr;
-  IoRing* const ring = OpenRing(args[0]);
-  return ring == nullptr ? nullptr : NoneOr(ring->Wake());
+  if (!ExpectArguments("ring_wake", num_args, 1)) return nullptr;
+  SharedRing* const shared = OpenRing(args[0]);
+  return shared == nullptr ? nullptr : NoneOr(shared->ring.Wake());
 }
 
 PyObject* RingWaitOf(PyObject* const* args, Py_ssize_t num_args) {
   long long timeout_us;
-  if (!Expect("ring_wait", num_args, 2)) return nullptr;
-  IoRing* const ring = OpenRing(args[0]);
-  if (ring == nullptr || !ReadInteger(args[1], "timeout_us", -1, LLONG_MAX, &timeout_us)) {
+  if (!ExpectArguments("ring_wait", num_args, 2)) return nullptr;
+  SharedRing* const shared = OpenRing(args[0]);
+  if (shared == nullptr || !ReadInteger(args[1], "timeout_us", -1, LLONG_MAX, &timeout_us)) {
     return nullptr;
   }
   std::vector<RingCompletion> completions;
   completions.reserve(64);
   int error = 0;
-  WithoutGIL([&] { error = ring->Wait(timeout_us, &completions); });
+  UseWithoutGIL(shared, [&] { error = shared->ring.Wait(timeout_us, &completions); });
   if (error != 0) return NoneOr(error);
   Ref result(PyList_New(static_cast<Py_ssize_t>(completions.size())));
   if (!result) return nullptr;
@@ -167,10 +180,15 @@ PyObject* RingWaitOf(PyObject* const* args, Py_ssize_t num_args) {
 }
 
 PyObject* RingCloseOf(PyObject* const* args, Py_ssize_t num_args) {
-  if (!Expect("ring_close", num_args, 1)) return nullptr;
-  IoRing* const ring = static_cast<IoRing*>(PyCapsule_GetPointer(args[0], kCapsuleName));
-  if (ring == nullptr) return nullptr;
-  ring->Close();
+  if (!ExpectArguments("ring_close", num_args, 1)) return nullptr;
+  SharedRing* const shared = PointerOf(args[0]);
+  if (shared == nullptr) return nullptr;
+  if (shared->num_users == 0 || !shared->ring.is_open()) {
+    shared->ring.Close();
+  } else if (!shared->is_closing) {
+    shared->is_closing = true;
+    shared->ring.Wake();  // who waits returns
+  }
   Py_RETURN_NONE;
 }
 

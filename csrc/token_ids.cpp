@@ -174,12 +174,15 @@ bool ReadList(PyObject* list, Py_ssize_t first, Py_ssize_t count, bool directly,
 template <typename Integer>
 bool ReadIntegers(const Py_buffer& view, Py_ssize_t first, Py_ssize_t count,
                   uint32_t* ids) noexcept {
-  const Integer* values = static_cast<const Integer*>(view.buf) + first;
+  // A buffer may start anywhere, also where no integer does.
+  const uint8_t* values = static_cast<const uint8_t*>(view.buf) + first * Py_ssize_t{sizeof(Integer)};
   using Word = std::make_unsigned_t<Integer>;
   Word bits = 0;  // of all values; a loop without a decision is done four values at a time
   for (Py_ssize_t i = 0; i < count; ++i) {
-    ids[i] = static_cast<uint32_t>(values[i]);
-    bits |= static_cast<Word>(values[i]);
+    Word value;
+    std::memcpy(&value, values + i * Py_ssize_t{sizeof(Integer)}, sizeof(value));
+    ids[i] = static_cast<uint32_t>(value);
+    bits |= value;
   }
   constexpr int kNumBits = std::is_signed_v<Integer> && sizeof(Integer) == 4 ? 31 : 32;
   if (static_cast<uint64_t>(bits) >> kNumBits == 0) return true;

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 KEY_BYTES = 16
 TOKEN_ID_LIMIT = 2**32
 INT64_BYTES = 8
+INT64_LIMIT = 2**63
 MAX_BUFFERS = 16
 CHECKSUM_LEAST = 241
 """shorter input is hashed in another way, which the core does not know"""
@@ -233,7 +234,9 @@ def _int64s(name: str, values: Buffer) -> list[int]:
 
 def _paged_is_valid(words: list[int]) -> bool:
     segments = zip(words[1::3], words[2::3], words[3::3], strict=True)
-    return words[0] > 0 and all(base > 0 and num_bytes > 0 and stride >= num_bytes for base, stride, num_bytes in segments)
+    is_valid = words[0] > 0 and all(base > 0 and num_bytes > 0 and stride >= num_bytes for base, stride, num_bytes in segments)
+    ends = [base + stride * words[0] for base, stride in zip(words[1::3], words[2::3], strict=True)]
+    return is_valid and max(sum(words[3::3]), *ends) < INT64_LIMIT
 
 
 def _check_range(name: str, values: list[int], end: int) -> None:

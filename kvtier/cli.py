@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "control": ("kvtier.bench.control", "what deciding costs: lookups, steps, evictions"),
     "disk": ("kvtier.bench.disk", "the disk tier beside the disk it lies on"),
     "gpu": ("kvtier.bench.gpu", "copies between host memory and a GPU, beside large pinned copies"),
+    "gpu-chunks": ("kvtier.bench.gpu_chunks", "prompts of reused chunks on a GPU, with a model of 8B's shape"),
     "engine": ("kvtier.bench.engine", "the whole path in the real vLLM"),
     "faults": ("kvtier.bench.faults", "what a store that goes wrong adds to a request"),
     "sharing": ("kvtier.bench.sharing", "time to first token of what another engine has prefilled, by the store between them"),
@@ -54,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = command(options)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            return _refuse(f"the other end of a connection has gone: {error}")
         # the reader has seen enough; without this the interpreter fails once more when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -189,10 +193,20 @@ def _answer(work: Callable[[argparse.Namespace], bool], options: argparse.Namesp
 
 def _bench(options: argparse.Namespace) -> int:
     module_name, about = BENCHMARKS[options.name]
-    module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"kvtier bench {options.name}", description=f"Measure {about}.")
-    module.add_arguments(parser)
-    return int(module.run(parser.parse_args(options.options)))
+    try:
+        module = importlib.import_module(module_name)
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(options.options)))
+    except (
+        ImportError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a package, memory, a disk, a server: what was to be measured failed
+        if isinstance(error, BrokenPipeError):
+            raise
+        return _refuse(f"{parser.prog}: {str(error) or type(error).__name__}")
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -216,6 +230,16 @@ def _env(options: argparse.Namespace) -> int:
 def _version(_: argparse.Namespace) -> int:
     print(f"kvtier {kvtier.__version__}")
     return OK
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # no file: a test's, or closed
+        return False
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _refuse(message: str) -> int:

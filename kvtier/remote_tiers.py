@@ -116,4 +116,7 @@ def open_sealer(section: AnyRemoteConfig | DiskTierConfig) -> Sealer | None:
 
 
 def _not_installed(extra: str, error: ImportError) -> ConfigError:
-    return ConfigError(f"this configuration needs the extra kvtier[{extra}], which is not installed ({error})")
+    text = f"this configuration needs the extra kvtier[{extra}], which"
+    if isinstance(error, ModuleNotFoundError):
+        return ConfigError(f"{text} is not installed ({error})")
+    return ConfigError(f"{text} is installed but does not load: {error} (a library of the system may be missing)")

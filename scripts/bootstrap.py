@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setup_progress import Progress, SetupError, advice_for
+from system_libraries import fetch_missing
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -355,6 +356,7 @@ def set_up(targets: list[str]) -> None:
         lanes[1].insert(0, "engine")
     started_s = time.monotonic()
     with Progress() as progress, ThreadPoolExecutor(2) as pool:
+        fetch_missing(progress)
         futures = [pool.submit(set_up_in_turn, lane, progress) for lane in lanes if lane]
         for future in futures:
             future.result()

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from system_libraries import with_libraries
+
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / ".cache" / "reports"
 DEV, ENGINE, OLD_ENGINE = (ROOT / name / "bin" for name in (".venv", ".venv-vllm", ".venv-vllm-0.27"))
@@ -69,7 +71,7 @@ def environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
     }
-    return {**engine_settings, **os.environ}
+    return with_libraries({**engine_settings, **os.environ})
 
 
 def lint() -> list[Outcome]:

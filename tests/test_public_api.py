@@ -71,6 +71,8 @@ def modules_with_all() -> list[str]:
 @pytest.mark.parametrize("name", modules_with_all())
 def test_all_is_exact(name: str) -> None:
     """Every name of ``__all__`` is there, once, and a star import gives just these."""
+    if name == "kvtier.tiers.mooncake":
+        pytest.importorskip(name, reason="Mooncake does not load", exc_type=ImportError)
     module = importlib.import_module(name)
     assert len(module.__all__) == len(set(module.__all__))
     assert [] == [item for item in module.__all__ if not hasattr(module, item)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.bench.engine import ENVIRONMENT, open_engine
+from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish, record
 
 NUM_SYSTEM_TOKENS = 64
@@ -40,8 +41,8 @@ Prompt = tuple[list[int], list[list[int]]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per figure (default: 5)")
+    add_json(parser)
+    add_rounds(parser, 5)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtier.bench.options import MOST_BLOCKS, add_json, add_rounds, whole, writable_directory
 from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, record, time_rounds
 from kvtier.cache import Cache
@@ -55,10 +56,11 @@ PEER_RESIDENT = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=31, help="timed rounds per figure (default: 31)")
-    parser.add_argument("--resident", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="resident entries for put + evict")
-    parser.add_argument("--directory", type=Path, default=None, help="where the disk tier's temporary directory is made")
+    add_json(parser)
+    add_rounds(parser, 31)
+    sizes = whole(DISK_BATCH, MOST_BLOCKS)
+    parser.add_argument("--resident", type=sizes, nargs="+", default=[10_000, 100_000, 1_000_000], help="resident entries for put + evict")
+    parser.add_argument("--directory", type=writable_directory, default=None, help="where the disk tier's temporary directory is made")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,11 +17,12 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvtier import _fallback
+from kvtier.bench.options import MOST_MIB, MOST_THREADS, add_json, add_rounds, whole
 from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, publish, record
 from kvtier.copy.base import BlockCopy
@@ -34,7 +35,9 @@ HASH_BLOCK_TOKENS = (16, 32, 256)
 GAINED_TOKENS = 32
 PIECE_BYTES = 1 << 20
 PAGE_BYTES = 4096
-Timed = Callable[[], object]
+LEAST_MIB = 2
+"""a whole block of each shape, and a piece of a plain copy"""
+Timed = Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,12 @@ SHAPES = (ModelShape("Llama-3.1-8B", 32, 8, 128), ModelShape("SmolLM2-135M", 30,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=31, help="timed rounds per figure (default: 31)")
-    parser.add_argument("--mib", type=int, default=192, help="MiB copied per round (default: 192)")
-    parser.add_argument("--threads", type=int, default=DEFAULT_THREADS, help=f"threads of a copy (default: {DEFAULT_THREADS})")
+    add_json(parser)
+    add_rounds(parser, 31)
+    parser.add_argument("--mib", type=whole(LEAST_MIB, MOST_MIB), default=192, help="MiB copied per round (default: 192)")
+    parser.add_argument(
+        "--threads", type=whole(1, MOST_THREADS), default=DEFAULT_THREADS, help=f"threads of a copy (default: {DEFAULT_THREADS})"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,6 +92,7 @@ def copies(shape: ModelShape, num_bytes: int, num_threads: int, rounds: int) -> 
     """Storing and loading a batch, with block ids in a row, as a fresh engine gives them, and in random order."""
     num_blocks = max(1, num_bytes // shape.block_bytes)
     work = _Work(shape, num_blocks, num_threads)
+    work.verify()
     scattered = np.random.default_rng(1).permutation(2 * num_blocks)[:num_blocks].tolist()
     orders: dict[str, Sequence[int]] = {"in a row": range(num_blocks), "scattered": scattered}
     ours: dict[tuple[str, str], Timed] = {}
@@ -117,6 +123,7 @@ class _Work:
         pool_blocks = 2 * num_blocks
         self._slot_bytes = -(-shape.block_bytes // PAGE_BYTES) * PAGE_BYTES
         self._pages = _memory(pool_blocks * shape.block_bytes, mmap.MAP_PRIVATE)
+        self._blocks = self._pages.reshape(2 * shape.num_layers, pool_blocks, shape.piece_bytes)
         self._arena = _memory(num_blocks * self._slot_bytes, mmap.MAP_SHARED)
         self._num_threads = num_threads
         self.num_bytes = num_blocks * shape.block_bytes
@@ -125,6 +132,15 @@ class _Work:
         axes = (Axis(shape.num_layers, 2 * tensor_bytes), Axis(2, tensor_bytes), Axis(shape.block_tokens, token_bytes))
         table = StrideTable(self._pages.ctypes.data, Axis(pool_blocks, shape.piece_bytes), axes, token_bytes)
         self._copier = self._copier_of(KVLayout.of([table]), num_threads)
+
+    def verify(self) -> None:
+        """Stores all blocks there is room for and loads them into others. Raises RuntimeError where other bytes arrive."""
+        num_blocks = len(self._blocks[0]) // 2
+        self._pages.view(np.uint64)[:] = np.random.default_rng(2).integers(0, 2**63, self._pages.nbytes // 8)
+        self.gather(range(num_blocks))()
+        self.scatter(range(num_blocks, 2 * num_blocks))()
+        if not all(np.array_equal(blocks[:num_blocks], blocks[num_blocks:]) for blocks in self._blocks):
+            raise RuntimeError("what was stored and loaded is not what there was")
 
     def gather(self, block_ids: Sequence[int]) -> Timed:
         batch = self._batch(block_ids, self._slot_bytes)
@@ -181,6 +197,12 @@ def hashing(rounds: int) -> Iterator[Record]:
     packed = ids.astype(np.uint32).tobytes()
     cases = [(name, size) for name in forms for size in HASH_BLOCK_TOKENS]
     functions: dict[Any, Timed] = {(name, size): _hash(forms[name][0], size) for name, size in cases}
+    for size in HASH_BLOCK_TOKENS:
+        if any(
+            functions[name, size]() != _fallback.chain_keys(b"r" * 16, forms["list"][0], 0, PROMPT_TOKENS // size, size, None)
+            for name in forms
+        ):
+            raise RuntimeError(f"other keys than they should be, in blocks of {size} tokens")
     times = _by_turns({**functions, "digest": lambda: hashlib.sha256(packed).digest()}, rounds)
     peers = {"one sha256": 1e3 * statistics.median(times["digest"])}
     theirs: dict[int, Mapping[str, float]] = {}

@@ -23,24 +23,32 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtier.bench.options import MOST_MIB, MOST_THREADS, add_json, add_rounds, whole, writable_directory
 from kvtier.bench.report import Record, in_turns, publish, rates
 from kvtier.io import PAGE_BYTES, AlignedFile, address_of
 from kvtier.tiers.disk import DiskTier
+from kvtier.tiers.record import payload_checksum
 from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, TransferJob
 
 NAMESPACE = b"n" * 16
-TARGET = 0.9
+MOST_PLACES = 1000
+MOST_BLOCK_MIB = 4095
+"""a segment, which holds a whole block, is shorter than 4 GiB"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per figure and place (default: 5)")
-    parser.add_argument("--places", type=int, default=3, help="times that the files are made anew (default: 3)")
-    parser.add_argument("--directory", type=Path, default=None, help="where the temporary directory is made: the disk to measure")
-    parser.add_argument("--block-mib", type=int, nargs="+", default=[2, 8, 32], help="block sizes in MiB (default: 2 8 32)")
-    parser.add_argument("--batch-mib", type=int, default=1024, help="MiB moved per round (default: 1024)")
-    parser.add_argument("--queue-depth", type=int, default=8, help="transfers under way at once (default: 8)")
+    add_json(parser)
+    add_rounds(parser, 5, "timed rounds per figure and place")
+    parser.add_argument("--places", type=whole(1, MOST_PLACES), default=3, help="times that the files are made anew (default: 3)")
+    parser.add_argument(
+        "--directory", type=writable_directory, default=None, help="where the temporary directory is made: the disk to measure"
+    )
+    parser.add_argument(
+        "--block-mib", type=whole(1, MOST_BLOCK_MIB), nargs="+", default=[2, 8, 32], help="block sizes in MiB (default: 2 8 32)"
+    )
+    parser.add_argument("--batch-mib", type=whole(1, MOST_MIB), default=1024, help="MiB moved per round (default: 1024)")
+    parser.add_argument("--queue-depth", type=whole(1, MOST_THREADS), default=8, help="transfers under way at once (default: 8)")
     parser.add_argument("--engine", choices=("auto", "io_uring", "threads"), default="auto", help="how the tier does its I/O")
     parser.add_argument("--buffered", action="store_true", help="through the page cache, dropped before each read")
 
@@ -63,7 +71,7 @@ def measure(args: argparse.Namespace, block_bytes: int) -> Iterator[Record]:
         directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=args.directory))
         batch = Batch(args, block_bytes, directory)
         try:
-            batch.store()
+            batch.verify()
             limit = (Fio if shutil.which("fio") else Loop)(args, block_bytes, batch.files, batch.blocks_per_file)
             params = {"block_mib": block_bytes >> 20, "queue_depth": args.queue_depth, "io": batch.io_engine, "beside": limit.name}
             for all_values, values in zip(writes, in_turns([batch.store, limit.write], args.rounds), strict=True):
@@ -119,6 +127,15 @@ class Batch:
         time.sleep(0.2)  # the removals reach the index file
         return self._transfer(JobKind.STORE)
 
+    def verify(self) -> None:
+        """Stores all blocks and loads them again. Raises RuntimeError where other bytes come back."""
+        self.store()
+        there = payload_checksum(self._memory)
+        self._memory[:] = bytes(len(self._memory))
+        self.load()
+        if there != payload_checksum(self._memory):
+            raise RuntimeError("what was stored and loaded is not what there was")
+
     def load(self) -> float:
         """Bytes per second until all blocks are verified."""
         if self._is_buffered:
@@ -173,8 +190,11 @@ class Fio(Limit):
             "--overwrite=1", "--scramble_buffers=0", "--output-format=json",
         ]  # fmt: skip
         self._engine = ["--ioengine=io_uring", "--fixedbufs=1"]
-        if not self._run("write"):
+        try:
+            self._run("write")
+        except RuntimeError:  # no memory to lock, or no io_uring
             self._engine = ["--ioengine=libaio"]
+            self._run("write")
 
     def write(self) -> float:
         seconds = self._num_bytes / self._run("write")
@@ -194,7 +214,7 @@ class Fio(Limit):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=huge)
         start = done.stdout.find("{")
         if done.returncode or start < 0:
-            return 0.0
+            raise RuntimeError(f"fio failed: {(done.stderr or done.stdout).strip()[-500:]}")
         return float(json.loads(done.stdout[start:])["jobs"][0][direction]["bw_bytes"])
 
 

@@ -7,6 +7,7 @@ again, beside a vLLM without kvtier that gets the same prompts in turn.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -15,11 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish, record
 
 ENVIRONMENT = {
@@ -41,8 +42,8 @@ ENGINE_STARTS = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per figure (default: 5)")
+    add_json(parser)
+    add_rounds(parser, 5)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +114,7 @@ def prompt_of(num_tokens: int, number: int) -> list[int]:
     return [1000 + number, *((7919 * number + 31 * position) % 40_000 + 1000 for position in range(num_tokens - 1))]
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_engine(
     model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, dtype: str = "bfloat16", **more: Any
 ) -> Iterator[Any]:
@@ -131,21 +132,23 @@ def open_engine(
     def receive() -> Any:
         try:
             return ours.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             log = (directory / "engines.log").read_text(errors="replace").splitlines()
             raise RuntimeError("\n".join(["the engine has ended; its last words:", *log[-20:]])) from None
 
     receive()
 
     def ask(prompts: list[list[int]], options: Sequence[Any] = (), max_tokens: int = 16) -> dict[str, Any]:
-        ours.send((prompts, options or [None] * len(prompts), max_tokens))
+        with contextlib.suppress(BrokenPipeError):  # as below
+            ours.send((prompts, options or [None] * len(prompts), max_tokens))
         answer: dict[str, Any] = receive()
         return answer
 
     try:
         yield ask
     finally:
-        ours.send(None)
+        with contextlib.suppress(BrokenPipeError):  # it has ended by itself, which ``receive`` tells
+            ours.send(None)
         process.join(60.0)
 
 

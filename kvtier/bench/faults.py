@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvtier.bench.engine import ENVIRONMENT, FORGET, open_engine, prompt_of
+from kvtier.bench.options import MOST_TOKENS, add_json, add_rounds, whole
 from kvtier.bench.report import Record, publish, record
 from kvtier.testing.faults import FAULTS, FaultyValkey
 from kvtier.units import format_duration
@@ -45,9 +46,9 @@ class Asked(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=6, help="requests per fault (default: 6)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of a prompt (default: 128)")
+    add_json(parser)
+    add_rounds(parser, 6, "requests per fault")
+    parser.add_argument("--tokens", type=whole(1, MOST_TOKENS), default=128, help="tokens of a prompt (default: 128)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="what goes wrong (default: all)")
 
 

@@ -15,12 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from kvtier.bench.gpu_beside import beside_a_matrix_product
+from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish
 from kvtier.copy.cuda_calibrate import Bytes, calibrate, page_aligned
 from kvtier.copy.cuda_choice import DIRECTIONS, Direction, Way
@@ -45,8 +45,8 @@ BOTH_PARTS = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per figure (default: 15)")
+    add_json(parser)
+    add_rounds(parser, 15)
     parser.add_argument(
         "--without", action="append", default=[], choices=[way.value for way in Way], help="a way that is not tried; may be given again"
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
-from pathlib import Path
 
+from kvtier.bench.options import MOST_BLOCKS, add_json, add_rounds, whole
 from kvtier.bench.report import Record, publish, record
 from kvtier.policies import POLICIES, create_policy
 from kvtier.policies.base import EvictionPolicy
@@ -27,17 +28,20 @@ SHARES_NEW = {"all there": 0.0, "half new": 0.5, "all new": 1.0}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=101, help="timed requests per figure (default: 101)")
-    parser.add_argument("--resident", type=int, default=1_000_000, metavar="N", help="blocks in the tier (default: 1000000)")
-    parser.add_argument("--request-blocks", type=int, default=512, metavar="N", help="blocks of a request (default: 512)")
+    add_json(parser)
+    add_rounds(parser, 101, "timed requests per figure")
+    parser.add_argument(
+        "--resident", type=whole(2, MOST_BLOCKS), default=1_000_000, metavar="N", help="blocks in the tier (default: 1000000)"
+    )
+    parser.add_argument("--request-blocks", type=whole(1, MOST_BLOCKS), default=512, metavar="N", help="blocks of a request (default: 512)")
     parser.add_argument("--policy", nargs="+", default=["default", "lru"], choices=list(POLICIES), help="default: default and lru")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints, writes. Returns the exit status."""
+    """Measures, prints, writes. Returns the exit status: 2 for a tier that holds too little."""
     if args.resident < 2 * args.request_blocks:
-        raise ValueError(f"--resident: {args.resident} is less than two requests of {args.request_blocks} blocks")
+        print(f"--resident is {args.resident}: allowed are two requests of {args.request_blocks} blocks, or more", file=sys.stderr)
+        return 2
     records: list[Record] = []
     for name in args.policy:
         records += requests(name, args.resident, args.request_blocks, args.rounds)

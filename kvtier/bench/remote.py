@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtier.bench.options import MOST_MIB, add_json, add_rounds, whole
 from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, rates
 from kvtier.bench.servers import STORES, Store, start_stores
@@ -29,10 +30,10 @@ MAX_RAW_LANES = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds per figure (default: 7)")
-    parser.add_argument("--batch-mib", type=int, default=128, help="MiB moved per round (default: 128)")
-    parser.add_argument("--block-mib", type=int, nargs="+", default=[4, 32], help="MiB of one block (default: 4 32)")
+    add_json(parser)
+    add_rounds(parser, 7)
+    parser.add_argument("--batch-mib", type=whole(1, MOST_MIB), default=128, help="MiB moved per round (default: 128)")
+    parser.add_argument("--block-mib", type=whole(1, MOST_MIB), nargs="+", default=[4, 32], help="MiB of one block (default: 4 32)")
     parser.add_argument(
         "--stores", nargs="+", choices=STORES, default=list(STORES), metavar="STORE", help=f"{', '.join(STORES)} (default: all)"
     )
@@ -56,7 +57,7 @@ def measure(store: Store, block_bytes: int, batch_bytes: int, rounds: int) -> It
     bench = Bench(store, block_bytes, num_blocks)
     params: dict[str, object] = {"store": store.name, "block_mib": block_bytes >> 20, "batch_mib": bench.num_bytes >> 20}
     try:
-        bench.put()  # the first round may begin with a read
+        bench.verify()  # the first round may begin with a read
         bench.raw(store.raw_put, 1, "w")
         lanes = [1, 2, MAX_RAW_LANES]
         steps: list[Callable[[], float]] = [bench.put]
@@ -98,6 +99,13 @@ class Bench:
             time.sleep(0.001)
         self._raw_delete(self._raw_names)
         return self._move(JobKind.STORE, self._out)
+
+    def verify(self) -> None:
+        """Stores the batch and loads it. Raises RuntimeError where other bytes come back."""
+        self.put()
+        self.get()
+        if self._out != self._in:
+            raise RuntimeError(f"the {self._tier.name} tier gave back other bytes than it got")
 
     def get(self) -> float:
         """Loads the batch."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from kvtier.bench.control import decode_steps
+from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish, record, time_rounds
 from kvtier.cache import Cache
 from kvtier.config import Config
@@ -29,8 +30,8 @@ CAPACITY_BYTES = NUM_REQUESTS * 256 * BLOCK_BYTES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=501, help="timed rounds per figure (default: 501)")
+    add_json(parser)
+    add_rounds(parser, 501)
 
 
 def run(args: argparse.Namespace) -> int:

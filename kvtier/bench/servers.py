@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvtier.testing.servers import MooncakeMaster, S3Server, ValkeyServer
-from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
-from kvtier.tiers.object import ObjectAccess, ObjectClient
 from kvtier.tiers.redis import RedisAccess, RedisClient
 from kvtier.tiers.redis.wire import command
 from kvtier.tiers.remote import Deadline, RemoteClient
+
+if TYPE_CHECKING:
+    from kvtier.tiers.mooncake import MooncakeClient
+    from kvtier.tiers.object import ObjectAccess
 
 STORES = ("redis-unix", "redis-tcp", "mooncake", "s3")
 
@@ -67,6 +69,8 @@ def _redis(stack: contextlib.ExitStack, folder: Path, name: str) -> Store:
 
 
 def _s3(stack: contextlib.ExitStack, folder: Path) -> Store:
+    from kvtier.tiers.object import ObjectAccess, ObjectClient  # noqa: PLC0415 - each store's client is an extra of its own
+
     server = S3Server(folder, names_buckets=True).start()
     stack.callback(server.kill)
     access = ObjectAccess(
@@ -85,13 +89,15 @@ def _s3(stack: contextlib.ExitStack, folder: Path) -> Store:
 
 def _mooncake(stack: contextlib.ExitStack, folder: Path) -> Store:
     """A master, and a member that gives memory, in this process; the tier and the raw transfers use a client of their own each."""
+    from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient  # noqa: PLC0415 - as above
+
     master = MooncakeMaster(folder).start()
     stack.callback(master.kill)
     place = master.url.partition("//")[2]
     member = MooncakeClient(MooncakeAccess(master=place, segment_bytes=_SEGMENT_BYTES))
     stack.callback(member.close)
     member.ping(Deadline(60.0))
-    raw = _RawMooncake(place)
+    raw = _RawMooncake(MooncakeClient(MooncakeAccess(master=place)))
     stack.callback(raw.close)
 
     def open_client(memory: tuple[int, int]) -> RemoteClient:
@@ -104,8 +110,8 @@ def _mooncake(stack: contextlib.ExitStack, folder: Path) -> Store:
 class _RawMooncake:
     """Mooncake's own put and get, on memory that is registered once."""
 
-    def __init__(self, place: str) -> None:
-        self._client = MooncakeClient(MooncakeAccess(master=place))
+    def __init__(self, client: MooncakeClient) -> None:
+        self._client = client
         self._client.ping(Deadline(60.0))
         self._store = self._client._store
         self._registered = 0

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.bench.engine import ENVIRONMENT, open_engine, prompt_of
+from kvtier.bench.options import MOST_TOKENS, add_json, add_rounds, whole
 from kvtier.bench.report import Record, publish, record
 from kvtier.testing.daemons import DaemonProcess
 from kvtier.testing.servers import MooncakeMaster, S3Server, Server, ValkeyServer
-from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient
 from kvtier.tiers.remote import Deadline
 
 PATHS = ("daemon", "redis-unix", "redis-tcp", "mooncake", "s3")
@@ -33,9 +33,11 @@ _SETTLE_S = 3.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", required=True, help="directory of a checkpoint that vLLM can load")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=5, help="prompts per figure (default: 5)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[900, 3600], help="tokens of a prompt (default: 900 3600)")
+    add_json(parser)
+    add_rounds(parser, 5, "prompts per figure")
+    parser.add_argument(
+        "--tokens", type=whole(1, MOST_TOKENS), nargs="+", default=[900, 3600], help="tokens of a prompt (default: 900 3600)"
+    )
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="stores (default: all)")
 
 
@@ -97,6 +99,8 @@ def _start(path: str, folder: Path, at_end: Callable[[Callable[[], None]], objec
     """The server, and the tier that uses it."""
     server: Server
     if path == "mooncake":
+        from kvtier.tiers.mooncake import MooncakeAccess, MooncakeClient  # noqa: PLC0415 - its libraries are not everywhere
+
         server = master = MooncakeMaster(folder).start()
         at_end(server.kill)
         member = MooncakeClient(MooncakeAccess(master=master.url.partition("//")[2], segment_bytes=1 << 30))

@@ -11,10 +11,10 @@ import argparse
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
+from kvtier.bench.options import MOST_MIB, add_json, add_rounds, whole
 from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, rates
 from kvtier.config import Config
@@ -28,6 +28,8 @@ from kvtier.types import BlockKey, SlotRef
 
 PAGE_BYTES = 4096
 BLOCK_TOKENS = 16
+LEAST_MIB = 2
+"""the largest of the blocks"""
 SHAPES = {"Llama-3.1-8B": (64, 32 << 10), "SmolLM2-135M": (60, 6 << 10)}
 """segments of a block of 16 tokens (K and V of each layer), and bytes of each"""
 PEER_SHAPES = {"Llama-3.1-8B": {"layers": 32, "heads": 8, "head_dim": 128}, "SmolLM2-135M": {"layers": 30, "heads": 3, "head_dim": 64}}
@@ -36,9 +38,9 @@ PEER_SHAPES = {"Llama-3.1-8B": {"layers": 32, "heads": 8, "head_dim": 128}, "Smo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=21, help="timed rounds per figure (default: 21)")
-    parser.add_argument("--batch-mib", type=int, default=256, help="MiB moved per round (default: 256)")
+    add_json(parser)
+    add_rounds(parser, 21)
+    parser.add_argument("--batch-mib", type=whole(LEAST_MIB, MOST_MIB), default=256, help="MiB moved per round (default: 256)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +54,7 @@ def measure(name: str, rounds: int, batch_bytes: int) -> Iterator[Record]:
     """Storing and loading prompts of one model's shape."""
     bench = Bench(*SHAPES[name], batch_bytes)
     try:
-        bench.store()  # slots for the bare copy
+        bench.verify()  # and slots for the bare copy
         params = {"model": name, "piece_kib": SHAPES[name][1] >> 10, "batch_mib": round(bench.batch_bytes / (1 << 20))}
         with Peer("facade", **PEER_SHAPES[name], block_tokens=BLOCK_TOKENS, num_blocks=bench.num_blocks) as peer:
             ours = [bench.store, bench.gather, bench.load, bench.scatter]
@@ -76,7 +78,7 @@ class Bench:
         # two prompts and the blocks of the bare copy, so that every store has to evict
         num_extents = 3 * -(-self.num_blocks // per_extent)
         self._memory = np.zeros((num_segments, self.num_blocks, segment_bytes), np.uint8)
-        self._memory[:] = np.random.default_rng(3).integers(0, 255, segment_bytes, np.uint8)
+        self._memory.view(np.uint64)[:] = np.random.default_rng(3).integers(0, 2**63, (num_segments, self.num_blocks, segment_bytes // 8))
         segments = [Segment(segment.ctypes.data, segment.strides[0], segment_bytes) for segment in self._memory]
         path = f"/dev/shm/kvtier-bench-{os.getpid()}-{time.monotonic_ns()}"
         self._arena = Arena.open(path, num_extents * EXTENT_BYTES)
@@ -110,6 +112,15 @@ class Bench:
         seconds = time.perf_counter() - start
         self._slots = plan.slots
         return self.batch_bytes / seconds
+
+    def verify(self) -> None:
+        """Stores a prompt and loads it again. Raises RuntimeError where other bytes come back."""
+        self.store()
+        there = self._memory.copy()
+        self._memory[:] = 0
+        self.load()
+        if not np.array_equal(there, self._memory):
+            raise RuntimeError("what was stored and loaded is not what there was")
 
     def load(self) -> float:
         """The prompt stored last, from its tokens to its blocks in paged memory."""

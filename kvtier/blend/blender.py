@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvtier.blend.entries import ChunkEntry, Context, empty_kv
+from kvtier.blend.entries import Context, empty_kv
 from kvtier.blend.layout import PromptLayout
 from kvtier.blend.mean_shift import MeanShift
 from kvtier.blend.methods.base import Selection, SelectionMethod
 from kvtier.blend.model import BlendModel, Projected, TokenKV
-from kvtier.blend.prefill import Rows, advance, attention_mask, attention_weights, start
+from kvtier.blend.placing import ChunkSource, PromptKV
+from kvtier.blend.prefill import LayerHook, Rows, advance, attention_mask, attention_weights, start
 from kvtier.blend.ratio import FixedRatio
 from kvtier.errors import BlendRefusedError, RefusalReason
 
@@ -39,7 +40,7 @@ def blend(  # noqa: PLR0913 - by keyword
     model: BlendModel,
     token_ids: Sequence[int],
     layout: PromptLayout,
-    entries: Sequence[ChunkEntry],
+    source: ChunkSource,
     method: SelectionMethod,
     ratio: FixedRatio,
     *,
@@ -49,37 +50,25 @@ def blend(  # noqa: PLR0913 - by keyword
     """Blends a prompt.
 
     Args:
-        entries: one for each placement of the layout, in its order
+        source: the KV of the layout's chunks
         prefix: the KV of the layout's prefix
         end: the position from which on somebody else computes the prompt: there is no KV of use from there on
 
     Raises:
-        BlendRefusedError: an entry is not of the chunk that the layout puts there.
-        ValueError: prompt, layout, entries and prefix differ in length.
+        BlendRefusedError: the source has another chunk than the layout puts there.
+        ValueError: prompt, layout, source and prefix differ in length.
     """
-    _check(token_ids, layout, entries, prefix)
-    layout = _without_foreign_context(layout, entries)
-    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, entries, prefix, end)
+    _check(token_ids, layout, source, prefix)
+    layout = _without_foreign_context(layout, source)
+    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, source, prefix, end)
     selection = method.select(prompt, ratio) if len(prompt.candidates) else Selection(prompt.candidates.bool())
     chosen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=model.device)
     chosen[prompt.candidates[selection.chosen.to(model.device)]] = True
     chosen[end:] &= end is None
     rows = prompt.compute(chosen, selection, kv_only=end is not None)
+    prompt.fill(model.num_layers - 1)
     logits = model.logits(rows.hidden[-1:])[0] if end is None else None
     return Blended(prompt.kv, logits, int(chosen.sum()), prompt.num_token_layers)
-
-
-def assemble(model: BlendModel, layout: PromptLayout, entries: Sequence[ChunkEntry], prefix: TokenKV | None, like: torch.Tensor) -> TokenKV:
-    """The KV of a prompt as far as it is known, keys moved to their places; zeros elsewhere."""
-    kv = empty_kv(model, layout.num_tokens, like)
-    if prefix is not None:
-        kv.keys[:, :, : prefix.num_tokens] = prefix.keys
-        kv.values[:, :, : prefix.num_tokens] = prefix.values
-    for placement, entry in zip(layout.placements, entries, strict=True):
-        part = entry.kv.part(placement.first_token, placement.chunk.num_tokens)
-        kv.keys[:, :, placement.start : placement.end] = model.rotary.move(part.keys, placement.shift)
-        kv.values[:, :, placement.start : placement.end] = part.values
-    return kv
 
 
 @torch.no_grad()
@@ -103,7 +92,7 @@ class _Prompt:
         model: BlendModel,
         token_ids: torch.Tensor,
         layout: PromptLayout,
-        entries: Sequence[ChunkEntry],
+        source: ChunkSource,
         prefix: TokenKV | None,
         end: int | None,
     ) -> None:
@@ -112,7 +101,7 @@ class _Prompt:
         self.num_layers = model.num_layers
         self._model = model
         self._tokens = token_ids
-        self._entries = entries
+        self._source = source
         device = token_ids.device
         self.candidates = torch.tensor(layout.candidates, dtype=torch.long, device=device)
         self._fresh = torch.zeros(layout.num_tokens, dtype=torch.bool, device=device)
@@ -124,13 +113,27 @@ class _Prompt:
         self._wanted = torch.ones(layout.num_tokens, dtype=torch.bool, device=device)
         self._wanted[end:] &= end is None
         first = model.project(0, model.embed(token_ids[:1]), torch.zeros(1, dtype=torch.long, device=device))
-        self.kv = assemble(model, layout, entries, prefix, first.keys)
+        self.kv = empty_kv(model, layout.num_tokens, first.keys)
+        if prefix is not None:
+            self.kv.keys[:, :, : prefix.num_tokens] = prefix.keys
+            self.kv.values[:, :, : prefix.num_tokens] = prefix.values
+        self.fill = PromptKV(self.kv, layout, source, model.rotary).fill
         self._begun: Rows | None = None
 
-    def advance(self, rows: Rows, end_layer: int | None = None, hook: MeanShift | None = None, *, kv_only: bool = False) -> None:
+    def advance(self, rows: Rows, end_layer: int | None = None, hook: LayerHook | None = None, *, kv_only: bool = False) -> None:
         end = self._model.num_layers if end_layer is None else end_layer
         self.num_token_layers += len(rows.positions) * (end - rows.next_layer)
-        advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=hook, kv_only=kv_only)
+        advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=self._filling(hook), kv_only=kv_only)
+
+    def _filling(self, hook: LayerHook | None) -> LayerHook:
+        """A hook that puts the chunks in place in a layer before ``hook`` sees it; the rows' projections need none of them."""
+
+        def fill(layer: int, projected: Projected) -> None:
+            self.fill(layer)
+            if hook is not None:
+                hook(layer, projected)
+
+        return fill
 
     def compute(self, chosen: torch.Tensor, selection: Selection, *, kv_only: bool) -> Rows:
         """Computes what was chosen up to its last layer, and all that nobody has to the end. The rows that were computed to the end."""
@@ -165,6 +168,7 @@ class _Prompt:
             self._begun = start(self._model, self._tokens, known.nonzero()[:, 0])
         layer = min(layer, self._model.num_layers - 1)
         self.advance(self._begun, end_layer=layer)
+        self.fill(layer)
         is_candidate = torch.isin(self._begun.positions, self.candidates)
         projected = self._model.project(layer, self._begun.hidden[is_candidate], self._begun.positions[is_candidate])
         difference = (projected.values - self.kv.values[layer][:, self.candidates]).float()
@@ -185,27 +189,27 @@ class _Prompt:
             total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / len(layers))
 
         self.num_token_layers += len(rows.positions) * layers.stop
-        advance(model, rows, self.kv, self._writable, end_layer=layers.stop, hook=look, kv_only=True)
+        advance(model, rows, self.kv, self._writable, end_layer=layers.stop, hook=self._filling(look), kv_only=True)
         return total[self.candidates]
 
-    def contexts(self) -> list[Context]:
-        return [entry.context for entry in self._entries]
+    def contexts(self) -> Sequence[Context]:
+        return self._source.contexts
 
 
-def _without_foreign_context(layout: PromptLayout, entries: Sequence[ChunkEntry]) -> PromptLayout:
+def _without_foreign_context(layout: PromptLayout, source: ChunkSource) -> PromptLayout:
     """A chunk whose KV was computed behind other chunks is nowhere exact, also not directly behind its anchor."""
-    pairs = zip(layout.placements, entries, strict=True)
-    placements = tuple(replace(at, is_exact=at.is_exact and not entry.context.chunk_keys) for at, entry in pairs)
+    pairs = zip(layout.placements, source.contexts, strict=True)
+    placements = tuple(replace(at, is_exact=at.is_exact and not context.chunk_keys) for at, context in pairs)
     return replace(layout, placements=placements)
 
 
-def _check(token_ids: Sequence[int], layout: PromptLayout, entries: Sequence[ChunkEntry], prefix: TokenKV | None) -> None:
+def _check(token_ids: Sequence[int], layout: PromptLayout, source: ChunkSource, prefix: TokenKV | None) -> None:
     num_prefix = 0 if prefix is None else prefix.num_tokens
-    given = (len(token_ids), len(entries), num_prefix)
+    given = (len(token_ids), len(source.chunks), num_prefix)
     wanted = (layout.num_tokens, len(layout.placements), layout.num_prefix_tokens)
     if given != wanted:
-        raise ValueError(f"tokens, entries and prefix tokens are {given}, of the layout {wanted}")
-    for placement, entry in zip(layout.placements, entries, strict=True):
-        if entry.chunk != placement.chunk:
-            text = f"the entry of chunk {entry.chunk.key.hex()} for token {placement.start}, where chunk {placement.chunk.key.hex()} lies"
+        raise ValueError(f"tokens, chunks and prefix tokens are {given}, of the layout {wanted}")
+    for placement, chunk in zip(layout.placements, source.chunks, strict=True):
+        if chunk != placement.chunk:
+            text = f"the KV of chunk {chunk.key.hex()} for token {placement.start}, where chunk {placement.chunk.key.hex()} lies"
             raise BlendRefusedError(RefusalReason.TOKENS_DIFFER, text)

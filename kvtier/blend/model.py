@@ -61,13 +61,16 @@ class Rotary:
         """Keys ``[..., head_dim]`` as of ``shift`` positions later. One rotation in fp32; the bits of ``kvtier.copy.rope.shift_keys``."""
         if shift == 0:
             return keys
-        table = torch.from_numpy(shift_table(self.frequencies, [shift])[0]).to(keys.device)
-        num_pairs = table.shape[0]
+        return self.turn(keys, torch.from_numpy(shift_table(self.frequencies, [shift])).to(keys.device))
+
+    def turn(self, keys: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Keys ``[..., num_tokens, head_dim]``, each token's turned by its own cosines and sines ``[num_tokens or 1, pairs, 2]``, fp32."""
+        num_pairs = turns.shape[1]
         first, second = slice(0, num_pairs), slice(num_pairs, 2 * num_pairs)
         if self.pairs == "interleaved":
             first, second = slice(0, 2 * num_pairs, 2), slice(1, 2 * num_pairs, 2)
         left, right = keys[..., first].float(), keys[..., second].float()
-        cosine, sine = table[:, 0], table[:, 1]
+        cosine, sine = turns[:, :, 0], turns[:, :, 1]
         moved = keys.clone()
         moved[..., first] = (left * cosine - right * sine).to(keys.dtype)
         moved[..., second] = (right * cosine + left * sine).to(keys.dtype)

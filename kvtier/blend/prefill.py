@@ -13,8 +13,10 @@ import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
 from kvtier.blend.model import BlendModel, Projected, TokenKV
 
-GROUP_ROWS = 64
-"""rows whose attention is computed together"""
+GROUP_ROWS = {"cpu": 64}
+"""rows whose attention is computed together, by the type of device"""
+GROUP_ROWS_ELSEWHERE = 256
+"""more where every call costs a launch"""
 
 LayerHook = Callable[[int, Projected], None]
 """told of each layer's projections before they are written: layer, projections of the rows"""
@@ -77,35 +79,56 @@ def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.arange(num_tokens, device=positions.device)[None, :] <= positions[:, None]
 
 
-def causal_groups(positions: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+def causal_groups(positions: torch.Tensor, dtype: torch.dtype, group_rows: int | None = None) -> list[torch.Tensor]:
     """What each row may not look at, for attention in groups of neighbours: ``[rows, tokens up to the group's last]``, -inf there.
 
-    No group reads what lies behind its last row, which halves the work.
+    No group reads what lies behind its last row, which halves the work. Rows of a mask lie a multiple of 16 elements apart, or kernels
+    on a device would copy it first.
     """
     groups = []
-    for part in positions.split(GROUP_ROWS):
-        behind = torch.arange(int(part[-1]) + 1, device=part.device)[None, :] > part[:, None]
-        groups.append(torch.zeros(behind.shape, dtype=dtype, device=part.device).masked_fill_(behind, -torch.inf))
+    for part in positions.split(group_rows or GROUP_ROWS.get(positions.device.type, GROUP_ROWS_ELSEWHERE)):
+        end = int(part[-1]) + 1
+        mask = torch.zeros((len(part), -(-end // 16) * 16), dtype=dtype, device=part.device)[:, :end]
+        groups.append(mask.masked_fill_(torch.arange(end, device=part.device)[None, :] > part[:, None], -torch.inf))
     return groups
 
 
-def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, groups: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    groups: Sequence[torch.Tensor],
+    scale: float,
+    *,
+    folds: bool | None = None,
+) -> torch.Tensor:
     """Attention of grouped queries, ``groups`` as :func:`causal_groups` gives them; ``[rows, num_heads * head_dim]``.
 
-    Heads that share keys count as more rows of one head, which for few rows is several times faster than to let torch share them.
+    ``folds`` (default: on a CPU): heads that share keys count as more rows of one head, which for few rows is several times faster there
+    than to let torch share them. Elsewhere they read the same keys and the same mask, and nothing is copied.
     """
+    folds = queries.device.type == "cpu" if folds is None else folds
+    num_heads, num_rows, head_dim = queries.shape
+    shared = queries.reshape(keys.shape[0], -1, num_rows, head_dim)
     parts = []
     first = 0
-    num_heads, _, head_dim = queries.shape
-    num_shared = num_heads // keys.shape[0]
     for mask in groups:
-        num_rows, end = mask.shape
-        folded = queries[:, first : first + num_rows].reshape(1, keys.shape[0], num_shared * num_rows, head_dim)
-        masks = mask.repeat(num_shared, 1) if num_shared > 1 else mask
-        part = F.scaled_dot_product_attention(folded, keys[None, :, :end], values[None, :, :end], attn_mask=masks, scale=scale)
-        parts.append(part.view(num_heads, num_rows, head_dim))
-        first += num_rows
+        part = shared[:, :, first : first + len(mask)]
+        attended = (_folded if folds else _shared)(part, keys[:, : mask.shape[1]], values[:, : mask.shape[1]], mask, scale)
+        parts.append(attended.reshape(num_heads, len(mask), head_dim))
+        first += len(mask)
     return torch.cat(parts, 1).transpose(0, 1).reshape(first, -1)
+
+
+def _folded(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    num_shared = queries.shape[1]
+    masks = mask.repeat(num_shared, 1) if num_shared > 1 else mask
+    return F.scaled_dot_product_attention(queries.flatten(1, 2)[None], keys[None], values[None], attn_mask=masks, scale=scale)
+
+
+def _shared(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    keys, values = (part[:, None].expand(-1, queries.shape[1], -1, -1) for part in (keys, values))
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
 
 
 def attention_weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:

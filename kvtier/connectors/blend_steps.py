@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.messages import BlendJob, EntryJob, WorkerReport
+from kvtier.copy.base import PieceReader
 from kvtier.memory.arena import Arena
 
 
@@ -19,10 +20,10 @@ class LostChunkError(Exception):
 class Blender(Protocol):
     """Puts prompts together from chunks and computes chunks; both are done on return, or raise. LostChunkError is expected.
 
-    ``arena``: where the job's slots lie; nothing of it is kept.
+    ``arena``: where the job's slots lie; nothing of it is kept. ``pieces``: reads it into memory of the device.
     """
 
-    def blend(self, job: BlendJob, arena: Arena) -> tuple[int, int]:
+    def blend(self, job: BlendJob, arena: Arena, pieces: PieceReader | None) -> tuple[int, int]:
         """Returns how many tokens it took from chunks, and how many of them it computed anew."""
         ...
 
@@ -40,9 +41,10 @@ class BlendSteps:
         self._boundary = Boundary(on_error=on_error)
         """around the blender, which runs the engine's model and may fail in any way"""
 
-    def attach(self, arena: Arena | None, arena_id: str) -> None:
+    def attach(self, arena: Arena | None, arena_id: str, pieces: PieceReader | None = None) -> None:
         """Slots are in this arena from now on, which orders call ``arena_id``."""
         self._arena = arena
+        self._pieces = pieces
         self._arena_id = arena_id
 
     def blend(self, jobs: Sequence[BlendJob], failed_block_ids: AbstractSet[int], report: WorkerReport, arena_id: str = "") -> set[int]:
@@ -53,7 +55,7 @@ class BlendSteps:
             is_done = False
             if blender is not None and arena is not None and failed_block_ids.isdisjoint(job.block_ids):
                 with self._boundary.at("blend"), contextlib.suppress(LostChunkError):
-                    num_tokens, num_chosen = blender.blend(job, arena)
+                    num_tokens, num_chosen = blender.blend(job, arena, self._pieces)
                     report.num_blended_tokens += num_tokens
                     report.num_chosen_tokens += num_chosen
                     is_done = True

@@ -24,7 +24,7 @@ from kvtier.connectors.layer_stores import LayerStores
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
 from kvtier.connectors.running import RunningCopy
 from kvtier.connectors.tenancy import Tenancy
-from kvtier.copy.base import BlockCopier, BlockCopy, CopyEvent, LayerLoader, LayerStorer
+from kvtier.copy.base import BlockCopy, CopyEvent, Movers
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 
@@ -68,10 +68,9 @@ class WorkerHalf:
 
     Args:
         arena: the shared arena, mapped by this process; not closed by ``close()``. None: there is none before ``attach``
-        copier: bound to this rank's KV memory and to the arena
+        movers: bound to this rank's KV memory and to the arena. A layer loader is for engines that can wait for each layer, and is
+            closed by ``close()``; a layer storer for engines that tell of each layer
         part: where this rank's bytes lie in a slot
-        loader: loads layer by layer, where the engine can wait for each layer; closed by ``close()``
-        storer: stores layer by layer, where the engine tells of each layer
         blender: puts prompts together from chunks, where this worker can
         strict: re-raise unexpected errors, except those of the copier (tests only)
     """
@@ -79,16 +78,14 @@ class WorkerHalf:
     def __init__(
         self,
         arena: Arena | None,
-        copier: BlockCopier | None,
+        movers: Movers,
         part: SlotPart,
         *,
-        loader: LayerLoader | None = None,
-        storer: LayerStorer | None = None,
         blender: Blender | None = None,
         strict: bool = False,
     ) -> None:
         self._blends = BlendSteps(blender, self._count_error)
-        self.attach(arena, copier, loader=loader, storer=storer)
+        self.attach(arena, movers)
         self._stores_by_layer: list[RunningCopy] = []
         self._part = part
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
@@ -106,21 +103,13 @@ class WorkerHalf:
 
     # ---- an arena that may be replaced --------------------------------------------------------------------------
 
-    def attach(
-        self,
-        arena: Arena | None,
-        copier: BlockCopier | None,
-        *,
-        loader: LayerLoader | None = None,
-        storer: LayerStorer | None = None,
-        arena_id: str = "",
-    ) -> None:
+    def attach(self, arena: Arena | None, movers: Movers, arena_id: str = "") -> None:
         """Copies to and from this arena from now on, which orders call ``arena_id``; None: every copy fails. Between two steps."""
         self._tenancy = Tenancy(None if arena is None else arena.generations, arena_id)
-        self._blends.attach(arena, arena_id)
-        self._copier = copier
-        self._layers = LayerPipeline(loader)
-        self._layer_stores = LayerStores(storer)
+        self._blends.attach(arena, arena_id, movers.pieces)
+        self._copier = movers.copier
+        self._layers = LayerPipeline(movers.loader)
+        self._layer_stores = LayerStores(movers.storer)
 
     def detach(self) -> None:
         """Lets go of the arena; copies that run have failed. Between two steps."""
@@ -133,7 +122,7 @@ class WorkerHalf:
         for load in loads:
             self._end_load(load)
         self.close()
-        self.attach(None, None)
+        self.attach(None, Movers())
 
     # ---- one step -----------------------------------------------------------------------------------------------
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from kvtier.copy.cuda_runs import Addresses, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +86,32 @@ class LayerStorer(Protocol):
 
     def gather_layers(self, copies: Sequence[BlockCopy]) -> LayerStore:
         """engine -> arena. Nothing is copied yet. Offsets and block ids are checked (IndexError)."""
+
+
+class PieceReader(Protocol):
+    """Reads any part of the arena into memory of the device. Bound like a :class:`BlockCopier`."""
+
+    def read_pieces(self, to: Addresses, offsets: Ints, num_bytes: int) -> CopyEvent:
+        """arena -> device: ``num_bytes`` from each of ``offsets`` to each of the addresses ``to``.
+
+        Ordered after everything the engine has submitted to its compute stream so far. Offsets are checked (IndexError); that there
+        is so much memory at the addresses, until the event, is the caller's part.
+        """
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Movers:
+    """What moves a worker's blocks: whole, and in the other ways where that is wanted and possible."""
+
+    copier: BlockCopier | None = None
+    """None: nothing can be moved"""
+    loader: LayerLoader | None = None
+    storer: LayerStorer | None = None
+    pieces: PieceReader | None = None
+    """None: the arena is read by the CPU"""
+    release: Callable[[], None] = _nothing
+    """Lets go of the device's memory and of the arena, which may be unmapped then. After the last copy has ended; never raises."""

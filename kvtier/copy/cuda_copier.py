@@ -12,7 +12,7 @@ import numpy as np
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cuda_choice import DIRECTIONS, CopyTable, Direction, Way
 from kvtier.copy.cuda_params import DeviceTable, merged, segment_table
-from kvtier.copy.cuda_runs import runs_of
+from kvtier.copy.cuda_runs import Addresses, Ints, Runs, joined, runs_of
 from kvtier.copy.cuda_runtime import CudaRuntime, DeviceEvent, DeviceMemory
 from kvtier.copy.cuda_ways import (
     MIN_SLICE_BYTES,
@@ -162,6 +162,18 @@ class CudaCopier:
     def gather_layers(self, copies: Sequence[BlockCopy]) -> DeviceLayerStore:
         """Engine -> arena, each layer as soon as it is computed. See :class:`~kvtier.copy.base.LayerStorer`."""
         return DeviceLayerStore(self, self._checked(copies))
+
+    def read_pieces(self, to: Addresses, offsets: Ints, num_bytes: int) -> DeviceCopyEvent:
+        """Arena -> device memory, by the copy engines. See :class:`~kvtier.copy.base.PieceReader`."""
+        if num_bytes < 0 or (len(offsets) and not 0 <= int(offsets.min()) <= int(offsets.max()) <= self._arena.num_bytes - num_bytes):
+            raise IndexError(f"{num_bytes} bytes at one of the arena offsets {offsets} are outside [0, {self._arena.num_bytes})")
+        stream = self._lanes["load"].transfer
+        runs = joined(Runs(to, np.uint64(self._arena.address) + offsets.astype(np.uint64), np.full(len(to), num_bytes, np.int64)))
+        with self._stopping_on_error():
+            self._runtime.wait(stream, self._runtime.record(self._compute_stream()))
+            for part in runs.slices(self._whole.settings.slice_bytes):
+                self._runtime.copy(stream, part.paged, part.contiguous, part.num_bytes)
+            return self._event(self._runtime.record(stream))
 
     def store_layer(self, layer: int, batch: Batch) -> DeviceCopyEvent:
         """Copies one layer of some blocks, after what the engine has submitted so far."""

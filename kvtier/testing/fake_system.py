@@ -13,7 +13,7 @@ from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.worker import SlotPart, WorkerHalf
-from kvtier.copy.base import BlockCopier, LayerLoader
+from kvtier.copy.base import BlockCopier, LayerLoader, Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.engine import CacheEngine
@@ -111,10 +111,8 @@ class FakeSystem:
         self.workers = [
             WorkerHalf(
                 self.arena,
-                copier,
+                Movers(copier, loader, storer),
                 SlotPart(rank, options.num_ranks, memory.engine_block_bytes, options.blocks_per_slot),
-                loader=loader,
-                storer=storer,
                 strict=strict,
             )
             for rank, (copier, loader, storer) in enumerate(zip(self.copiers, self.loaders, self.storers, strict=True))

@@ -21,6 +21,7 @@ from kvtier.blend.finding import Span
 from kvtier.blend.layout import lay_out
 from kvtier.blend.methods import Combined
 from kvtier.blend.model import TokenKV
+from kvtier.blend.placing import EntrySource
 from kvtier.blend.ratio import FixedRatio
 from tests.engine.blend_models import SIZES, Store, tiny
 
@@ -66,7 +67,7 @@ class Plainly:
         layout = lay_out(len(ids), len(self.prefix), store.space.place(ids, self.spans))
         ratio = FixedRatio(0.0 if case.variant.is_reuse else case.ratio)
         prefix = self.full(self.prefix)
-        return blend(self.model, ids, layout, store.entries(ids, layout), case.variant.method, ratio, prefix=prefix).kv.part(
+        return blend(self.model, ids, layout, EntrySource(store.entries(ids, layout)), case.variant.method, ratio, prefix=prefix).kv.part(
             0, len(ids) - 1
         )
 

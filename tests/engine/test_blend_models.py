@@ -30,6 +30,7 @@ from kvtier.blend.entries import capture_entries, full_prefill
 from kvtier.blend.finding import Span
 from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.methods import METHODS, Evidence, FullReuse, Selection
+from kvtier.blend.placing import EntrySource
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.transformers_models import TransformersModel
 from kvtier.errors import BlendRefusedError, RefusalReason
@@ -81,7 +82,7 @@ def blend_prompt(family: str, prompt: Prompt, method: str, ratio: float) -> tupl
     full, _ = full_prefill(model, torch.tensor(prompt.token_ids))
     prefix = full.part(0, prompt.num_prefix_tokens) if prompt.num_prefix_tokens else None
     entries = store.entries(prompt.token_ids, layout)
-    return blend(model, prompt.token_ids, layout, entries, METHODS[method](), FixedRatio(ratio), prefix=prefix), layout, store
+    return blend(model, prompt.token_ids, layout, EntrySource(entries), METHODS[method](), FixedRatio(ratio), prefix=prefix), layout, store
 
 
 def models_own(family: str, token_ids: Sequence[int]) -> Any:
@@ -202,7 +203,7 @@ def test_attention_is_that_of_the_layers_asked_for() -> None:
     store = Store(model, [])
     layout = lay_out(len(ids), 0, store.space.place(ids, [Span(0, 40), Span(40, 80)]))
     asking = Asking([range(NUM_LAYERS), range(1), range(1, NUM_LAYERS)])
-    blend(model, ids, layout, store.entries(ids, layout), asking, FixedRatio(0.5))
+    blend(model, ids, layout, EntrySource(store.entries(ids, layout)), asking, FixedRatio(0.5))
     every, first, others = asking.answers
     torch.testing.assert_close(NUM_LAYERS * every, first + (NUM_LAYERS - 1) * others)
     assert not torch.allclose(first, others, rtol=0.1)
@@ -250,7 +251,7 @@ def test_entries_taken_from_a_prompt_fit_it_again() -> None:
     store = Store(model, ids[:6])
     layout = lay_out(len(ids), 0, store.space.place(ids, [Span(6, 46), Span(46, 86)]))
     entries = capture_entries(model, ids, layout)
-    blended = blend(model, ids, layout, entries, FullReuse(), FixedRatio(0.0))
+    blended = blend(model, ids, layout, EntrySource(entries), FullReuse(), FixedRatio(0.0))
     torch.testing.assert_close(blended.logits, models_own("llama", ids)[0], rtol=0, atol=TOLERANCE)
     first, second = (entry.context for entry in entries)
     assert () == first.chunk_keys
@@ -271,7 +272,7 @@ def test_an_entry_from_behind_other_chunks_is_nowhere_exact() -> None:
     ids = [*anchor, *second, 5]
     layout = lay_out(27, 0, store.space.place(ids, [Span(6, 26)]))
     assert layout.placements[0].is_exact
-    blended = blend(model, ids, layout, [entry], FullReuse(), FixedRatio(1.0))
+    blended = blend(model, ids, layout, EntrySource([entry]), FullReuse(), FixedRatio(1.0))
     assert 20 == blended.num_chosen
     torch.testing.assert_close(blended.logits, models_own("llama", ids)[0], rtol=0, atol=TOLERANCE)
 
@@ -283,8 +284,8 @@ def test_an_entry_of_another_chunk_is_refused() -> None:
     ids = tokens(2, 40)
     layout = lay_out(40, 0, store.space.place(ids, [Span(3, 20)]))
     others = store.entries(ids, lay_out(40, 0, store.space.place(ids, [Span(4, 21)])))
-    with pytest.raises(BlendRefusedError, match="the entry of chunk") as caught:
-        blend(model, ids, layout, others, FullReuse(), FixedRatio(0.0))
+    with pytest.raises(BlendRefusedError, match="the KV of chunk") as caught:
+        blend(model, ids, layout, EntrySource(others), FullReuse(), FixedRatio(0.0))
     assert RefusalReason.TOKENS_DIFFER == caught.value.reason
 
 
@@ -330,7 +331,7 @@ def test_all_tokens_are_full_prefill_in_smollm2(method: str) -> None:
     ids = [1 + (number * number * 17 + 5 * number) % 40_000 for number in range(150)]
     store = Store(model, ids[:16])
     layout = lay_out(len(ids), 0, store.space.place(ids, [Span(16, 60), Span(60, 90), Span(95, 140)]))
-    blended = blend(model, ids, layout, store.entries(ids, layout), METHODS[method](), FixedRatio(1.0))
+    blended = blend(model, ids, layout, EntrySource(store.entries(ids, layout)), METHODS[method](), FixedRatio(1.0))
     with torch.no_grad():
         expected = loaded(input_ids=torch.tensor([ids])).logits[0, -1].float()
     torch.testing.assert_close(blended.logits, expected, rtol=0, atol=2e-3)

@@ -12,8 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="NOTHING WAS CHECKED ON A GPU: torch is not installed")
 
-from kvtier.connectors.vllm.movers import Movers, forget_error, movers_of, pin_arena  # noqa: E402 - only where there is torch
-from kvtier.copy.base import BlockCopy  # noqa: E402 - only where there is torch
+from kvtier.connectors.vllm.movers import forget_error, movers_of, pin_arena  # noqa: E402 - only where there is torch
+from kvtier.copy.base import BlockCopy, Movers  # noqa: E402 - only where there is torch
 from kvtier.copy.cuda_batch import tolerate_captures  # noqa: E402 - only where there is torch
 from kvtier.copy.torch_copier import TorchCopier  # noqa: E402 - only where there is torch
 from kvtier.layout import KVLayout, Segment  # noqa: E402 - only where there is torch
@@ -78,6 +78,7 @@ class Engine:
 
     def round_trip(self, movers: Movers, copies: list[BlockCopy], again: list[BlockCopy]) -> None:
         """Stores what was computed last, and loads it into blocks that were overwritten, without waiting on the host between."""
+        assert movers.copier is not None
         for _ in range(5):
             self.compute()
             movers.copier.gather(copies).wait()

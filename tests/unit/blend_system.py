@@ -115,6 +115,7 @@ class System:
         self.memory = Memory()
         self.blender = ChunkBlender(self.model, self.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)
         self.arena = arena
+        self.blend_steps = self.steps(self.blender)
         self.next_block = 1
         for report in reports:
             self.half.finish_step(report)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.blend.chunks import NO_ANCHOR
@@ -21,6 +21,7 @@ from kvtier.blend.methods import METHODS, CacheBlend, CacheCraft, Combined, Epic
 from kvtier.blend.methods.base import share_out, top
 from kvtier.blend.methods.cachecraft import context_impact, prefix_overlap
 from kvtier.blend.model import Projected, Rotary, TokenKV
+from kvtier.blend.prefill import attend, causal_groups
 from kvtier.blend.ratio import FixedRatio
 from kvtier.copy.rope import Pairs, TokenShift, plain_frequencies, shift_keys, shift_table
 from kvtier.errors import BlendRefusedError, RefusalReason
@@ -217,3 +218,54 @@ def test_the_rest_of_a_chunk_moves_as_far_as_the_changes_agree() -> None:
     assert 0 == shifted(MIN_CHUNK_TOKENS, 10, opposite).abs().sum()
     assert 0 == shifted(MIN_CHUNK_TOKENS - 1, 10, torch.tensor([2.0, 0.0])).abs().sum()
     assert 0 == shifted(MIN_CHUNK_TOKENS, MIN_CHOSEN_TOKENS - 1, torch.tensor([2.0, 0.0])).abs().sum()
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.sampled_from([40, 100, 130]), st.integers(0, 130), st.booleans()), min_size=1, max_size=5), st.integers(0, 99))
+def test_every_chunk_moves_by_its_own_mean(chunks: list[tuple[int, int, bool]], seed: int) -> None:
+    """As in a loop over chunks, heads and nothing else, whatever is chosen of each."""
+    lengths = [length for length, _, _ in chunks]
+    layout = layout_of(lengths)
+    layout = replace(
+        layout, placements=tuple(replace(at, is_exact=exact) for at, (_, _, exact) in zip(layout.placements, chunks, strict=True))
+    )
+    chance = torch.Generator().manual_seed(seed)
+    old = torch.randn(1, 2, layout.num_tokens, 4, generator=chance)
+    kv = TokenKV(old.clone(), old.clone())
+    chosen = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    for at, (_, number, _) in zip(layout.placements, chunks, strict=True):
+        chosen[at.start + torch.randperm(at.num_tokens, generator=chance)[:number]] = True
+    computed = chosen.clone()
+    computed[layout.question] = True
+    positions = computed.nonzero()[:, 0]
+    new = torch.randn(2, len(positions), 4, generator=chance)
+    MeanShift(kv, layout, positions, chosen, 0.5)(0, Projected(new, new, new))
+    expected = old[0].clone()
+    for at in layout.placements:
+        rows = [row for row, position in enumerate(positions.tolist()) if at.start <= position < at.end and chosen[position]]
+        others = [position for position in range(at.start, at.end) if not chosen[position]]
+        if at.is_exact or at.num_tokens < MIN_CHUNK_TOKENS or len(rows) < MIN_CHOSEN_TOKENS or not others:
+            continue
+        for head in range(2):
+            change = new[head, rows] - old[0, head, positions[rows]]
+            mean = change.mean(0)
+            agreement = mean.square().sum() / change.square().sum(1).mean()
+            expected[head, others] += 0.5 * agreement * mean
+    torch.testing.assert_close(kv.keys[0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(kv.keys, kv.values)
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=30, unique=True), st.sampled_from([(4, 2), (6, 6), (3, 1)]), st.integers(1, 40))
+def test_attention_is_the_same_however_heads_share_keys(positions: list[int], heads: tuple[int, int], group_rows: int) -> None:
+    """Folded into rows or not, and in groups of any size, it is plain attention over what lies before each row."""
+    num_heads, num_kv_heads = heads
+    at = torch.tensor(sorted(positions))
+    chance = torch.Generator().manual_seed(len(positions))
+    queries = torch.randn(num_heads, len(at), 8, generator=chance)
+    keys, values = torch.randn(2, num_kv_heads, 61, 8, generator=chance)
+    wide_keys, wide_values = (part.repeat_interleave(num_heads // num_kv_heads, 0) for part in (keys, values))
+    scores = (queries @ wide_keys.transpose(1, 2) * 0.3).masked_fill(torch.arange(61)[None, :] > at[:, None], -torch.inf)
+    expected = (scores.softmax(-1) @ wide_values).transpose(0, 1).flatten(1)
+    groups = causal_groups(at, torch.float32, group_rows)
+    for folds in (True, False):
+        torch.testing.assert_close(attend(queries, keys, values, groups, 0.3, folds=folds), expected, rtol=1e-4, atol=1e-5)

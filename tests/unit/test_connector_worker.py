@@ -12,6 +12,7 @@ import pytest
 
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
 from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.memory.arena import Arena
 from kvtier.testing.copiers import FaultyCopier
@@ -38,7 +39,7 @@ class Rig:
             self.workers.append(
                 WorkerHalf(
                     self.arena,
-                    copier,
+                    Movers(copier),
                     SlotPart(rank, num_ranks, self.memory.engine_block_bytes, blocks_per_slot),
                     strict=True,
                 )

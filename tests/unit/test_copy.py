@@ -306,6 +306,9 @@ def test_malformed_calls_raise_the_same_everywhere(twin: Callable[..., int]) -> 
         (ValueError, (array("q", [5, base, 9, 10]), arena, 71, one, one, True)),
         (ValueError, (array("q", [5, base, 9, 0]), arena, 71, one, one, True)),
         (ValueError, (array("q", [5, 0, 12, 10]), arena, 71, one, one, True)),
+        (ValueError, (array("q", [5, base, 2**62, 10]), arena, 71, one, one, True)),
+        (ValueError, (array("q", [1, base, 2**63 - base, 10]), arena, 71, one, one, True)),
+        (ValueError, (array("q", [1, 1, 2**62, 2**62, 1, 2**62, 2**62]), arena, 2**63 - 1, array("q"), array("q"), True)),
         (ValueError, (paged, 0, 71, one, one, True)),
         (ValueError, (paged, arena, -1, one, one, True)),
         (ValueError, (paged, arena, 71, one, array("q"), True)),
@@ -322,6 +325,22 @@ def test_malformed_calls_raise_the_same_everywhere(twin: Callable[..., int]) -> 
         with pytest.raises(error):
             twin(*arguments)
     assert before == memory.contents()
+
+
+NOTHING_OF_MUCH = """
+import resource
+from array import array
+from kvtier import _core
+limit = 4 << 30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(_core.copy_blocks(array("q", [1, 4096, 1 << 50, 1 << 50]), 4096, 8, array("q"), array("q"), True))
+"""
+
+
+def test_no_blocks_take_no_time_however_large_they_are() -> None:
+    """A block is divided into pieces where one is copied, not before: those of a PiB would fill the memory."""
+    outcome = subprocess.run([sys.executable, "-c", NOTHING_OF_MUCH], capture_output=True, text=True, timeout=60, check=False)
+    assert (0, "0\n") == (outcome.returncode, outcome.stdout), outcome.stderr
 
 
 def test_torch_copier_refuses_what_it_would_copy_wrongly() -> None:

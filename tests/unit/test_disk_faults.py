@@ -391,6 +391,46 @@ def test_one_segment_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.M
     tier.close()
 
 
+@pytest.mark.parametrize("where", ["commit", "close"])
+def test_no_store_gets_two_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A segment that cannot be synced, then an index that fails in a way that nobody expected: the thread lives on."""
+    tier = open_tier(tmp_path)
+    metas = [meta_of(number, SEGMENT_BYTES - 4096) for number in range(4)]
+
+    def fdatasync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("segment-000001.kv"):
+            raise OSError(errno.EIO, "no")
+
+    def commit(*arguments: object) -> None:
+        raise IndexFileError("LMDB: injected") if where == "close" else RuntimeError("injected")
+
+    def close(*arguments: object, leave_proof: bool) -> None:
+        raise IndexFileError("LMDB: injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fdatasync)
+        patch.setattr(IndexFile, "commit", commit)
+        if where == "close":
+            patch.setattr(IndexFile, "close", close)
+        assert (Outcome.FAILED,) * 3 == store(tier, metas[:3])
+    assert (Outcome.OK,) == store(tier, metas[3:])
+    assert [] == tier.check()
+    tier.close()
+
+
+def test_an_index_that_fails_is_let_go(tmp_path: Path) -> None:
+    """An LMDB environment that answers nothing any more is closed all the same, once."""
+    tier = open_tier(tmp_path)
+    metas = [meta_of(number, 5000) for number in range(2)]
+    index = tier._committer._index
+    assert index is not None
+    index._environment.close()
+    index.close(leave_proof=False)
+    assert (Outcome.FAILED,) == store(tier, metas[:1])
+    assert (Outcome.OK,) == store(tier, metas[1:])
+    tier.close()
+
+
 def load_outcomes(tier: DiskTier, metas: Sequence[BlockMeta]) -> list[Outcome]:
     """What loading the blocks one by one gives."""
     return [load(tier, [meta])[0] for meta in metas]

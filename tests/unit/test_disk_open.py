@@ -226,6 +226,21 @@ def test_segment_size_of_a_directory_stays(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_a_start_that_failed_binds_nobody(tmp_path: Path) -> None:
+    """A directory without blocks has no segment size yet, whatever was tried there before."""
+    with pytest.raises(TierError, match="does not fit"):
+        open_tier(tmp_path, capacity_bytes=1 << 60, segment_bytes=1 << 30)
+    assert not (tmp_path / "format").exists()
+    (tmp_path / "format").write_bytes(pack_text("kvtier disk tier", {"format": "1", "segment_bytes": str(1 << 30)}))  # an older version's
+    metas = [meta_of(number, 5000) for number in range(5)]
+    tier = open_tier(tmp_path)
+    assert {Outcome.OK} == set(store(tier, metas))
+    tier.close()
+    tier = open_tier(tmp_path)
+    assert {Outcome.OK} == set(load(tier, metas))
+    tier.close()
+
+
 def test_smaller_capacity(tmp_path: Path) -> None:
     """Reopened with less capacity, the tier keeps what fits and obeys the new bound at once."""
     metas = [meta_of(number, 5000) for number in range(20)]

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from kvtier.tiers.mooncake.lane import Lane
 from kvtier.tiers.remote import Deadline
+
+pytest.importorskip("kvtier.tiers.mooncake", reason="Mooncake does not load", exc_type=ImportError)
+from kvtier.tiers.mooncake.lane import Lane
 
 
 @pytest.fixture

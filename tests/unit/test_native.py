@@ -29,7 +29,12 @@ token_id = st.one_of(st.integers(0, 50_000), st.sampled_from(EDGES), st.integers
 def sequences(ids: list[int]) -> list[Any]:
     """The same ids in every form that holds them."""
     forms: list[Any] = [ids, tuple(ids), array("I", ids), array("q", ids), np.array(ids, "u4"), np.array(ids, "i8"), np.array(ids, "u8")]
-    forms += [memoryview(array("I", ids)), ListLike(ids), [np.int64(number) for number in ids]]
+    forms += [
+        memoryview(b"?" + array("I", ids).tobytes())[1:].cast("I"),
+        memoryview(array("I", ids)),
+        ListLike(ids),
+        [np.int64(number) for number in ids],
+    ]
     if max(ids, default=0) < 2**31:
         forms.append(np.array(ids, "i4"))
     return forms

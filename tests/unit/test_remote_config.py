@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.abc
+import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +123,8 @@ def test_a_server_that_is_not_there() -> None:
 @pytest.mark.parametrize("tier", [{"type": "redis", "url": "redis://a..b:1/0"}, {"type": "mooncake", "url": "mooncake://a..b:1"}])
 def test_a_host_that_can_be_none(tier: dict[str, object]) -> None:
     """A typing error in its name is like a server that is not there: by setting an error, or a start without the tier."""
+    if tier["type"] == "mooncake":
+        pytest.importorskip("kvtier.tiers.mooncake", reason="Mooncake does not load", exc_type=ImportError)
     for required in (True, False):
         section = Config.from_mapping({"tiers": [HOST, {**tier, "required": required}]}).lower[0]
         assert not isinstance(section, DiskTierConfig)
@@ -182,3 +187,27 @@ def test_an_engine_over_redis(tmp_path: Path, server: ValkeyServer, monkeypatch:
 def payload_of(key: BlockKey) -> bytes:
     """Bytes that no other key has."""
     return (hashlib.sha256(key).digest() * (BLOCK_BYTES // 32 + 1))[:BLOCK_BYTES]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'mooncake'"), "which is not installed (No module named 'mooncake')"),
+        (ImportError("libx.so.1: cannot open shared object file"), "which is installed but does not load: libx.so.1"),
+    ],
+)
+def test_an_extra_that_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch, error: ImportError, said: str) -> None:
+    """Two remedies, so two messages."""
+    section = Config.from_mapping({"tiers": [HOST, {"type": "mooncake", "url": "mooncake://a:1"}]}).lower[0]
+    assert not isinstance(section, DiskTierConfig)
+
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, path: object, target: object = None) -> None:
+            if name == "kvtier.tiers.mooncake":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "kvtier.tiers.mooncake", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(ConfigError, match=re.escape("kvtier[mooncake]")) as caught:
+        open_remote(section)
+    assert said in str(caught.value)

@@ -15,6 +15,7 @@ import gpu_check
 import pytest
 import run_tests
 import setup_progress
+import system_libraries
 import wheel_requirements
 from setup_progress import Progress, SetupError
 
@@ -31,6 +32,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bootstrap, "LOGS", tmp_path / ".cache" / "logs")
     monkeypatch.setattr(run_tests, "ROOT", tmp_path)
     monkeypatch.setattr(run_tests, "REPORTS", tmp_path / "reports")
+    monkeypatch.setattr(system_libraries, "FOLDER", tmp_path / "libraries")
+    monkeypatch.setattr(system_libraries, "LOG", tmp_path / ".cache" / "logs" / "libraries.log")
 
 
 def executable(path: Path, script: str) -> None:
@@ -319,3 +322,45 @@ class TestGpuCheck:
     def test_all_limits_together(self) -> None:
         """Are less than nine minutes."""
         assert sum(gpu_check.LIMITS_S.values()) < 540
+
+
+class TestSystemLibraries:
+    """What a package needs of the system comes into the checkout, or a part of the tests is skipped."""
+
+    @pytest.fixture(autouse=True)
+    def one_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(system_libraries, "PACKAGES", {"libnever-9.so.3": "libnever9"})
+
+    @pytest.mark.parametrize("needs_lists", [False, True])
+    def test_it_is_unpacked_and_found(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, needs_lists: bool) -> None:
+        """With the machine's package lists, or with lists of its own; a second time nothing is done."""
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        refuse = 'case "$*" in *Lists=*) ;; *) exit 1 ;; esac' if needs_lists else ""
+        executable(tools / "apt-get", f'echo "$@" >> {tmp_path}/calls; {refuse}\ncase "$*" in *download*) echo > libnever9_1.deb ;; esac')
+        executable(
+            tools / "dpkg-deb",
+            'mkdir -p "$3/usr/lib/x"; echo code > "$3/usr/lib/x/libnever-9.so.3.1"; ln -s libnever-9.so.3.1 "$3/usr/lib/x/libnever-9.so.3"',
+        )
+        monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+        for _ in range(2):
+            system_libraries.fetch_missing(Progress())
+        assert "code\n" == (tmp_path / "libraries" / "libnever-9.so.3").read_text()
+        assert ["libnever-9.so.3"] == os.listdir(tmp_path / "libraries")
+        assert (3 if needs_lists else 1) == len((tmp_path / "calls").read_text().splitlines())
+        assert {"LD_LIBRARY_PATH": f"/a:{tmp_path}/libraries"} == system_libraries.with_libraries({"LD_LIBRARY_PATH": "/a:"})
+
+    @pytest.mark.parametrize("script", [None, "exit 100", "exec sleep 60"])
+    def test_without_the_tools_or_the_network_set_up_goes_on(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None
+    ) -> None:
+        """No error, and no library."""
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        if script is not None:
+            for name in ("apt-get", "dpkg-deb"):
+                executable(tools / name, script)
+        monkeypatch.setattr(system_libraries, "TIMEOUT_S", 0.2)
+        monkeypatch.setenv("PATH", f"{tools}:/bin" if script else str(tools))
+        system_libraries.fetch_missing(Progress())
+        assert not list((tmp_path / "libraries").glob("*.so*"))

@@ -17,6 +17,7 @@ from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.tenancy import Tenancy
 from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena
@@ -44,7 +45,7 @@ class ServedEngine:
         digest = Namespace(model="fake").digest
         geometry = Geometry(digest, BLOCK_TOKENS, BLOCK_TOKENS, num_workers=1, host_blocks=64)
         half = SchedulerHalf(self.cache, geometry, DefaultSettings(async_load=async_load), stores_are_async=num_polls > 0, strict=True)
-        self.worker = WorkerHalf(None, None, SlotPart(0, 1, block_bytes), strict=True)
+        self.worker = WorkerHalf(None, Movers(), SlotPart(0, 1, block_bytes), strict=True)
         self._num_polls = num_polls
         self.num_attached = 0
         self.released: list[tuple[bool, bool]] = []
@@ -65,7 +66,7 @@ class ServedEngine:
 
     def attach(self, arena: Arena, arena_id: str, prepared: FaultyCopier) -> None:
         self.num_attached += 1
-        self.worker.attach(arena, prepared, arena_id=arena_id)
+        self.worker.attach(arena, Movers(prepared), arena_id)
 
     def detach(self) -> None:
         self.worker.detach()

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kvtier.connectors.vllm import movers  # noqa: E402 - only where there is torch
+from kvtier.copy.base import Movers  # noqa: E402
 from kvtier.layout import KVLayout, Segment  # noqa: E402
 from kvtier.memory.arena import Arena  # noqa: E402
 
@@ -55,7 +56,7 @@ def arena(tmp_path: Path) -> Any:
         yield arena
 
 
-def movers_of(arena: Arena) -> movers.Movers:
+def movers_of(arena: Arena) -> Movers:
     return movers._on_cuda(arena, LAYOUT, [torch.zeros(1, 16, dtype=torch.int8)], None, "auto")
 
 

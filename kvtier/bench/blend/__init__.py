@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kvtier.bench.blend.records import BASELINE, records
 from kvtier.bench.blend.summary import FULL, ROUNDED, Row, by_variant, of_ratio, paired
 from kvtier.bench.blend.tasks import TASKS, DocumentSet, make_set
+from kvtier.bench.options import MOST_ROUNDS, MOST_THREADS, add_json, whole
 from kvtier.bench.report import publish
 
 if TYPE_CHECKING:
@@ -35,17 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--model", metavar="DIR", help="a checkpoint of a supported family (default: KVTIER_TEST_MODEL)")
     parser.add_argument("--rows", type=Path, metavar="FILE", default=Path("blend-rows.jsonl"), help="where rows are kept and continued")
-    parser.add_argument("--items", type=int, default=4, help="sets of documents, 28 questions each (default: 4)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first set (default: 0)")
+    parser.add_argument("--items", type=whole(1, MOST_ROUNDS), default=4, help="sets of documents, 28 questions each (default: 4)")
+    parser.add_argument("--first", type=whole(0, MOST_ROUNDS), default=0, help="number of the first set (default: 0)")
     parser.add_argument(
         "--ratio", type=float, nargs="+", default=[0.15], help="share of the chunks' tokens computed anew; one or several (default: 0.15)"
     )
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants whose label contains one of these")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="only questions of these kinds (default: all)")
-    parser.add_argument("--questions", type=int, default=0, metavar="N", help="only the first N of each kind in each set (default: all)")
+    parser.add_argument(
+        "--questions", type=whole(0, MOST_ROUNDS), default=0, metavar="N", help="only the first N of each kind in each set (default: all)"
+    )
     parser.add_argument("--only-answered", action="store_true", help="leave out what full prefill does not answer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
+    add_json(parser)
+    parser.add_argument("--threads", type=whole(0, MOST_THREADS), default=0, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model and its KV (default: float32)")
     parser.add_argument(
@@ -80,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
             return 2
         _measure(args, path)
     rows = _read(args.rows)
+    if not rows:
+        print(f"--rows: {args.rows} holds none", file=sys.stderr)
+        return 2
     for ratio in args.ratio:
         report(rows, ratio)
     if args.json is not None:

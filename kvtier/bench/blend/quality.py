@@ -24,6 +24,7 @@ from kvtier.blend.entries import ChunkEntry, capture_entries, compute_entry, ful
 from kvtier.blend.finding import ChunkSpace, Span
 from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.model import BlendModel, TokenKV
+from kvtier.blend.placing import EntrySource
 from kvtier.blend.ratio import FixedRatio
 from kvtier.hashing import Namespace, request_root
 
@@ -162,7 +163,7 @@ class SetRun:
         layout, entries = self._laid_out(case.variant.entries, question)
         ids = [*self._context_ids, *question]
         size = FixedRatio(0.0 if case.variant.is_reuse else case.ratio)
-        blended = blend(self._model, ids, layout, entries, case.variant.method, size, prefix=self._prefix)
+        blended = blend(self._model, ids, layout, EntrySource(entries), case.variant.method, size, prefix=self._prefix)
         kv = with_room(self._model, blended.kv, self._room - len(question))
         if case.variant.kept_layers is not None:
             for layer in set(range(self._model.num_layers)) - set(case.variant.kept_layers):

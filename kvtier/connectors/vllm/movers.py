@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvtier.copy.base import BlockCopier, LayerLoader, LayerStorer
+from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
 from kvtier.copy.device import Device, cuda_copier, way_of
@@ -28,20 +29,6 @@ _LOG = logging.getLogger(__name__)
 PREFAULT_TIMEOUT_S = 600.0
 REGISTER_MAPPED = 2
 """a flag of CUDA: kernels may use the addresses"""
-
-
-def _nothing() -> None:
-    pass
-
-
-class Movers(NamedTuple):
-    """What moves blocks: whole, and layer by layer where that is wanted and possible."""
-
-    copier: BlockCopier
-    loader: LayerLoader | None = None
-    storer: LayerStorer | None = None
-    release: Callable[[], None] = _nothing
-    """Lets go of the device's memory and of the arena, which may be unmapped then. After the last copy has ended; never raises."""
 
 
 def movers_of(
@@ -66,7 +53,10 @@ def movers_of(
         movers = _on_cpu(arena, layout, layers, settings.copy_threads)
     else:
         movers = _on_cuda(arena, layout, views, layers, settings.gpu_copy)
-    return movers._replace(copier=PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes)) if pool_bytes else movers
+    if not pool_bytes:
+        return movers
+    assert movers.copier is not None
+    return replace(movers, copier=PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -90,7 +80,8 @@ def _on_cuda(arena: Arena, layout: KVLayout, views: Sequence[torch.Tensor], laye
     release = functools.partial(_release, copier, arena.address, number)
     if copier is None:
         return Movers(TorchCopier(views, arena.buffer), release=release)
-    return Movers(copier, release=release) if layers is None else Movers(copier, copier, copier, release)
+    by_layer = None if layers is None else copier
+    return Movers(copier, by_layer, by_layer, copier, release)
 
 
 def pin_arena(arena: Arena, device: int) -> int:

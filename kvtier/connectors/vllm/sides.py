@@ -19,9 +19,10 @@ from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
 from kvtier.connectors.vllm.blend_parts import blender_of
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
-from kvtier.connectors.vllm.movers import Movers, movers_of, on_device
+from kvtier.connectors.vllm.movers import movers_of, on_device
 from kvtier.connectors.worker import SlotPart, WorkerHalf
 from kvtier.controller import Controller
+from kvtier.copy.base import Movers
 from kvtier.copy.cuda_batch import tolerate_captures
 from kvtier.engine import CacheEngine
 from kvtier.errors import ConfigError
@@ -172,15 +173,15 @@ class WorkerSide:
 
         blender = blender_of(self._num_blocks, self._sizes, self._config.blend) if self._config.blend.enabled else None
         if self._arena is not None:
-            self._movers = movers = movers_for(self._arena)
-            self._half = WorkerHalf(self._arena, movers.copier, part, loader=movers.loader, storer=movers.storer, blender=blender)
+            self._movers = movers_for(self._arena)
+            self._half = WorkerHalf(self._arena, self._movers, part, blender=blender)
         else:
-            self._half = WorkerHalf(None, None, part, blender=blender)
+            self._half = WorkerHalf(None, Movers(), part, blender=blender)
             hello = Hello("worker", self._name, str(rank), {})
             self._served = ServedArena(self._config.daemon, hello, self, movers_for, release=lambda movers: movers.release())
 
     def attach(self, arena: Arena, arena_id: str, prepared: Movers) -> None:
-        self.half.attach(arena, prepared.copier, loader=prepared.loader, storer=prepared.storer, arena_id=arena_id)
+        self.half.attach(arena, prepared, arena_id)
 
     def detach(self) -> None:
         with on_device(self._device):  # on this thread or on the arena's

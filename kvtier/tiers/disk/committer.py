@@ -151,13 +151,13 @@ class Committer:
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _round(self, stores: list[PendingStore], places: list[int], next_sequence: int) -> bool:
-        """One transaction; whether the index file took it."""
+        """One transaction; whether the index file took it. Takes out of ``stores`` what has an outcome: an error befalls the rest."""
         unsynced = self._sync_segments(stores)
         if unsynced:
             with self._lock:
                 for store, problem in unsynced.items():
                     self._ledger.store_failed(store, Outcome.FAILED, problem)
-            stores = [store for store in stores if store not in unsynced]
+            stores[:] = [store for store in stores if store not in unsynced]
         entries = [(store.entry.place, pack_entry(self._ledger.sealing.fields(store.key, store.entry))) for store in stores]
         try:
             if self._index is None:
@@ -173,6 +173,7 @@ class Committer:
             self._health.succeeded()
         with self._lock:
             self._ledger.committed(stores, places)
+        stores.clear()
         return True
 
     def _renew(self) -> None:
@@ -189,7 +190,7 @@ class Committer:
         if index is not None:
             index.close(leave_proof=False)
 
-    def _failed(self, stores: list[PendingStore], error: Exception) -> None:
+    def _failed(self, stores: Sequence[PendingStore], error: Exception) -> None:
         self._health.failed(error)
         with self._lock:
             for store in stores:

@@ -107,12 +107,19 @@ class IndexFile:
     @_lmdb_errors_as_os_errors()
     def close(self, *, leave_proof: bool) -> None:
         """Closes the file and, if asked, leaves the ``clean`` file that lets the next opening trust it."""
-        used_bytes = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
-        if leave_proof and self._durable:
-            self._environment.sync(True)
-        self._environment.close()
+        try:
+            used_bytes = self._settled_bytes() if leave_proof else 0
+        finally:
+            self._environment.close()
         if leave_proof:
             _write_proof(self._path, used_bytes, durable=self._durable)
+
+    def _settled_bytes(self) -> int:
+        """How much of the file is in use. If durable, all of it is on the disk then."""
+        used_bytes: int = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
+        if self._durable:
+            self._environment.sync(True)
+        return used_bytes
 
 
 def _open(path: Path, map_bytes: int, *, durable: bool) -> lmdb.Environment:

@@ -90,17 +90,20 @@ def prepare_directory(directory: Path) -> None:
 
 
 def settle_geometry(directory: Path, capacity_bytes: int, segment_bytes: int, *, durable: bool) -> Geometry:
-    """The division of the capacity, with the segment size the directory already has. Raises TierError."""
+    """The division of the capacity, with the segment size of what the directory holds already. Raises TierError."""
     found = read_format(directory)
     if found is not None and found != segment_bytes:
-        logger.warning("%s keeps its segments of %d bytes (configured: %d); empty it to change that", directory, found, segment_bytes)
+        if _is_empty(directory):
+            found = None  # of a start that failed, say: it binds nobody
+        else:
+            logger.warning("%s keeps its segments of %d bytes (configured: %d); empty it to change that", directory, found, segment_bytes)
     geometry = divide(capacity_bytes, found or segment_bytes)
     try:
+        _trim(directory, geometry)
+        _require_space(directory, capacity_bytes)
         if found is None:
             content = pack_text(_FORMAT_TITLE, {"format": str(FORMAT_VERSION), "segment_bytes": str(segment_bytes)})
             replace_file(directory / FORMAT_NAME, content, durable=durable)
-        _trim(directory, geometry)
-        _require_space(directory, capacity_bytes)
     except TierError:
         raise
     except OSError as error:
@@ -242,6 +245,11 @@ def segment_sizes(directory: Path) -> dict[int, int]:
             if segment is not None:
                 sizes[segment] = entry.stat().st_size
     return sizes
+
+
+def _is_empty(directory: Path) -> bool:
+    """Whether there are no blocks, and no index that could name any."""
+    return not (directory / INDEX_NAME).exists() and not segment_sizes(directory)
 
 
 def _trim(directory: Path, geometry: Geometry) -> None:

@@ -1,0 +1,129 @@
+"""Reads the KV of chunks out of slots, a layer at a time, onto the device where the model computes.
+
+In its slots a chunk lies as rows, ``[layers, 2, KV heads, tokens of the block, head_dim]``. On a device with copy engines the next layers
+are on their way while one is computed; a CPU reads a layer where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from kvtier.blend.chunks import Chunk
+from kvtier.blend.entries import NO_CONTEXT
+from kvtier.copy.base import CopyEvent, PieceReader
+from kvtier.memory.arena import Arena
+from kvtier.memory.arena_file import PAGE_BYTES
+
+LAYERS_AHEAD = 2
+"""that are on their way, or have arrived, beside the one that is computed"""
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What a slot holds."""
+
+    num_layers: int
+    num_heads: int
+    block_tokens: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def of_layer(self) -> tuple[int, int, int, int]:
+        """``(2, KV heads, tokens, head_dim)``"""
+        return 2, self.num_heads, self.block_tokens, self.head_dim
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer in a slot."""
+        return torch.Size(self.of_layer).numel() * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Of all layers in a slot."""
+        return self.num_layers * self.layer_bytes
+
+
+class LayerReads(Protocol):
+    """One prompt's slots."""
+
+    def layer(self, index: int) -> torch.Tensor:
+        """``[slots, 2, KV heads, tokens, head_dim]`` on the model's device. For every layer in order; the next call may overwrite it."""
+        ...
+
+    def end(self) -> None:
+        """Returns when nothing reads the arena any more. Raises what a copy raised."""
+        ...
+
+
+class ArenaReads:
+    """Slots that the CPU reads, for a model anywhere."""
+
+    def __init__(self, arena: Arena, shape: RowShape, slots: Sequence[int], device: torch.device) -> None:
+        payload = torch.frombuffer(arena.buffer, dtype=torch.uint8)
+        offsets = torch.tensor(slots, dtype=torch.long) * PAGE_BYTES
+        self._blocks = [payload[offset : offset + shape.block_bytes].view(shape.dtype) for offset in offsets.tolist()]
+        self._shape = (shape.num_layers, *shape.of_layer)
+        self._device = device
+
+    def layer(self, index: int) -> torch.Tensor:
+        """As :class:`LayerReads` says."""
+        return torch.stack([block.view(self._shape)[index] for block in self._blocks]).to(self._device)
+
+    def end(self) -> None:
+        """As :class:`LayerReads` says."""
+        self._blocks = []
+
+
+class DeviceReads:
+    """Slots that are copied to the device ahead of the computation, by a ring of layers there."""
+
+    def __init__(self, pieces: PieceReader, shape: RowShape, slots: Sequence[int], device: torch.device) -> None:
+        self._pieces = pieces
+        self._shape = shape
+        self._offsets = np.array(slots, np.int64) * PAGE_BYTES
+        num_places = min(shape.num_layers, LAYERS_AHEAD + 1)
+        self._ring = torch.empty((num_places, len(slots), *shape.of_layer), dtype=shape.dtype, device=device)
+        self._events: list[CopyEvent] = []
+        for _ in range(num_places):
+            self._submit()
+
+    def layer(self, index: int) -> torch.Tensor:
+        """As :class:`LayerReads` says."""
+        if index and len(self._events) < self._shape.num_layers:
+            self._submit()  # over the layer before, whose last reader has been submitted
+        self._events[index].order_compute()
+        return self._ring[index % len(self._ring)]
+
+    def end(self) -> None:
+        """As :class:`LayerReads` says."""
+        if self._events:
+            self._events[-1].wait()
+
+    def _submit(self) -> None:
+        layer = len(self._events)
+        place = self._ring[layer % len(self._ring)]
+        to = place.data_ptr() + np.arange(len(self._offsets), dtype=np.uint64) * np.uint64(self._shape.layer_bytes)
+        offsets = self._offsets + layer * self._shape.layer_bytes
+        self._events.append(self._pieces.read_pieces(to, offsets, self._shape.layer_bytes))
+
+
+class SlotSource:
+    """Chunks in slots, as :class:`kvtier.blend.placing.ChunkSource` wants them."""
+
+    def __init__(self, chunks: Sequence[Chunk], reads: LayerReads, block_tokens: int) -> None:
+        self.chunks = chunks
+        self.contexts = [NO_CONTEXT] * len(chunks)
+        sizes = [len(chunk.block_keys) * block_tokens for chunk in chunks]
+        self.first_rows = [sum(sizes[:index]) for index in range(len(chunks))]
+        self._reads = reads
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``ChunkSource`` says."""
+        both = self._reads.layer(index).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return both[0], both[1]

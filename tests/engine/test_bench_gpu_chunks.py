@@ -1,0 +1,61 @@
+"""The benchmark of chunk reuse on a GPU runs where there is none, on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvtier.bench.chunks_on_device import ChunksOnDevice
+from kvtier.bench.gpu_chunks import SHAPES
+from kvtier.cli import main
+from kvtier.connectors.chunk_rows import ArenaReads
+
+SMALL = ["--shape", "tiny", "--tokens", "500", "--chunk-tokens", "90", "--rounds", "1"]
+
+
+def test_every_figure_is_there(tmp_path: Path) -> None:
+    """Of every method beside full prefill; chunks and attention by themselves."""
+    path = tmp_path / "figures.json"
+    assert 0 == main(["bench", "gpu-chunks", "--device", "cpu", *SMALL, "--json", str(path)])
+    records = json.loads(path.read_text())["records"]
+    names = [record["name"] for record in records]
+    assert {f"of computing, {method}" for method in ("none", "epic", "cacheblend", "prophetkv", "combined")} <= set(names)
+    assert {"chunks to the device", "attention of chosen rows, one layer"} <= set(names)
+    assert all(record["value"] > 0 for record in records)
+    (bound,) = (record for record in records if record["name"].startswith("difference"))
+    assert 0.1 > bound["value"]
+
+
+def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """And that is said, with a status of its own."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert 2 == main(["bench", "gpu-chunks", *SMALL])
+    assert "no device cuda:0" in capsys.readouterr().err
+
+
+def test_a_prompt_without_room_for_a_chunk(capsys: pytest.CaptureFixture[str]) -> None:
+    """Is an error that names the option."""
+    assert 2 == main(["bench", "gpu-chunks", "--tokens", "600", "--chunk-tokens", "500"])
+    assert "--chunk-tokens is 500" in capsys.readouterr().err
+
+
+def test_wrong_kv_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where chunks do not arrive as they were stored, or ratio 1 does not give full prefill's logits, the benchmark ends."""
+    with torch.inference_mode(), ChunksOnDevice(torch.device("cpu"), SHAPES["tiny"], 500, 90, tmp_path) as bench:
+        bench.check()
+        with monkeypatch.context() as patch:
+            patch.setattr(ArenaReads, "layer", _one_late(ArenaReads.layer))
+            with pytest.raises(RuntimeError, match="not what was stored"):
+                bench.check()
+        bench._model.scale *= 3000
+        with pytest.raises(RuntimeError, match="of their spread"):
+            bench.check()
+
+
+def _one_late(layer: Any) -> Any:
+    return lambda self, index: layer(self, max(0, index - 1))
