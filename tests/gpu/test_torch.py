@@ -78,6 +78,7 @@ class Engine:
 
     def round_trip(self, movers: Movers, copies: list[BlockCopy], again: list[BlockCopy]) -> None:
         """Stores what was computed last, and loads it into blocks that were overwritten, without waiting on the host between."""
+        assert movers.copier is not None
         for _ in range(5):
             self.compute()
             assert movers.copier is not None
