@@ -4,7 +4,8 @@
     python3 scripts/gpu_check.py --out DIRECTORY
 
 Needs Python with CuPy, numpy, pytest, pytest-timeout and hypothesis; builds and installs nothing; with torch and transformers chunk reuse
-is checked too. Leaves ``summary.json``, ``gpu.json`` and ``gpu-chunks.json`` (the figures) and the logs in the directory. Exit status: 0 all is well, 1 something failed, 2 nothing was checked because there is no GPU.
+is checked too. Leaves ``summary.json``, ``gpu.json`` and ``gpu-chunks.json`` (the figures) and the logs in the directory. Exit status: 0
+all is well, 1 something failed, 2 nothing was checked because there is no GPU.
 """
 
 from __future__ import annotations
