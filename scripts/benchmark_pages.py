@@ -38,12 +38,14 @@ COMMANDS: Mapping[str, str] = {
     "serve": "kvtier bench serve",
     "faults": "kvtier bench faults --model .cache/smollm2",
     "gpu": "make gpu-check",
+    "gpu-chunks": "kvtier bench gpu-chunks",
 }
 """Benchmarks in the order of the page, and what measures them."""
 
 NOT_MEASURED: Mapping[str, str] = {
     "faults": "Faults: not yet measured on a machine that did nothing else.",
     "gpu": "GPU: not yet measured.",
+    "gpu-chunks": "Chunk reuse on a GPU: not yet measured.",
 }
 
 

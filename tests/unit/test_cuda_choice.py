@@ -56,9 +56,9 @@ def test_the_fastest_is_chosen_per_direction_and_size() -> None:
 
 
 def test_nearly_as_fast_and_free_is_better() -> None:
-    """The copy engines cost no multiprocessor: within five percent they win."""
-    assert Way.DMA is table_of({("load", Way.DMA, 1): 96.0, ("load", Way.BULK, 1): 100.0}).choose("load", 1)
-    assert Way.BULK is table_of({("load", Way.DMA, 1): 94.0, ("load", Way.BULK, 1): 100.0}).choose("load", 1)
+    """The copy engines cost no multiprocessor: within three percent they win."""
+    assert Way.DMA is table_of({("load", Way.DMA, 1): 98.0, ("load", Way.BULK, 1): 100.0}).choose("load", 1)
+    assert Way.BULK is table_of({("load", Way.DMA, 1): 96.0, ("load", Way.BULK, 1): 100.0}).choose("load", 1)
 
 
 def test_rates_lie_on_a_line_over_the_sizes_logarithm() -> None:
