@@ -172,7 +172,7 @@ class _Prompt:
         is_candidate = torch.isin(self._begun.positions, self.candidates)
         projected = self._model.project(layer, self._begun.hidden[is_candidate], self._begun.positions[is_candidate])
         difference = (projected.values - self.kv.values[layer][:, self.candidates]).float()
-        return difference.square().sum((0, 2))
+        return self._model.mean_over_ranks(difference.square().sum((0, 2)))
 
     def question_attention(self, layers: range) -> torch.Tensor:
         model, layout = self._model, self.layout
@@ -190,7 +190,7 @@ class _Prompt:
 
         self.num_token_layers += len(rows.positions) * layers.stop
         advance(model, rows, self.kv, self._writable, end_layer=layers.stop, hook=self._filling(look), kv_only=True)
-        return total[self.candidates]
+        return model.mean_over_ranks(total[self.candidates])
 
     def contexts(self) -> Sequence[Context]:
         return self._source.contexts

@@ -48,6 +48,10 @@ class BlendModel(Protocol):
         """Of what comes out of the last layer: ``[num_tokens, vocabulary]``, in fp32."""
         ...
 
+    def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of what all ranks have that share the model's heads, the same bits on each of them. May change ``values``."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rotary:

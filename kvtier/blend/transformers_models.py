@@ -74,6 +74,10 @@ class TransformersModel:
         result: torch.Tensor = hidden + module.mlp(module.post_attention_layernorm(hidden))
         return result
 
+    def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """As ``BlendModel`` says: there is one."""
+        return values
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As ``BlendModel`` says."""
         result: torch.Tensor = self._head(self._decoder.norm(hidden)).float()

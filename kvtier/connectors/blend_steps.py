@@ -20,14 +20,15 @@ class LostChunkError(Exception):
 class Blender(Protocol):
     """Puts prompts together from chunks and computes chunks; both are done on return, or raise. LostChunkError is expected.
 
-    ``arena``: where the job's slots lie; nothing of it is kept. ``rows``: brings it to the device.
+    ``arena``: where the job's slots lie; nothing of it is kept. None: this worker cannot do the job, and the others must not wait for it.
+    ``rows``: brings it to the device.
     """
 
-    def blend(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> tuple[int, int]:
+    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> tuple[int, int]:
         """Returns how many tokens it took from chunks, and how many of them it computed anew."""
         ...
 
-    def store(self, job: EntryJob, arena: Arena) -> None:
+    def store(self, job: EntryJob, arena: Arena | None) -> None:
         """Computes a chunk into its slots."""
         ...
 
@@ -60,9 +61,10 @@ class BlendSteps:
         blender, arena = self._blender, self._arena if arena_id == self._arena_id else None
         for job in jobs:
             is_done = False
-            if blender is not None and arena is not None and failed_block_ids.isdisjoint(job.block_ids):
+            if blender is not None:
                 with self._boundary.at("blend"), contextlib.suppress(LostChunkError):
-                    num_tokens, num_chosen = blender.blend(job, arena, self._rows)
+                    has_prefix = failed_block_ids.isdisjoint(job.block_ids)
+                    num_tokens, num_chosen = blender.blend(job, arena if has_prefix else None, self._rows)
                     report.num_blended_tokens += num_tokens
                     report.num_chosen_tokens += num_chosen
                     is_done = True
@@ -78,7 +80,7 @@ class BlendSteps:
         blender, arena = self._blender, self._arena if arena_id == self._arena_id else None
         for job in jobs:
             is_done = False
-            if blender is not None and arena is not None:
+            if blender is not None:
                 with self._boundary.at("store chunk"), contextlib.suppress(LostChunkError):
                     blender.store(job, arena)
                     is_done = True

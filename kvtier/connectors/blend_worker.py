@@ -23,6 +23,7 @@ from kvtier.copy.cuda_rows import RowPlacement
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 
+ANOTHER_TENANT = "a slot has another tenant"
 MAX_ANCHORS = 4
 """whose KV is remembered"""
 
@@ -47,7 +48,14 @@ class TokenBlocks(Protocol):
 
 
 class ChunkBlender:
-    """Blends and entries of one worker without tensor parallelism. One thread; a call returns when its work is done.
+    """Blends and entries of one worker. One thread; a call returns when its work is done.
+
+    Workers that share the model's heads make the same calls in the same order, and compute together: before they begin they agree that
+    all of them can, since one that gave up alone would keep the others waiting for good.
+
+    Args:
+        part_offset: of this rank's part of a slot, in bytes
+        agree: whether all ranks say yes; every rank asks
 
     Raises:
         ValueError: a slot does not hold exactly the rows of ``block_tokens`` tokens, or keys do not turn in all of their dimensions.
@@ -61,9 +69,12 @@ class ChunkBlender:
         *,
         block_tokens: int,
         block_bytes: int,
+        part_offset: int = 0,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         layers, heads, head_dim = tokens.row_shape
-        self._shape = RowShape(layers, heads, block_tokens, head_dim, tokens.dtype)
+        self._agree = agree
+        self._shape = RowShape(layers, heads, block_tokens, head_dim, tokens.dtype, part_offset)
         if self._shape.block_bytes != block_bytes:
             raise ValueError(f"rows of {block_tokens} tokens have {self._shape.block_bytes} bytes, a slot has {block_bytes}")
         num_turned = 2 * len(model.rotary.frequencies)
@@ -80,14 +91,17 @@ class ChunkBlender:
         rows.place_rows(nothing, pairs=self._model.rotary.pairs, storage=STORAGE_OF[self._shape.dtype])
 
     @torch.inference_mode()
-    def blend(self, job: BlendJob, arena: Arena, rows: RowMover | None = None) -> tuple[int, int]:
+    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None = None) -> tuple[int, int]:
         """Fills the engine's blocks of the tokens from ``job.first`` to ``job.end``.
 
         Returns how many tokens came from chunks, and how many of them were computed anew.
 
         Raises:
-            LostChunkError: chunks have gone.
+            LostChunkError: chunks have gone, here or on another rank.
         """
+        problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job)
+        if not self._agree(not problem) or arena is None:
+            raise LostChunkError(problem or "another rank cannot")
         made = self._blended(job, arena, rows)
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
         placements = job.layout.placements
@@ -95,8 +109,14 @@ class ChunkBlender:
         return num_tokens, made.num_chosen
 
     @torch.inference_mode()
-    def store(self, job: EntryJob, arena: Arena) -> None:
-        """Computes a chunk behind its anchor into its slots. Raises LostChunkError where they have got other tenants."""
+    def store(self, job: EntryJob, arena: Arena | None) -> None:
+        """Computes a chunk behind its anchor into its slots.
+
+        Raises:
+            LostChunkError: slots have other tenants, or some rank cannot.
+        """
+        if not self._agree(arena is not None) or arena is None:
+            raise LostChunkError("there is no arena, here or on another rank")
         anchor = self._anchor(job)
         first = len(job.anchor_ids)
         tokens = torch.tensor((*job.anchor_ids, *job.token_ids), device=self._model.device)
@@ -109,10 +129,6 @@ class ChunkBlender:
 
     def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> Blended:
         layout = job.layout
-        for at, slots in zip(layout.placements, job.chunks, strict=True):
-            if len(slots.slots) != len(at.chunk.block_keys):
-                raise LostChunkError(f"chunk {at.chunk.key.hex()} has {len(slots.slots)} of {len(at.chunk.block_keys)} blocks")
-        _check(arena, *job.chunks)
         prefix = self._tokens.read(layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
         method, ratio = self._methods[job.method](), FixedRatio(job.ratio)
         with self.reading(job, arena, rows) as reads:
@@ -156,13 +172,24 @@ class ChunkBlender:
 
     def _slot(self, arena: Arena, slot: int) -> torch.Tensor:
         """A view of a slot."""
-        offset = slot * PAGE_BYTES
+        offset = slot * PAGE_BYTES + self._shape.first_byte
         raw = torch.frombuffer(arena.buffer, dtype=torch.uint8, count=self._shape.block_bytes, offset=offset)
         return raw.view(self._shape.dtype).view(self._shape.num_layers, *self._shape.of_layer)
 
 
+def _problem(arena: Arena, job: BlendJob) -> str:
+    """Why a job's chunks cannot be used; empty: they can."""
+    for at, slots in zip(job.layout.placements, job.chunks, strict=True):
+        if len(slots.slots) != len(at.chunk.block_keys):
+            return f"chunk {at.chunk.key.hex()} has {len(slots.slots)} of {len(at.chunk.block_keys)} blocks"
+    return "" if _are_unchanged(arena, *job.chunks) else ANOTHER_TENANT
+
+
 def _check(arena: Arena, *parts: ChunkSlots) -> None:
+    if not _are_unchanged(arena, *parts):
+        raise LostChunkError(ANOTHER_TENANT)
+
+
+def _are_unchanged(arena: Arena, *parts: ChunkSlots) -> bool:
     generations = arena.generations
-    for slots in parts:
-        if any(int(generations[slot]) != planned for slot, planned in zip(slots.slots, slots.generations, strict=True)):
-            raise LostChunkError("a slot has another tenant")
+    return all(int(generations[slot]) == planned for slots in parts for slot, planned in zip(slots.slots, slots.generations, strict=True))

@@ -158,7 +158,8 @@ class Blending:
     def improve(self, request: Request, exact: Matched, num_tokens: int) -> Matched:
         """What the request can be given with its chunks; ``exact``, the answer without, where that is as much."""
         state = request.blend
-        if state is None or state.is_over or exact.num_tokens is None or not request.can_load or self._num_blenders == 0:
+        can_be = request.can_load and self._num_blenders >= self._geometry.num_workers
+        if state is None or state.is_over or exact.num_tokens is None or not can_be:
             return exact
         state.plan = None
         num_exact = request.num_computed_tokens + (0 if exact.is_async else exact.num_tokens)
@@ -314,7 +315,7 @@ class Blending:
         """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""
         self.is_waiting = False
         entries = self._entries
-        if not entries.waiting or not self._num_blenders:
+        if not entries.waiting or self._num_blenders < self._geometry.num_workers:
             return []
         if is_prefilling and entries.num_deferred_steps < MAX_DEFERRED_STEPS:
             entries.num_deferred_steps += 1

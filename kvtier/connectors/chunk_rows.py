@@ -30,13 +30,15 @@ LAYERS_AHEAD = 2
 
 @dataclass(frozen=True)
 class RowShape:
-    """What a slot holds."""
+    """What a slot holds, of one rank."""
 
     num_layers: int
     num_heads: int
     block_tokens: int
     head_dim: int
     dtype: torch.dtype
+    first_byte: int = 0
+    """of this rank's part of a slot"""
 
     @property
     def of_layer(self) -> tuple[int, int, int, int]:
@@ -71,7 +73,7 @@ class ArenaReads:
 
     def __init__(self, arena: Arena, shape: RowShape, slots: Sequence[int], device: torch.device) -> None:
         payload = torch.frombuffer(arena.buffer, dtype=torch.uint8)
-        offsets = torch.tensor(slots, dtype=torch.long) * PAGE_BYTES
+        offsets = torch.tensor(slots, dtype=torch.long) * PAGE_BYTES + shape.first_byte
         self._blocks = [payload[offset : offset + shape.block_bytes].view(shape.dtype) for offset in offsets.tolist()]
         self._shape = (shape.num_layers, *shape.of_layer)
         self._device = device
@@ -91,7 +93,7 @@ class DeviceReads:
     def __init__(self, rows: RowMover, shape: RowShape, slots: Sequence[int], device: torch.device) -> None:
         self._mover = rows
         self._shape = shape
-        self._offsets = np.array(slots, np.int64) * PAGE_BYTES
+        self._offsets = np.array(slots, np.int64) * PAGE_BYTES + shape.first_byte
         num_places = min(shape.num_layers, LAYERS_AHEAD + 1)
         self._ring = torch.empty((num_places, len(slots), *shape.of_layer), dtype=shape.dtype, device=device)
         self._events: list[CopyEvent] = []

@@ -208,4 +208,40 @@ def model_module(llm: Any) -> str:
     return str(module)
 
 
-BLEND_SCENARIOS = {"blended": blended, "blended_under_pressure": blended_under_pressure, "blended_briefly": blended_briefly}
+def blended_in_parallel(llm: Any, settings: Result) -> Result:
+    """On several workers: everything computed anew, choices by attention and by values, and one worker that cannot while others can."""
+    asker = Asker(llm)
+    with_kvtier = "kvtier" in settings
+    if with_kvtier:
+        asker.store()
+    cases = [asker.prompt(order, 60 + number) for number, order in enumerate(ORDERS[1:3])]
+
+    def options(number: int, ratio: float, method: str) -> Result | None:
+        return {"blend": {"spans": cases[number][1], "ratio": ratio, "method": method}, "store": False} if with_kvtier else None
+
+    out = {
+        "answers": [asker.one(cases[number][0], options(number, 1.0, method)) for number, method in enumerate(("combined", "cacheblend"))]
+    }
+    if with_kvtier:
+        out["chosen"] = [
+            asker.one(cases[number][0], options(number, 0.3, method)) for number, method in enumerate(("combined", "cacheblend"))
+        ]
+        llm.collective_rpc(lose_chunks_on_the_second_rank)
+        out["lost"] = [asker.one(cases[number][0], options(number, 1.0, "combined")) for number in range(2)]
+    return out
+
+
+def lose_chunks_on_the_second_rank(worker: Any) -> None:
+    """In a worker's process: from now on its chunks are lost, unless it is the first one."""
+    from kvtier.connectors import blend_worker  # noqa: PLC0415 - in another process
+
+    if worker.rank == 1:
+        blend_worker._problem = lambda arena, job: "injected"
+
+
+BLEND_SCENARIOS = {
+    "blended": blended,
+    "blended_under_pressure": blended_under_pressure,
+    "blended_briefly": blended_briefly,
+    "blended_in_parallel": blended_in_parallel,
+}

@@ -14,10 +14,9 @@ from vllm.config import LoRAConfig
 
 from kvtier.config import Config
 from kvtier.connectors.vllm.blend_parts import blend_parts_of
-from kvtier.connectors.vllm.geometry import block_sizes_of
 from tests.engine.blend_scenarios import ORDERS, REFUSED
-from tests.engine.harness import Result, assert_same, host, host_and_disk, made_once, run
-from tests.engine.rig import LAYERS, cache_config, engine_config, full_attention
+from tests.engine.harness import Result, assert_same, host, host_and_disk, made_once, make_tiny_model, run
+from tests.engine.rig import engine_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 CACHING = {"enable_prefix_caching": True}
@@ -96,8 +95,7 @@ def test_an_engine_with_adapters_is_refused(adapters: LoRAConfig | None, refusal
     settings = Config.from_mapping(blend())
     config = engine_config(blend())
     config.lora_config = adapters
-    sizes = block_sizes_of(config, cache_config(config, dict.fromkeys(LAYERS, full_attention())), settings)
-    assert blend_parts_of(config, settings, sizes).refusal.split(":")[0] == refusal
+    assert blend_parts_of(config, settings).refusal.split(":")[0] == refusal
 
 
 def test_preemption_and_failures(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
@@ -131,3 +129,21 @@ def test_in_processes_of_their_own(tmp_path_factory: pytest.TempPathFactory, wor
     answers = run("blended_briefly", kvtier=blend(), environment=environment)["answers"]
     assert_same(expected, answers)
     assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)
+
+
+@pytest.mark.timeout(900)
+def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
+    """Each with its heads of every chunk, choosing the same tokens: full prefill's answers, also where one of them has lost the chunks."""
+    environment = {"KVTIER_TEST_MODEL": str(make_tiny_model("llama", tmp_path / "tiny"))}
+    expected = run("blended_in_parallel", environment=environment)["answers"]
+    environment |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    result = run("blended_in_parallel", kvtier=blend(), engine=engine, environment=environment, timeout_s=600.0)
+    assert_same(expected, result["answers"])
+    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"]])
+    assert_same(expected[:2], result["lost"])
+    assert [0, 0] == [answer["loaded"]["blend"]["tokens"] for answer in result["lost"]], "the engine computed them"

@@ -64,6 +64,9 @@ class SmallModel:
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         return hidden + torch.tanh(attended @ self._out[layer])
 
+    def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ self._embedding.T
 
@@ -102,12 +105,13 @@ class System:
         host_blocks: int = HOST_BLOCKS,
         below: Sequence[dict[str, Any]] = (),
         reports: Sequence[WorkerReport] = (CAN_BLEND,),
+        num_workers: int = 1,
     ) -> None:
         arena = Arena.open(str(directory / "arena"), host_blocks * 4096, huge_pages=False)
         arena.unlink()
         config = Config.from_mapping({"tiers": [{"type": "host", "capacity": host_blocks * 4096}, *below]})
         self.cache = CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES, arena=arena)
-        geometry = Geometry(NAMESPACE.digest, BLOCK, BLOCK, 1, host_blocks)
+        geometry = Geometry(NAMESPACE.digest, BLOCK, BLOCK, num_workers, host_blocks)
         self.half = SchedulerHalf(
             self.cache, geometry, DefaultSettings(), blend=parts or BlendParts(BlendConfig(enabled=True)), strict=True
         )
@@ -188,3 +192,17 @@ def joined(documents: Sequence[Sequence[int]], before: Sequence[int], behind: Se
         spans.append([len(tokens), len(tokens) + len(each)])
         tokens += each
     return tokens + list(behind), spans
+
+
+def begun_blend(system: System, *, num_computed_tokens: int) -> tuple[StepMessage, list[int]]:
+    """The step that puts the second of two prompts of the same documents together, and the engine blocks of that prompt."""
+    documents = [document(1, 9), document(2, 8)]
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
+    system.add("second", tokens, spans=spans)
+    matched = system.half.match("second", len(tokens), num_computed_tokens)
+    block_ids = system.blocks(len(tokens))
+    assert matched.num_tokens is not None
+    system.half.allocated("second", block_ids, matched.num_tokens)
+    return system.half.build_step([ScheduledRequest("second", block_ids, len(tokens))]), block_ids

@@ -16,11 +16,11 @@ from kvtier.blend.model import TokenKV
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_steps import LostChunkError
 from kvtier.connectors.blending import MAX_DEFERRED_STEPS, BlendParts
-from kvtier.connectors.messages import BlendJob, RequestOptions, ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.messages import BlendJob, RequestOptions, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import RequestIdentity
 from kvtier.connectors.vllm.paged_tokens import PagedTokens
 from kvtier.errors import BlendRefusedError
-from tests.unit.blend_system import BLOCK, SYSTEM, System, document, joined
+from tests.unit.blend_system import BLOCK, SYSTEM, System, begun_blend, document, joined
 
 
 @pytest.fixture
@@ -264,20 +264,6 @@ def test_chunks_that_are_brought_do_not_drive_out_those_beside_them(make: Callab
     assert 3 == system.cache.stats["disk.loaded_blocks"], "those of one chunk that had left, and nothing a second time"
     system.half.request_finished("both")
     system.close()
-
-
-def begun_blend(system: System, *, num_computed_tokens: int) -> tuple[StepMessage, list[int]]:
-    """The step that puts the second of two prompts of the same documents together, and the engine blocks of that prompt."""
-    documents = [document(1, 9), document(2, 8)]
-    tokens, spans = joined(documents, SYSTEM, [1, 2])
-    system.serve("first", tokens, spans=spans)
-    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
-    system.add("second", tokens, spans=spans)
-    matched = system.half.match("second", len(tokens), num_computed_tokens)
-    block_ids = system.blocks(len(tokens))
-    assert matched.num_tokens is not None
-    system.half.allocated("second", block_ids, matched.num_tokens)
-    return system.half.build_step([ScheduledRequest("second", block_ids, len(tokens))]), block_ids
 
 
 def test_a_failed_blend_is_reported_and_ends(make: Callable[..., System]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 
 from kvtier.blend.model import Projected, Rotary
 from kvtier.blend.transformers_models import check_family, frequencies_of
@@ -15,7 +16,7 @@ _PROBED_POSITIONS = (1, 7, 100)
 
 
 class EngineModel:
-    """A loaded model of vLLM on one worker without tensor parallelism. Reads the weights where they are; holds no state of a prompt."""
+    """A loaded model of vLLM, this worker's heads of it. Reads the weights where they are; holds no state of a prompt."""
 
     def __init__(self, model: Any) -> None:
         """
@@ -67,6 +68,14 @@ class EngineModel:
         hidden = hidden + module.self_attn.o_proj(attended)[0]
         result: torch.Tensor = hidden + module.mlp(module.post_attention_layernorm(hidden))
         return result
+
+    def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """As ``BlendModel`` says. What an all-reduce gives may differ in its last bits from rank to rank, so the first one's counts."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return values
+        mean: torch.Tensor = group.broadcast(group.all_reduce(values) / group.world_size, src=0)
+        return mean
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As ``BlendModel`` says."""

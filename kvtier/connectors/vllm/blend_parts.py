@@ -6,7 +6,9 @@ import logging
 import uuid
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.request import Request
 
 from kvtier.blend.methods import methods_with
@@ -25,14 +27,14 @@ TURN_MARKERS = ("<|im_start|>", "<|start_header_id|>", "[INST]", "[TOOL_RESULTS]
 """texts of the tokens that messages begin with, in the chat templates of the families that chunks can be reused with"""
 
 
-def blend_parts_of(vllm_config: VllmConfig, config: Config, sizes: BlockSizes) -> BlendParts:
+def blend_parts_of(vllm_config: VllmConfig, config: Config) -> BlendParts:
     """For the scheduler half. Raises ConfigError for a primer that cannot be read."""
     if not config.blend.enabled:
         return BlendParts(config.blend)
     tokenizer = _tokenizer(vllm_config)
     model_config = vllm_config.model_config
     num_positions = max(model_config.max_model_len, getattr(model_config.hf_text_config, "max_position_embeddings", 0))
-    refusal = _refusal(vllm_config, sizes)
+    refusal = _refusal(vllm_config)
     return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), refusal, num_positions)
 
 
@@ -46,10 +48,28 @@ def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig) -> Chunk
         model = EngineModel(loaded)
         tokens = PagedTokens(model.attentions, num_blocks, sizes.engine_block_tokens)
         methods = methods_with(config.first_layer, config.last_layer)
-        return ChunkBlender(model, tokens, methods, block_tokens=sizes.block_tokens, block_bytes=sizes.part_bytes)
+        return ChunkBlender(
+            model,
+            tokens,
+            methods,
+            block_tokens=sizes.block_tokens,
+            block_bytes=sizes.part_bytes,
+            part_offset=get_tp_group().rank_in_group * sizes.part_bytes,
+            agree=_all_ranks,
+        )
     except (BlendRefusedError, ValueError) as error:
         _LOG.warning("kvtier: chunks are not reused: %s", error)
         return None
+
+
+def _all_ranks(ready: bool) -> bool:
+    """Whether every tensor-parallel worker says yes. All of them ask."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return ready
+    answer = torch.tensor(int(ready))
+    torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(answer)
 
 
 def keep_apart(request: Request) -> None:
@@ -62,7 +82,7 @@ def keep_apart(request: Request) -> None:
     request.update_block_hashes()
 
 
-def _refusal(vllm_config: VllmConfig, sizes: BlockSizes) -> str:
+def _refusal(vllm_config: VllmConfig) -> str:
     """Why chunks cannot be reused with this engine; empty: they can."""
     model_config = vllm_config.model_config
     try:
@@ -70,8 +90,6 @@ def _refusal(vllm_config: VllmConfig, sizes: BlockSizes) -> str:
         frequencies_of(model_config.hf_text_config, model_config.get_head_size())
     except BlendRefusedError as error:
         return str(error)
-    if sizes.num_workers > 1:
-        return f"tensor_parallel_size is {sizes.num_workers}: chunks are reused on one worker only"
     if vllm_config.lora_config is not None:  # its layers add the adapters of the step's own tokens, whatever is computed with them
         return "enable_lora is true: with adapters the model cannot be run outside of the engine's steps"
     return ""

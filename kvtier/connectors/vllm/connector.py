@@ -84,7 +84,7 @@ class KVTierConnector(KVConnectorBase_V1):
                 name=_engine_name(vllm_config),
                 stores_are_async=is_async,
                 events=events,
-                blend=blend_parts_of(vllm_config, config, sizes),
+                blend=blend_parts_of(vllm_config, config),
             )
         else:
             self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks)

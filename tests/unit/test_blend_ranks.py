@@ -1,0 +1,97 @@
+"""Chunk reuse on several workers that share the model's heads: they agree before they compute, so nobody waits for one that gave up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvtier.blend.methods import METHODS
+from kvtier.connectors.blend_worker import ChunkBlender
+from kvtier.connectors.messages import ScheduledRequest, WorkerReport
+from tests.unit.blend_system import BLOCK, BLOCK_BYTES, CAN_BLEND, SYSTEM, System, begun_blend, document, joined
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> System:
+    return System(tmp_path)
+
+
+def agreeing(system: System, asked: list[bool], answer: bool | None = None) -> ChunkBlender:
+    """The system's blender as one rank of several: what it told the others, and what they answer (None: the same)."""
+
+    def agree(ready: bool) -> bool:
+        asked.append(ready)
+        return ready if answer is None else answer
+
+    return ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, agree=agree)
+
+
+@pytest.mark.parametrize("case", ["fine", "no arena", "no prefix", "another tenant", "a block is missing", "another rank cannot"])
+def test_ranks_agree_before_they_compute(system: System, case: str) -> None:
+    """Each job asks all ranks once, whatever this one could do, and computes only if all can: nobody waits for one that gave up."""
+    message, block_ids = begun_blend(system, num_computed_tokens=4)
+    (job,) = message.blends
+    asked: list[bool] = []
+    steps = system.steps(agreeing(system, asked, False if case == "another rank cannot" else None))
+    failed_block_ids = {block_ids[0]} if case == "no prefix" else set()
+    first, *others = job.chunks
+    if case == "no arena":
+        steps.attach(None, "")
+    if case == "another tenant":
+        system.arena.bump(first.slots[0])
+    if case == "a block is missing":
+        job = replace(job, chunks=(replace(first, slots=first.slots[:-1], generations=first.generations[:-1]), *others))
+    before = system.model.num_embedded
+    report = WorkerReport()
+    unfilled = steps.blend([job], failed_block_ids, report)
+    assert [case in ("fine", "another rank cannot")] == asked
+    assert (case == "fine") == (not unfilled) == (not report.failed) == (system.model.num_embedded > before)
+    system.finish(message, report)
+    system.half.request_finished("second")
+    while system.half.has_pending_work:
+        system.step()
+    system.close()
+
+
+@pytest.mark.parametrize("case", ["fine", "no arena", "another rank cannot"])
+def test_ranks_agree_before_they_compute_a_chunk(system: System, case: str) -> None:
+    """The same for chunks that are stored."""
+    tokens, spans = joined([document(number, 8) for number in range(2)], SYSTEM, [1, 2])
+    system.add("first", tokens, spans=spans)
+    system.half.match("first", len(tokens), 0)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("first", block_ids, 0)
+    system.step([ScheduledRequest("first", block_ids, len(tokens))])
+    message = system.half.build_step([])
+    assert 1 == len(message.entries)
+    asked: list[bool] = []
+    steps = system.steps(agreeing(system, asked, False if case == "another rank cannot" else None))
+    if case == "no arena":
+        steps.attach(None, "")
+    before = system.model.num_embedded
+    report = WorkerReport()
+    steps.store(message.entries, report)
+    assert [case != "no arena"] == asked
+    assert (case == "fine") == (not report.failed) == (system.model.num_embedded > before)
+    system.finish(message, report)
+    system.half.request_finished("first")
+    while system.half.has_pending_work:
+        system.step()
+    system.close()
+
+
+def test_blends_wait_for_every_worker(tmp_path: Path) -> None:
+    """Nothing is put together, nor stored, before all ranks have said that they can."""
+    system = System(tmp_path, num_workers=2, reports=[CAN_BLEND])
+    tokens, spans = joined([document(1, 8)], SYSTEM, [1, 2])
+    system.add("first", tokens, spans=spans)
+    system.half.match("first", len(tokens), 0)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("first", block_ids, 0)
+    assert () == system.half.build_step([ScheduledRequest("first", block_ids, len(tokens))]).entries
+    assert () == system.half.build_step([]).entries
+    system.half.finish_step(CAN_BLEND)
+    assert 1 == len(system.half.build_step([]).entries)
+    system.half.close()
