@@ -16,7 +16,7 @@ from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.connectors.blend_steps import LostChunkError
-from kvtier.connectors.chunk_rows import STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource
+from kvtier.connectors.chunk_rows import LAYERS_AHEAD, STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_rows import RowPlacement
@@ -99,7 +99,7 @@ class ChunkBlender:
         Raises:
             LostChunkError: chunks have gone, here or on another rank.
         """
-        problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job)
+        problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job) or self._lack_of_room(len(job.token_ids))
         if not self._agree(not problem) or arena is None:
             raise LostChunkError(problem or "another rank cannot")
         made = self._blended(job, arena, rows)
@@ -115,8 +115,9 @@ class ChunkBlender:
         Raises:
             LostChunkError: slots have other tenants, or some rank cannot.
         """
-        if not self._agree(arena is not None) or arena is None:
-            raise LostChunkError("there is no arena, here or on another rank")
+        problem = "there is no arena" if arena is None else self._lack_of_room(len(job.anchor_ids) + len(job.token_ids))
+        if not self._agree(not problem) or arena is None:
+            raise LostChunkError(problem or "another rank cannot")
         anchor = self._anchor(job)
         first = len(job.anchor_ids)
         tokens = torch.tensor((*job.anchor_ids, *job.token_ids), device=self._model.device)
@@ -126,6 +127,22 @@ class ChunkBlender:
         for position, slot in zip(job.slots.positions, job.slots.slots, strict=True):
             self._slot(arena, slot).copy_(blocks[position])
         _check(arena, job.slots)
+
+    def _lack_of_room(self, num_tokens: int) -> str:
+        """Why there is no memory for the KV of so many tokens beside the engine's; empty: there is.
+
+        Found out before the ranks agree: one that ran out of it in between would keep the others waiting.
+        """
+        shape = self._shape
+        num_bytes = (
+            num_tokens * (shape.block_bytes // shape.block_tokens)
+            + (LAYERS_AHEAD + 1) * num_tokens * shape.layer_bytes // shape.block_tokens
+        )
+        try:
+            torch.empty(num_bytes, dtype=torch.uint8, device=self._model.device)  # given back to torch, which has it for what follows
+        except torch.OutOfMemoryError:
+            return f"{num_bytes} bytes do not fit into the device's memory"
+        return ""
 
     def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> Blended:
         layout = job.layout

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvtier.blend.methods import METHODS
 from kvtier.connectors.blend_worker import ChunkBlender
@@ -28,8 +29,14 @@ def agreeing(system: System, asked: list[bool], answer: bool | None = None) -> C
     return ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, agree=agree)
 
 
-@pytest.mark.parametrize("case", ["fine", "no arena", "no prefix", "another tenant", "a block is missing", "another rank cannot"])
-def test_ranks_agree_before_they_compute(system: System, case: str) -> None:
+def run_out(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("injected")
+
+
+@pytest.mark.parametrize(
+    "case", ["fine", "no arena", "no prefix", "another tenant", "a block is missing", "no memory", "another rank cannot"]
+)
+def test_ranks_agree_before_they_compute(system: System, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each job asks all ranks once, whatever this one could do, and computes only if all can: nobody waits for one that gave up."""
     message, block_ids = begun_blend(system, num_computed_tokens=4)
     (job,) = message.blends
@@ -45,7 +52,10 @@ def test_ranks_agree_before_they_compute(system: System, case: str) -> None:
         job = replace(job, chunks=(replace(first, slots=first.slots[:-1], generations=first.generations[:-1]), *others))
     before = system.model.num_embedded
     report = WorkerReport()
-    unfilled = steps.blend([job], failed_block_ids, report)
+    with monkeypatch.context() as patch:
+        if case == "no memory":
+            patch.setattr(torch, "empty", run_out)
+        unfilled = steps.blend([job], failed_block_ids, report)
     assert [case in ("fine", "another rank cannot")] == asked
     assert (case == "fine") == (not unfilled) == (not report.failed) == (system.model.num_embedded > before)
     system.finish(message, report)
@@ -55,8 +65,8 @@ def test_ranks_agree_before_they_compute(system: System, case: str) -> None:
     system.close()
 
 
-@pytest.mark.parametrize("case", ["fine", "no arena", "another rank cannot"])
-def test_ranks_agree_before_they_compute_a_chunk(system: System, case: str) -> None:
+@pytest.mark.parametrize("case", ["fine", "no arena", "no memory", "another rank cannot"])
+def test_ranks_agree_before_they_compute_a_chunk(system: System, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for chunks that are stored."""
     tokens, spans = joined([document(number, 8) for number in range(2)], SYSTEM, [1, 2])
     system.add("first", tokens, spans=spans)
@@ -72,8 +82,11 @@ def test_ranks_agree_before_they_compute_a_chunk(system: System, case: str) -> N
         steps.attach(None, "")
     before = system.model.num_embedded
     report = WorkerReport()
-    steps.store(message.entries, report)
-    assert [case != "no arena"] == asked
+    with monkeypatch.context() as patch:
+        if case == "no memory":
+            patch.setattr(torch, "empty", run_out)
+        steps.store(message.entries, report)
+    assert [case in ("fine", "another rank cannot")] == asked
     assert (case == "fine") == (not report.failed) == (system.model.num_embedded > before)
     system.finish(message, report)
     system.half.request_finished("first")
