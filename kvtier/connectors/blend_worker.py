@@ -16,12 +16,11 @@ from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.connectors.blend_steps import LostChunkError
-from kvtier.connectors.chunk_rows import LAYERS_AHEAD, STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource
+from kvtier.connectors.chunk_rows import LAYERS_AHEAD, STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource, slot_view
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_rows import RowPlacement
 from kvtier.memory.arena import Arena
-from kvtier.memory.arena_file import PAGE_BYTES
 
 ANOTHER_TENANT = "a slot has another tenant"
 MAX_ANCHORS = 4
@@ -125,7 +124,7 @@ class ChunkBlender:
         blocks = self._blocks_of(kv.part(first, kv.num_tokens))
         _check(arena, job.slots)
         for position, slot in zip(job.slots.positions, job.slots.slots, strict=True):
-            self._slot(arena, slot).copy_(blocks[position])
+            slot_view(arena, self._shape, slot).copy_(blocks[position])
         _check(arena, job.slots)
 
     def _lack_of_room(self, num_tokens: int) -> str:
@@ -186,12 +185,6 @@ class ChunkBlender:
         while len(self._anchors) > MAX_ANCHORS:
             self._anchors.popitem(last=False)
         return kv
-
-    def _slot(self, arena: Arena, slot: int) -> torch.Tensor:
-        """A view of a slot."""
-        offset = slot * PAGE_BYTES + self._shape.first_byte
-        raw = torch.frombuffer(arena.buffer, dtype=torch.uint8, count=self._shape.block_bytes, offset=offset)
-        return raw.view(self._shape.dtype).view(self._shape.num_layers, *self._shape.of_layer)
 
 
 def _problem(arena: Arena, job: BlendJob) -> str:

@@ -56,6 +56,13 @@ class RowShape:
         return self.num_layers * self.layer_bytes
 
 
+def slot_view(arena: Arena, shape: RowShape, slot: int) -> torch.Tensor:
+    """This rank's part of a slot, where it lies: ``[layers, 2, KV heads, tokens, head_dim]``. Keeps the arena's memory mapped."""
+    offset = slot * PAGE_BYTES + shape.first_byte
+    raw = torch.frombuffer(arena.buffer, dtype=torch.uint8, count=shape.block_bytes, offset=offset)
+    return raw.view(shape.dtype).view(shape.num_layers, *shape.of_layer)
+
+
 class LayerReads(Protocol):
     """One prompt's slots."""
 
@@ -72,15 +79,12 @@ class ArenaReads:
     """Slots that the CPU reads, for a model anywhere."""
 
     def __init__(self, arena: Arena, shape: RowShape, slots: Sequence[int], device: torch.device) -> None:
-        payload = torch.frombuffer(arena.buffer, dtype=torch.uint8)
-        offsets = torch.tensor(slots, dtype=torch.long) * PAGE_BYTES + shape.first_byte
-        self._blocks = [payload[offset : offset + shape.block_bytes].view(shape.dtype) for offset in offsets.tolist()]
-        self._shape = (shape.num_layers, *shape.of_layer)
+        self._blocks = [slot_view(arena, shape, slot) for slot in slots]
         self._device = device
 
     def layer(self, index: int) -> torch.Tensor:
         """As :class:`LayerReads` says."""
-        return torch.stack([block.view(self._shape)[index] for block in self._blocks]).to(self._device)
+        return torch.stack([block[index] for block in self._blocks]).to(self._device)
 
     def end(self) -> None:
         """As :class:`LayerReads` says."""

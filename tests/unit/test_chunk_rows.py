@@ -79,13 +79,13 @@ def test_layers_arrive_before_they_are_computed(
 ) -> None:
     """Every layer is seen whole, in whatever order streams are served; none is overwritten before it was read."""
     heads, block_tokens, head_dim = sizes
-    shape = RowShape(num_layers, heads, block_tokens, head_dim, torch.float16)
+    shape = RowShape(num_layers, heads, block_tokens, head_dim, torch.float16, first_byte=32)
     with filled_arena(tmp_path_factory.getbasetemp(), seed) as arena:
         device = SimulatedCuda(seed=seed)
         seen = read_deferred(device, DeviceReads(copier_of(device, arena), shape, slots, CPU), shape)
         plain = ArenaReads(arena, shape, slots, CPU)
         assert [plain.layer(index).numpy().tobytes() for index in range(num_layers)] == seen
-        slot = slots[0] * PAGE_BYTES
+        slot = slots[0] * PAGE_BYTES + 32
         assert bytes(arena.buffer[slot : slot + shape.layer_bytes]) == seen[0][: shape.layer_bytes]
         plain.end()
 
