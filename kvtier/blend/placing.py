@@ -5,6 +5,7 @@ So the layers behind can still be on their way while the first ones are computed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -79,11 +80,15 @@ class PlacementPlan:
         """Tokens that move."""
         return len(self.turns)
 
+    @functools.cached_property
+    def _turns_of_tokens(self) -> torch.Tensor:
+        return self.table[self.turns]
+
     def place(self, keys: torch.Tensor, values: torch.Tensor, layer: int, target: TokenKV) -> None:
         """Puts rows ``[num_kv_heads, rows, head_dim]`` of a layer into the prompt's."""
         moving, staying = slice(0, self.num_moving), slice(self.num_moving, None)
         target.values[layer].index_copy_(1, self.positions, values.index_select(1, self.rows))
-        turned = self.rotary.turn(keys.index_select(1, self.rows[moving]), self.table[self.turns])
+        turned = self.rotary.turn(keys.index_select(1, self.rows[moving]), self._turns_of_tokens)
         target.keys[layer].index_copy_(1, self.positions[moving], turned)
         target.keys[layer].index_copy_(1, self.positions[staying], keys.index_select(1, self.rows[staying]))
 
