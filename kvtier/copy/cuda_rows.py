@@ -6,7 +6,6 @@ torch, to the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,10 +80,3 @@ def launch_place_rows(runtime: CudaRuntime, stream: int, place: RowPlacement, *,
     items = place.num_tokens * place.num_heads * place.num_pairs // int(params[0]["pairs_per_item"])
     num_blocks = min(MAX_THREAD_BLOCKS, max(1, -(-items // THREADS)))
     runtime.launch(stream, Launch(f"place_{pairs}_{storage}", params, num_blocks, THREADS))
-
-
-def row_tokens(sources: Sequence[int], targets: Sequence[int], turns: Sequence[int]) -> Record:
-    """The table of tokens."""
-    table = np.zeros(len(sources), ROW_TOKEN)
-    table["from"], table["to"], table["turn"] = sources, targets, turns
-    return table

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.copy.cuda_rows import RowPlacement, row_tokens
+from kvtier.copy.cuda_rows import ROW_TOKEN, RowPlacement
 from kvtier.copy.rope import NUMPY_OF_STORAGE, Pairs, Storage, TokenShift, from_floats, plain_frequencies, shift_keys, shift_table
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -35,7 +35,8 @@ class RowCase:
         self._blocks, self._tokens = self._rows // block_tokens, self._rows % block_tokens
         token_bytes = head_dim * self.source.itemsize
         offsets = self._blocks * self.source.strides[0] + self._tokens * token_bytes
-        self.tokens = row_tokens(offsets.tolist(), (self._positions * token_bytes).tolist(), self._turns.tolist())
+        self.tokens = np.zeros(number, ROW_TOKEN)
+        self.tokens["from"], self.tokens["to"], self.tokens["turn"] = offsets, self._positions * token_bytes, self._turns
 
     def expected(self) -> tuple[Array, Array]:
         """Keys and values afterwards, by the CPU's rotation."""
