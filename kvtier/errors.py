@@ -118,6 +118,10 @@ class RefusalReason(enum.Enum):
     """asked for, but not switched on in the configuration"""
     LOAD = "load"
     """nothing may be loaded for the request: it says so itself, or wants to see its whole prompt computed"""
+    MARGIN = "margin"
+    """a least margin that is none"""
+    UNSURE = "unsure"
+    """with its chunks reused the model is less sure of the first token than was asked for"""
 
 
 class BlendRefusedError(KVTierError, ValueError):

@@ -21,7 +21,7 @@ from kvtier.blend.model import TokenKV
 from kvtier.blend.prefill import Rows, advance, attend, causal_groups, start
 from kvtier.blend.transformers_models import TransformersModel
 from kvtier.connectors.blend_worker import ChunkBlender
-from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
+from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, Recompute
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_copier import ArenaPlace
 from kvtier.copy.device import Device, cuda_copier
@@ -242,7 +242,7 @@ class ChunksOnDevice:
     def _job(self, ids: list[int], layout: PromptLayout, method: str, ratio: float) -> BlendJob:
         end = layout.placements[-1].end
         chunks = tuple(self._slots[at.chunk.key] for at in layout.placements)
-        return BlendJob(1, "bench", tuple(ids), layout, chunks, 0, end, method, ratio, tuple(range(-(-end // BLOCK_TOKENS))))
+        return BlendJob(1, "bench", tuple(ids), layout, chunks, 0, end, Recompute(method, ratio), tuple(range(-(-end // BLOCK_TOKENS))))
 
     def _timed(self, work: Callable[[], object]) -> float:
         self._wait()

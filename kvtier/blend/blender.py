@@ -28,7 +28,7 @@ class Blended:
     kv: TokenKV
     """of the whole prompt; depends on all of it, so it must never be kept under a prefix's keys"""
     logits: torch.Tensor | None
-    """behind the prompt's last token: ``[vocabulary]``, fp32; ``None`` where it was not computed"""
+    """behind the prompt's last token: ``[vocabulary]``, fp32; ``None`` where nobody needs them"""
     num_chosen: int
     """tokens of chunks that were computed anew"""
     num_token_layers: int
@@ -46,6 +46,7 @@ def blend(  # noqa: PLR0913 - by keyword
     *,
     prefix: TokenKV | None = None,
     end: int | None = None,
+    needs_logits: bool = True,
 ) -> Blended:
     """Blends a prompt.
 
@@ -53,6 +54,7 @@ def blend(  # noqa: PLR0913 - by keyword
         source: the KV of the layout's chunks
         prefix: the KV of the layout's prefix
         end: the position from which on somebody else computes the prompt: there is no KV of use from there on
+        needs_logits: whether the rest behind ``end`` is computed nevertheless, all of it, for the logits
 
     Raises:
         BlendRefusedError: the source has another chunk than the layout puts there.
@@ -60,15 +62,26 @@ def blend(  # noqa: PLR0913 - by keyword
     """
     _check(token_ids, layout, source, prefix)
     layout = _without_foreign_context(layout, source)
-    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, source, prefix, end)
+    end = layout.num_tokens if end is None else end
+    reach = layout.num_tokens if needs_logits else end
+    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, source, prefix, range(end, reach))
     selection = method.select(prompt, ratio) if len(prompt.candidates) else Selection(prompt.candidates.bool())
     chosen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=model.device)
     chosen[prompt.candidates[selection.chosen.to(model.device)]] = True
-    chosen[end:] &= end is None
-    rows = prompt.compute(chosen, selection, kv_only=end is not None)
+    chosen[end:] = False
+    rows = prompt.compute(chosen, selection, kv_only=not needs_logits)
     prompt.fill(model.num_layers - 1)
-    logits = model.logits(rows.hidden[-1:])[0] if end is None else None
+    logits = model.logits(rows.hidden[-1:])[0] if needs_logits else None
     return Blended(prompt.kv, logits, int(chosen.sum()), prompt.num_token_layers)
+
+
+def margin(logits: torch.Tensor) -> float:
+    """How sure a model is of its next token: by how much the likeliest one's probability exceeds that of the next.
+
+    ``logits``: ``[vocabulary]``. The measure of Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022.
+    """
+    first, second = logits.softmax(-1).topk(2).values.tolist()
+    return float(first - second)
 
 
 @torch.no_grad()
@@ -94,8 +107,9 @@ class _Prompt:
         layout: PromptLayout,
         source: ChunkSource,
         prefix: TokenKV | None,
-        end: int | None,
+        rest: range,
     ) -> None:
+        """``rest``: what is computed only for what comes out of it; behind it nothing is."""
         self.layout = layout
         self.num_token_layers = 0
         self.num_layers = model.num_layers
@@ -111,7 +125,8 @@ class _Prompt:
         self._fresh[-1] = True
         """computed in any case: the last one for its logits, even where its KV is known"""
         self._wanted = torch.ones(layout.num_tokens, dtype=torch.bool, device=device)
-        self._wanted[end:] &= end is None
+        self._wanted[rest.stop :] = False
+        self._fresh[rest.start : rest.stop] = True
         first = model.project(0, model.embed(token_ids[:1]), torch.zeros(1, dtype=torch.long, device=device))
         self.kv = empty_kv(model, layout.num_tokens, first.keys)
         if prefix is not None:
@@ -136,22 +151,14 @@ class _Prompt:
         return fill
 
     def compute(self, chosen: torch.Tensor, selection: Selection, *, kv_only: bool) -> Rows:
-        """Computes what was chosen up to its last layer, and all that nobody has to the end. The rows that were computed to the end."""
+        """Computes what was chosen, and all that nobody has. The rows that were computed."""
         rows = self._rows_of(chosen)
         if not len(rows.positions):
             return rows
         hook = None
         if selection.shift_weight:
             hook = MeanShift(self.kv, self.layout, rows.positions, chosen, selection.shift_weight)
-        end_layer = self.num_layers if selection.end_layer is None else selection.end_layer
-        goes_on = ~chosen | self._fresh
-        if selection.whole is not None:
-            goes_on[self.candidates[selection.whole.to(goes_on.device)]] = True
-        is_whole = end_layer == self.num_layers or not goes_on[rows.positions].any()
-        self.advance(rows, end_layer, hook, kv_only=kv_only and is_whole)
-        if not is_whole:
-            rows = rows.narrow(goes_on)
-            self.advance(rows, kv_only=kv_only)
+        self.advance(rows, hook=hook, kv_only=kv_only)
         return rows
 
     def _rows_of(self, chosen: torch.Tensor) -> Rows:

@@ -92,6 +92,15 @@ class BlendConfig(Section):
     ratio: float = setting(
         0.15, kind="number", allowed="0 to 1", about="Which share of them that is, where a request does not say.", ge=0, le=1
     )
+    min_margin: float = setting(
+        0.0,
+        kind="number",
+        allowed="0 to 1",
+        about="How sure the model has to be of its first token with chunks reused: by how much that token's probability must exceed the "
+        "next likely one's. Where it is less, the engine computes the prompt. 0: nobody looks. A request may say otherwise.",
+        ge=0,
+        le=1,
+    )
     first_layer: float = setting(
         0.4,
         kind="number",
@@ -106,7 +115,7 @@ class BlendConfig(Section):
         kind="number",
         allowed="more than `first_layer`, to 1",
         validate_default=True,
-        about="With `combined`: where they end. The chosen tokens are computed up to there; what that saves is spent on more of them.",
+        about="With `combined`: where they end.",
         gt=0,
         le=1,
     )

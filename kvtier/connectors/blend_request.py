@@ -9,12 +9,13 @@ from typing import Any, Protocol
 from kvtier.blend.chunks import anchor_of
 from kvtier.blend.finding import ChunkSpace, Span, check_spans, message_spans, separated_spans
 from kvtier.connectors.known_chunks import KnownChunks
+from kvtier.connectors.messages import Recompute
 from kvtier.connectors.requests import BlendState
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 METHODS = ("none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined")
 BOUNDARIES = ("messages", "auto")
-KEYS = ("spans", "separator", "boundaries", "tokens", "anchor", "method", "ratio")
+KEYS = ("spans", "separator", "boundaries", "tokens", "anchor", "method", "ratio", "min_margin")
 
 
 class BlendSettings(Protocol):
@@ -35,6 +36,10 @@ class BlendSettings(Protocol):
     @property
     def ratio(self) -> float:
         """Which share of the chunks' tokens that is."""
+
+    @property
+    def min_margin(self) -> float:
+        """By how much the first token's probability must exceed the next likely one's."""
 
     @property
     def min_reuse(self) -> float:
@@ -72,18 +77,20 @@ def read_request(asked: object, prompt: Sequence[int], settings: BlendSettings, 
     method = asked.get("method", settings.method)
     if method not in METHODS:
         raise BlendRefusedError(RefusalReason.METHOD, f"method is {method!r}; {', '.join(METHODS)} are allowed")
-    ratio = _ratio(asked.get("ratio", settings.ratio))
+    ratio = _share("ratio", asked.get("ratio", settings.ratio), RefusalReason.RATIO)
+    min_margin = _share("min_margin", asked.get("min_margin", settings.min_margin), RefusalReason.MARGIN)
+    recompute = Recompute(method, ratio, min_margin)
     if not named or "boundaries" in named:
         boundaries = asked.get("boundaries", settings.boundaries)
         if boundaries not in BOUNDARIES:
             raise _bad(f"boundaries is {boundaries!r}; {', '.join(BOUNDARIES)} are allowed")
         if boundaries == "auto":
             num_anchor, placements = around.known.find(around.root, prompt)
-            return BlendState(placements, (*prompt[:num_anchor], *around.primer), method, ratio, len(prompt))
-    return _placed(asked, prompt, around, method, ratio)
+            return BlendState(placements, (*prompt[:num_anchor], *around.primer), recompute, len(prompt))
+    return _placed(asked, prompt, around, recompute)
 
 
-def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surroundings, method: str, ratio: float) -> BlendState:
+def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surroundings, recompute: Recompute) -> BlendState:
     """The chunks at the places that the request gives, or its messages."""
     first, spans = _spans(asked, prompt, around.turn_markers)
     num_anchor = asked.get("anchor", first)
@@ -100,13 +107,13 @@ def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surrounding
         expected = {span: space.chunk(text).key for span, text in zip(spans, texts, strict=True)}
     placements = space.place(prompt, spans, expected)
     around.known.learn(space, prefix_ids, prompt, placements)
-    return BlendState(placements, anchor_ids, method, ratio, len(prompt))
+    return BlendState(placements, anchor_ids, recompute, len(prompt))
 
 
-def _ratio(ratio: Any) -> float:
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:  # false for NaN as well
-        raise BlendRefusedError(RefusalReason.RATIO, f"ratio is {ratio!r}; 0 to 1 is allowed")
-    return float(ratio)
+def _share(name: str, value: Any, reason: RefusalReason) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:  # false for NaN as well
+        raise BlendRefusedError(reason, f"{name} is {value!r}; 0 to 1 is allowed")
+    return float(value)
 
 
 def _spans(asked: Mapping[str, Any], prompt: Sequence[int], turn_markers: frozenset[int]) -> tuple[int, list[Span]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
@@ -17,8 +17,12 @@ class LostChunkError(Exception):
     """A chunk's slots have other tenants by now, or never had all of it."""
 
 
+class UnsureError(Exception):
+    """The model is less sure of the first token than the request asks for."""
+
+
 class Blender(Protocol):
-    """Puts prompts together from chunks and computes chunks; both are done on return, or raise. LostChunkError is expected.
+    """Puts prompts together from chunks and computes chunks; both are done on return, or raise. Both errors above are expected.
 
     ``arena``: where the job's slots lie; nothing of it is kept. None: this worker cannot do the job, and the others must not wait for it.
     ``rows``: brings it to the device.
@@ -62,7 +66,7 @@ class BlendSteps:
         for job in jobs:
             is_done = False
             if blender is not None:
-                with self._boundary.at("blend"), contextlib.suppress(LostChunkError):
+                with self._boundary.at("blend"), contextlib.suppress(LostChunkError), _noting(job, report):
                     has_prefix = failed_block_ids.isdisjoint(job.block_ids)
                     num_tokens, num_chosen = blender.blend(job, arena if has_prefix else None, self._rows)
                     report.num_blended_tokens += num_tokens
@@ -87,3 +91,12 @@ class BlendSteps:
             report.done[job.job_id] = 1
             if not is_done:
                 report.failed[job.job_id] = {0}
+
+
+@contextlib.contextmanager
+def _noting(job: BlendJob, report: WorkerReport) -> Iterator[None]:
+    """Tells the scheduler half that the model was not sure enough."""
+    try:
+        yield
+    except UnsureError:
+        report.unsure.add(job.job_id)

@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
-from kvtier.blend.blender import Blended, blend
+from kvtier.blend.blender import Blended, blend, margin
 from kvtier.blend.entries import full_prefill
 from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.ratio import FixedRatio
-from kvtier.connectors.blend_steps import LostChunkError
+from kvtier.connectors.blend_steps import LostChunkError, UnsureError
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource, slot_view
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
 from kvtier.copy.base import RowMover
@@ -97,11 +97,14 @@ class ChunkBlender:
 
         Raises:
             LostChunkError: chunks have gone, here or on another rank.
+            UnsureError: the first token's margin is less than the job asks for.
         """
         problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job) or self._lack_of_room(len(job.token_ids))
         if not self._agree(not problem) or arena is None:
             raise LostChunkError(problem or "another rank cannot")
         made = self._blended(job, arena, rows)
+        if made.logits is not None and margin(made.logits) < job.recompute.min_margin:
+            raise UnsureError
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
         placements = job.layout.placements
         num_tokens = sum(min(at.end, job.end) - max(at.start, job.first) for at in placements if at.start < job.end)
@@ -146,10 +149,12 @@ class ChunkBlender:
     def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> Blended:
         layout = job.layout
         prefix = self._tokens.read(layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
-        method, ratio = self._methods[job.method](), FixedRatio(job.ratio)
+        recompute = job.recompute
+        method, ratio = self._methods[recompute.method](), FixedRatio(recompute.ratio)
+        is_checked = recompute.min_margin > 0
         with self.reading(job, arena, rows) as reads:
             source = SlotSource([at.chunk for at in layout.placements], reads, self._shape, rows)
-            made = blend(self._model, job.token_ids, layout, source, method, ratio, prefix=prefix, end=job.end)
+            made = blend(self._model, job.token_ids, layout, source, method, ratio, prefix=prefix, end=job.end, needs_logits=is_checked)
         _check(arena, *job.chunks)  # what was read while a slot changed hands may be anything
         return made
 

@@ -57,7 +57,7 @@ class BlendParts:
 class _Blend:
     """A prompt that the workers put together."""
 
-    state: BlendState
+    request: Request
     load_ids: list[int]
     remaining: int
     failed: bool = False
@@ -176,7 +176,8 @@ class Blending:
             self._engine.stats.add("blend.too_few")
             state.is_over = True
             return exact
-        state.plan = BlendPlan(num_exact, end, tuple(ready))
+        state.plan = state.plan_for(num_exact, end, ready, num_tokens, size)
+        end = state.plan.end
         return Matched(end - request.num_computed_tokens, is_blended=True)
 
     def num_exact_tokens(self, request: Request, num_external_tokens: int) -> int:
@@ -232,8 +233,7 @@ class Blending:
             order.chunks,
             plan.num_exact,
             plan.end,
-            state.method,
-            state.ratio,
+            plan.recompute,
             order.block_ids,
         )
 
@@ -287,7 +287,7 @@ class Blending:
             self._engine.touch(keys)
         num_blocks = plan.end // self._geometry.engine_block_tokens
         self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
-        self._blends[load_ids[0]] = _Blend(state, load_ids, self._geometry.num_workers)
+        self._blends[load_ids[0]] = _Blend(request, load_ids, self._geometry.num_workers)
         state.num_tokens = sum(min(at.end, plan.end) - max(at.start, plan.num_exact) for at in plan.placements if at.start < plan.end)
         self._engine.stats.add("blend.requests")
         self._engine.stats.add("blend.hit_chunks", len(plan.placements))
@@ -350,7 +350,7 @@ class Blending:
         self._engine.stats.add("blend.chosen_tokens", report.num_chosen_tokens)
         for job_id, count in report.done.items():
             if job_id in self._blends:
-                self._advance_blend(job_id, count, has_failed=job_id in report.failed)
+                self._advance_blend(job_id, count, has_failed=job_id in report.failed, is_unsure=job_id in report.unsure)
             elif job_id in self._entries.running:
                 self._advance_entry(job_id, count, has_failed=job_id in report.failed)
 
@@ -364,17 +364,19 @@ class Blending:
             self._entries.keys.discard(entry.chunk.key)
         self._entries.waiting.clear()
 
-    def _advance_blend(self, job_id: int, count: int, *, has_failed: bool) -> None:
-        blend = self._blends[job_id]
+    def _advance_blend(self, job_id: int, count: int, *, has_failed: bool, is_unsure: bool) -> None:
+        blend, reason = self._blends[job_id], RefusalReason.UNSURE.value
         blend.remaining -= count
         blend.failed = blend.failed or has_failed
+        if is_unsure:
+            blend.request.blend_refusal = reason
         if blend.remaining <= 0:
             del self._blends[job_id]
             for load_id in blend.load_ids:
                 self._engine.end_load(load_id)
-            self._engine.stats.add("blend.failed", int(blend.failed))
             if blend.failed:
-                blend.state.num_tokens = 0
+                blend.request.give_up_blend()
+                self._engine.stats.add(f"blend.refused_{reason}" if blend.request.blend_refusal else "blend.failed")
 
     def _advance_entry(self, job_id: int, count: int, *, has_failed: bool) -> None:
         entry = self._entries.running[job_id]

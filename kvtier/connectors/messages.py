@@ -87,6 +87,18 @@ class ChunkSlots:
 
 
 @dataclass(frozen=True, slots=True)
+class Recompute:
+    """What is computed anew of a prompt's chunks."""
+
+    method: str
+    """how tokens are chosen"""
+    ratio: float
+    """their share"""
+    min_margin: float = 0.0
+    """where the first token's probability exceeds the next likely one's by less, all of the prompt; 0: nobody looks"""
+
+
+@dataclass(frozen=True, slots=True)
 class BlendJob:
     """The beginning of a prompt that is put together from chunks, instead of being computed."""
 
@@ -102,8 +114,7 @@ class BlendJob:
     """the first token that is written; those before are in the engine's blocks, or will be after the forward pass"""
     end: int
     """the engine computes the prompt from here on; a multiple of its block size"""
-    method: str
-    ratio: float
+    recompute: Recompute
     block_ids: tuple[int, ...]
     """engine blocks of the tokens before ``end``"""
 
@@ -164,6 +175,8 @@ class WorkerReport:
     """tokens of chunks that blends took over"""
     num_chosen_tokens: int = 0
     """those of them that were computed anew"""
+    unsure: set[int] = field(default_factory=set)
+    """blends among ``failed`` that left the model less sure than was asked for"""
 
     def merge(self, other: WorkerReport) -> WorkerReport:
         """Adds another worker's report to this one, in place, and returns it."""
@@ -171,6 +184,7 @@ class WorkerReport:
             self.done[job_id] = self.done.get(job_id, 0) + count
         for job_id, positions in other.failed.items():
             self.failed.setdefault(job_id, set()).update(positions)
+        self.unsure |= other.unsure
         self.attached += other.attached
         self.blenders += other.blenders
         self.num_blended_tokens += other.num_blended_tokens

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from kvtier.blend.layout import Placement
-from kvtier.connectors.messages import RequestOptions
+from kvtier.connectors.messages import Recompute, RequestOptions
 from kvtier.hashing import KeyChain, TokenSpan, request_root
 from kvtier.types import BlockKey
 
@@ -161,8 +161,7 @@ class BlendState:
     """where they lie in the prompt"""
     anchor_ids: tuple[int, ...]
     """tokens that they are computed behind"""
-    method: str
-    ratio: float
+    recompute: Recompute
     num_prompt_tokens: int
     plan: BlendPlan | None = None
     """what the last match promised"""
@@ -172,6 +171,19 @@ class BlendState:
     """nothing is to be reused (any more)"""
     num_tokens: int = 0
     """taken from chunks instead of computed as a prompt"""
+
+    def plan_for(self, num_exact: int, end: int, placements: Sequence[Placement], num_tokens: int, block_tokens: int) -> BlendPlan:
+        """What is put together of ``num_tokens`` tokens whose chunks reach up to ``end``.
+
+        Where it counts how sure the model is of the first token, that is all of the prompt: the workers have to compute what lies behind
+        the chunks, so the engine need not. Of a request that was preempted behind its first token nobody wants to know.
+        """
+        recompute = self.recompute
+        if num_tokens > self.num_prompt_tokens:
+            recompute = replace(recompute, min_margin=0.0)
+        if recompute.min_margin:
+            end = (self.num_prompt_tokens - 1) // block_tokens * block_tokens
+        return BlendPlan(num_exact, end, tuple(placements), recompute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +195,7 @@ class BlendPlan:
     end: int
     placements: tuple[Placement, ...]
     """of chunks that are in host memory"""
+    recompute: Recompute
 
 
 class Request:
@@ -264,6 +277,11 @@ class Request:
         self.deadline = None
         self.store_from = 0
         self.store_at = NEVER
+
+    def give_up_blend(self) -> None:
+        """The engine computes what was to come from chunks, and they are not tried again."""
+        if self.blend is not None:
+            self.blend.is_over, self.blend.num_tokens = True, 0
 
     def load_failed(self, first_block: int, block_tokens: int) -> None:
         """The engine computes from ``first_block`` on. No second try to load: a failure that lasts must not go round for ever."""

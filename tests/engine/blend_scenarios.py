@@ -18,10 +18,13 @@ REFUSED = {
     "spans_overlap": {"spans": [[10, 60], [50, 90]]},
     "span_outside_prompt": {"spans": [[10, 100_000]]},
     "ratio": {"ratio": 1.5, "spans": [[10, 60]]},
+    "margin": {"min_margin": -0.5, "spans": [[10, 60]]},
     "method": {"method": "guess", "spans": [[10, 60]]},
     "format": {"spans": "all of it"},
     "tokens_differ": {"spans": [[10, 60]], "tokens": [[1, 2, 3]]},
 }
+MARGINS = {"sure": 1e-9, "unsure": 1.0}
+"""what every model reaches, and none"""
 Piece = list[int]
 Result = dict[str, Any]
 
@@ -129,6 +132,10 @@ def blended(llm: Any, settings: Result) -> Result:
     llm.reset_prefix_cache()
     mixed = asker.ask([item for pair in zip(asked[:4], plain, strict=True) for item in pair])
     out["mixed"], out["others"] = mixed[::2], mixed[1::2]
+    if with_kvtier:
+        for name, margin in MARGINS.items():
+            checked = [(ids, {"blend": {"spans": spans, "ratio": ratio, "min_margin": margin}, "store": False}) for ids, spans in cases[:3]]
+            out[name] = asker.ask(checked)
     out["afterwards"] = [asker.one(ids) for ids, _ in asked]
     if with_kvtier:
         out["refused"] = {name: asker.one(cases[0][0], {"blend": bad, "load": True, "store": False}) for name, bad in REFUSED.items()}
@@ -226,6 +233,8 @@ def blended_in_parallel(llm: Any, settings: Result) -> Result:
         out["chosen"] = [
             asker.one(cases[number][0], options(number, 0.3, method)) for number, method in enumerate(("combined", "cacheblend"))
         ]
+        unsure = {"blend": {"spans": cases[0][1], "min_margin": MARGINS["unsure"]}, "store": False}
+        out["unsure"] = [asker.one(cases[0][0], unsure)]
         llm.collective_rpc(lose_chunks_on_the_second_rank)
         out["lost"] = [asker.one(cases[number][0], options(number, 1.0, "combined")) for number in range(2)]
     return out

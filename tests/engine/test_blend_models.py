@@ -153,12 +153,6 @@ def test_any_ratio_computes_what_it_says(prompt: Prompt, ratio: float, method: s
     """As many tokens as the ratio says are computed anew; the prefix and exact chunks keep their bits."""
     blended, layout, store = blend_prompt("llama", prompt, method, ratio)
     number = math.ceil(ratio * len(layout.candidates) - 1e-9)
-    if method == "combined":
-        num_whole = int(0.15 * number)
-        num_others = len(layout.candidates) - num_whole
-        paid = NUM_LAYERS * (ratio * len(layout.candidates) - num_whole)
-        end = NUM_LAYERS if paid > 2 * num_others else 2
-        number = num_whole + min(num_others, max(0, math.ceil(paid / end - 1e-6)))
     assert number == blended.num_chosen
     assert blended.logits is not None
     assert bool(blended.logits.isfinite().all())
@@ -168,18 +162,18 @@ def test_any_ratio_computes_what_it_says(prompt: Prompt, ratio: float, method: s
             assert torch.equal(kept.values, blended.kv.part(placement.start, placement.end).values)
 
 
-def test_layers_that_tell_nothing_stay_as_they_were() -> None:
-    """``combined`` spends a third of the tokens' layers on nearly half of the tokens, in the first two of three layers, but for the chunk's
-    first ones; the question has all."""
+def test_what_combined_chooses_is_computed_in_every_layer() -> None:
+    """A third of the tokens, and the question; behind the first layer no bit of those is left, and the others stay as they were."""
     ids = [*tokens(2, 40), *tokens(3, 40), *tokens(77, 6)]
     prompt = Prompt(ids, [Span(0, 40), Span(40, 80)], 0, 0)
     blended, layout, store = blend_prompt("llama", prompt, "combined", 1 / 3)
     assert [*range(40, 80)] == layout.candidates
-    assert 19 == blended.num_chosen
+    assert 14 == blended.num_chosen
     kept = store.entries(ids, layout)[1].kv
-    assert 19 == (blended.kv.values[1][:, 40:80] != kept.values[1]).any(2).any(0).sum()
-    assert [0, 1] == (blended.kv.values[2][:, 40:80] != kept.values[2]).any(2).any(0).nonzero()[:, 0].tolist()
-    assert bool(blended.kv.values[2][:, 80:].any(2).all())
+    changed = [(blended.kv.values[layer][:, 40:80] != kept.values[layer]).any(2).any(0).tolist() for layer in range(NUM_LAYERS)]
+    assert 14 == sum(changed[1])
+    assert changed[1] == changed[NUM_LAYERS - 1]
+    assert bool(blended.kv.values[NUM_LAYERS - 1][:, 80:].any(2).all())
 
 
 @dataclass
@@ -214,10 +208,10 @@ def test_a_last_token_that_a_chunk_has_is_computed_to_the_end() -> None:
     """Its logits are wanted, so no layer of it is left out, whether it was chosen or not."""
     ids = [*tokens(2, 40), *tokens(3, 40)]
     prompt = Prompt(ids, [Span(0, 40), Span(40, 80)], 0, 0)
-    for ratio, whole in ((0.0, []), (0.3, [0])):
-        blended, layout, store = blend_prompt("llama", prompt, "combined", ratio)
+    for method, ratio, heads in (("combined", 0.0, []), ("epic", 0.1, [0, 1, 2, 3])):
+        blended, layout, store = blend_prompt("llama", prompt, method, ratio)
         kept = store.entries(ids, layout)[1].kv
-        assert [*whole, 39] == (blended.kv.values[2][:, 40:80] != kept.values[2]).any(2).any(0).nonzero()[:, 0].tolist()
+        assert [*heads, 39] == (blended.kv.values[2][:, 40:80] != kept.values[2]).any(2).any(0).nonzero()[:, 0].tolist()
 
 
 def test_more_tokens_come_nearer() -> None:

@@ -53,15 +53,17 @@ def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
     settings["tiers"].insert(0, {"type": "gpu", "capacity": "48MiB"})
     result = run("blended", kvtier=settings, engine=CACHING)
     assert result["counters"]["gpu.stored_blocks"] > 0
-    for name in ("alone", "again", "unnamed", "mixed", "others", "afterwards", "after_abort"):
+    for name in ("alone", "again", "unnamed", "mixed", "others", "afterwards", "sure", "unsure", "after_abort"):
         assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
+    assert all(answer["loaded"]["blend"]["tokens"] > 40 for answer in result["sure"])
+    assert all(answer["loaded"]["blend"] == {"tokens": 0, "refused": "unsure"} for answer in result["unsure"]), "the engine computed them"
     assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in result["unnamed"]), "found by their tokens; by the chat's messages"
     taken = [answer["loaded"]["blend"]["tokens"] for answer in result["alone"]]
     assert all(tokens > 40 for tokens in taken[: len(ORDERS)]), taken
     assert all(tokens > 40 for tokens in taken), taken
     assert set(REFUSED) == {name for name, answer in result["refused"].items() if answer["loaded"]["blend"]["refused"] == name}
     assert_same(alone["alone"][:1] * len(REFUSED), list(result["refused"].values()))
-    assert {f"blend.refused_{name}": 1 for name in REFUSED} == {
+    assert {**{f"blend.refused_{name}": 1 for name in REFUSED}, "blend.refused_unsure": 3} == {
         name: value for name, value in result["counters"].items() if name.startswith("blend.refused_")
     }
     assert 8 + 2 == result["counters"]["blend.stored_chunks"]
@@ -73,7 +75,7 @@ def test_nothing_computed_anew_harms_nobody_else(alone: Result) -> None:
     result = run("blended", kvtier=blend(), engine=CACHING, ratio=0.0)
     assert [one["tokens"] for one in result["alone"]] == [one["tokens"] for one in result["again"]]
     assert [one["logprobs"] for one in alone["alone"]] != [one["logprobs"] for one in result["alone"]], "it is an approximation"
-    for name in ("others", "afterwards", "after_abort"):
+    for name in ("others", "afterwards", "unsure", "after_abort"):
         assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
 
 
@@ -81,7 +83,7 @@ def test_off_unless_switched_on(alone: Result) -> None:
     """Without ``blend.enabled`` requests that ask are refused, counted, and served as any other."""
     assert "vllm.model_executor.models.llama" == alone["model"], "vLLM alone, where kvtier is installed"
     result = run("blended", kvtier=host(), engine=CACHING)
-    for name in ("alone", "again", "mixed", "others", "afterwards", "after_abort"):
+    for name in ("alone", "again", "mixed", "others", "afterwards", "sure", "unsure", "after_abort"):
         assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
     assert {"off"} == {answer["loaded"]["blend"]["refused"] for answer in result["alone"]}
     assert {"blend.refused_off"} == set(result["counters"])
@@ -145,5 +147,7 @@ def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
     result = run("blended_in_parallel", kvtier=blend(), engine=engine, environment=environment, timeout_s=600.0)
     assert_same(expected, result["answers"])
     assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"]])
+    assert_same(expected[:1], result["unsure"])
+    assert {"tokens": 0, "refused": "unsure"} == result["unsure"][0]["loaded"]["blend"]
     assert_same(expected[:2], result["lost"])
     assert [0, 0] == [answer["loaded"]["blend"]["tokens"] for answer in result["lost"]], "the engine computed them"

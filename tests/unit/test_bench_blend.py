@@ -10,7 +10,7 @@ import pytest
 
 from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.records import records
-from kvtier.bench.blend.summary import ROUNDED, by_variant, estimate, of_ratio, paired
+from kvtier.bench.blend.summary import ROUNDED, by_variant, estimate, of_ratio, paired, with_least_margin
 from kvtier.bench.blend.tasks import make_set
 from kvtier.cli import main
 
@@ -151,6 +151,31 @@ def test_a_file_of_rows_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (0.25, 0.5) == figures["KL of plain CacheBlend's", "combined, prefix", 0.15]
     assert (1.0, 0.93) == figures["answers retained", "combined, prefix", 0.15]
     assert not any(method == "full" for _, method, _ in figures)
+
+
+def test_a_least_margin_gives_the_unsure_to_full_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its answer, at its cost on top; the sure keep theirs, and so does a margin that is just reached."""
+    own = [{**row(number, "a", 0.4, right=False), "margin": margin, "f1": 0.0} for number, margin in enumerate((0.1, 0.3, 0.5))]
+    rows = [*own, *({**row(number, "full", 0.0), "ratio": 1.0, "margin": 0.9, "f1": 1.0, "cost": 1.0} for number in range(3))]
+    served = by_variant(with_least_margin(rows, 0.3), "hops")["a"]
+    values = [served[name].value for name in ("kl", "retained", "f1", "unsure", "cost", "share")]
+    assert [0.8 / 3, 1 / 3, 1 / 3, 1 / 3, 0.2 + 1 / 3, 0.15] == pytest.approx(values)
+    assert "unsure" not in by_variant(rows, "hops")["a"]
+    (tmp_path / "rows").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    command = ["bench", "blend", "--report-only", "--rows", str(tmp_path / "rows")]
+    assert 0 == main([*command, "--min-margin", "0", "0.3", "--json", str(tmp_path / "json")])
+    printed = capsys.readouterr().out
+    assert "hops, 15%: 3 questions" in printed
+    assert "hops, 15%, margin 0.3: 3 questions" in printed
+    found = json.loads((tmp_path / "json").read_text())["records"]
+    kept = {each["params"].get("min_margin"): each["value"] for each in found if each["name"] == "answers retained"}
+    assert {None: 0.0, 0.3: 1 / 3} == pytest.approx(kept)
+    assert [1 / 3] == pytest.approx([each["value"] for each in found if each["name"] == "computed by the engine"])
+    assert 2 == main([*command, "--min-margin", "1.5"])
+    assert "--min-margin is [1.5]: 0 to 1 is allowed" in capsys.readouterr().err
+    (tmp_path / "rows").write_text(json.dumps(row(4, "a", 0.1)) + "\n")
+    assert 2 == main([*command, "--min-margin", "0.3"])
+    assert "question 0 of set 4, a: no margin, or no row of full prefill" in capsys.readouterr().err
 
 
 def test_without_a_model_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

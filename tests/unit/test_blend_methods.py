@@ -83,17 +83,7 @@ def test_a_method_chooses_what_the_ratio_allows(lengths: list[int], ratio: float
     assert name == method.name
     selection = method.select(evidence, FixedRatio(ratio))
     assert (number,) == selection.chosen.shape
-    num_chosen = int(selection.chosen.sum())
-    if selection.end_layer is None or selection.whole is None:
-        assert min(number, math.ceil(ratio * number - 1e-9)) == num_chosen
-    else:
-        assert not (selection.whole & ~selection.chosen).any()
-        num_whole = int(selection.whole.sum())
-        num_layers = num_whole * evidence.num_layers + (num_chosen - num_whole) * selection.end_layer
-        paid = ratio * number * evidence.num_layers
-        spare = selection.end_layer if num_chosen < number else number
-        assert paid - 1e-5 <= num_layers < paid + spare
-    assert method.select(evidence, FixedRatio(1.0)).end_layer in (None, evidence.num_layers)
+    assert min(number, math.ceil(ratio * number - 1e-9)) == int(selection.chosen.sum())
     assert not method.select(evidence, FixedRatio(0.0)).chosen.any()
     assert method.select(evidence, FixedRatio(1.0)).chosen.all()
 
@@ -121,15 +111,13 @@ def test_each_method_takes_what_its_paper_says() -> None:
     assert [0, 1, 2, 3, *range(4, 10)] == chosen_by(Epic(), two, 10 / 14)
 
 
-def test_combined_looks_and_computes_where_it_is_told_to() -> None:
-    """The configuration's layers; by default from two to four fifths of the depth. Heads of chunks have all layers."""
+def test_combined_looks_where_it_is_told_to() -> None:
+    """In the configuration's layers; by default from two to four fifths of the depth. Heads of chunks are chosen in any case."""
     evidence = FakeEvidence(layout_of([40, 40]))
     for method, layers in ((METHODS["combined"], range(4, 8)), (methods_with(0.1, 0.55)["combined"], range(1, 6))):
         selection = method().select(evidence, FixedRatio(0.25))
         assert layers == evidence.asked_layers
-        assert layers.stop == selection.end_layer
-        assert selection.whole is not None
-        assert [0, 1, 40] == selection.whole.nonzero()[:, 0].tolist()
+        assert selection.chosen[[0, 1, 40]].all()
     assert METHODS["epic"] is methods_with(0.1, 0.55)["epic"]
 
 

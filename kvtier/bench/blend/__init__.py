@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtier.bench.blend.records import BASELINE, records
-from kvtier.bench.blend.summary import FULL, ROUNDED, Row, by_variant, of_ratio, paired
+from kvtier.bench.blend.summary import FULL, ROUNDED, Row, by_variant, of_ratio, paired, with_least_margin
 from kvtier.bench.blend.tasks import TASKS, DocumentSet, make_set
 from kvtier.bench.options import MOST_ROUNDS, MOST_THREADS, add_json, whole
 from kvtier.bench.report import publish
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "report", "run"]
 
-OVERLAPS = {"retained": "retained", "f1": "F1", "rouge_l": "Rouge-L"}
+SHOWN = {"retained": "retained", "f1": "F1", "rouge_l": "Rouge-L", "unsure": "unsure"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first", type=whole(0, MOST_ROUNDS), default=0, help="number of the first set (default: 0)")
     parser.add_argument(
         "--ratio", type=float, nargs="+", default=[0.15], help="share of the chunks' tokens computed anew; one or several (default: 0.15)"
+    )
+    parser.add_argument(
+        "--min-margin",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="figures as with blend.min_margin: answers with a less sure first token are full prefill's; one or several (default: 0)",
     )
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants whose label contains one of these")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="only questions of these kinds (default: all)")
@@ -86,10 +93,18 @@ def run(args: argparse.Namespace) -> int:
     if not rows:
         print(f"--rows: {args.rows} holds none", file=sys.stderr)
         return 2
-    for ratio in args.ratio:
-        report(rows, ratio)
-    if args.json is not None:
-        publish("kvtier bench blend", list(records(rows, args.ratio)), args.json)
+    if not all(0 <= each <= 1 for each in args.min_margin):
+        print(f"--min-margin is {args.min_margin}: 0 to 1 is allowed", file=sys.stderr)
+        return 2
+    try:
+        for min_margin in args.min_margin:
+            for ratio in args.ratio:
+                report(rows, ratio, min_margin)
+        if args.json is not None:
+            publish("kvtier bench blend", list(records(rows, args.ratio, args.min_margin)), args.json)
+    except ValueError as error:
+        print(f"--min-margin: {args.rows}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -165,9 +180,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def report(rows: Sequence[Row], ratio: float) -> None:
-    """Prints a table for each task at one ratio, each figure with its 95 % interval, and which share full prefill answers."""
+def report(rows: Sequence[Row], ratio: float, min_margin: float = 0.0) -> None:
+    """Prints a table for each task at one ratio, each figure with its 95 % interval, and which share full prefill answers.
+
+    Raises:
+        ValueError: as ``with_least_margin`` does.
+    """
     rows = of_ratio(rows, ratio)
+    rows = with_least_margin(rows, min_margin) if min_margin else rows
+    checked = f", margin {min_margin:g}" if min_margin else ""
     for task in TASKS:
         table = by_variant(rows, task)
         full = table.pop(FULL, None)
@@ -175,10 +196,10 @@ def report(rows: Sequence[Row], ratio: float) -> None:
             continue
         answered = "" if full is None or task == "prose" else f", of {full['n']} that were asked full prefill answers {full['answered']}"
         sample = next(iter(table.values()))
-        print(f"\n{task}, {ratio:.0%}: {sample['n']} questions of {sample['sets']} sets{answered}")
+        print(f"\n{task}, {ratio:.0%}{checked}: {sample['n']} questions of {sample['sets']} sets{answered}")
         for variant, figures in table.items():
             quotient = paired(rows, task, variant, BASELINE)
             cells = [f"KL {figures['kl']}", f"of {BASELINE}'s {quotient}" if quotient else "", f"top-1 {figures['agreement']}"]
             cells += [f"NLL {figures['nll_change']}"]
-            cells += [f"{name} {figures[field]}" for field, name in OVERLAPS.items() if field in figures]
+            cells += [f"{name} {figures[field]}" for field, name in SHOWN.items() if field in figures]
             print(f"  {variant:<24} " + "  ".join(cell for cell in [*cells, f"cost {figures['cost'].value:.2f}"] if cell))

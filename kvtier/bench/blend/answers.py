@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvtier.blend.blender import margin
 from kvtier.blend.entries import empty_kv
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.prefill import attend, causal_groups
@@ -167,11 +168,15 @@ def _write(model: BlendModel, texts: Sequence[_Text], gold: Gold) -> list[list[i
 
 
 def compare(reference: Answer, answer: Answer) -> dict[str, Any]:
-    """Over the answer's tokens, each behind the right ones before it: nats, shares, and whether greedy decoding gives the answer."""
+    """Over the answer's tokens, each behind the right ones before it: nats, shares, and whether greedy decoding gives the answer.
+
+    ``margin``: of the first token alone, by how much the likeliest one's probability exceeds the next one's.
+    """
     gold = reference.tokens
     picks = torch.arange(len(gold), device=gold.device)
     best, wanted = answer.logits.argmax(-1), reference.logits.argmax(-1)
     return {
+        "margin": margin(answer.logits[0]),
         "kl": float((reference.logits.exp() * (reference.logits - answer.logits)).sum(-1).mean()),
         "agreement": float((best == wanted).float().mean()),
         "nll_change": float((reference.logits[picks, gold] - answer.logits[picks, gold]).mean()),

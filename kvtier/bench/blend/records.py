@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from kvtier.bench.blend.summary import FULL, Estimate, Row, by_variant, of_ratio, paired
+from kvtier.bench.blend.summary import FULL, Estimate, Row, by_variant, of_ratio, paired, with_least_margin
 from kvtier.bench.blend.tasks import TASKS
 from kvtier.bench.report import Record
 
@@ -15,15 +16,19 @@ QUOTIENT: Mapping[str, float] = {"hops": 0.5}
 """targets: mean KL as a share of the baseline's"""
 
 
-def records(rows: Sequence[Row], ratios: Sequence[float]) -> Iterator[Record]:
-    """Of each task, ratio and variant."""
+def records(rows: Sequence[Row], ratios: Sequence[float], min_margins: Sequence[float] = (0.0,)) -> Iterator[Record]:
+    """Of each task, least margin, ratio and variant."""
     for task in TASKS:
         full = by_variant(rows, task).get(FULL)
         if full is not None and task != "prose":
             params = {"task": task, "questions": full["n"], "sets": full["sets"]}
             yield Record("answered by full prefill", params, full["answered"] / full["n"], "ratio")
-        for ratio in (0.0, *sorted({*ratios, 1.0})):
-            yield from _of_task([row for row in rows if row["ratio"] == ratio], of_ratio(rows, ratio), task, ratio)
+        for min_margin in min_margins:
+            served = with_least_margin(rows, min_margin) if min_margin else rows
+            for ratio in (0.0, *sorted({*ratios, 1.0})):
+                found = _of_task([row for row in served if row["ratio"] == ratio], of_ratio(served, ratio), task, ratio)
+                more = {"min_margin": min_margin} if min_margin else {}
+                yield from (replace(record, params={**record.params, **more}) for record in found)
 
 
 def _of_task(rows: Sequence[Row], beside: Sequence[Row], task: str, ratio: float) -> Iterator[Record]:
@@ -37,6 +42,7 @@ def _of_task(rows: Sequence[Row], beside: Sequence[Row], task: str, ratio: float
             ("answers retained", figures.get("retained"), "ratio", RETAINED.get(task)),
             ("Rouge-L", figures.get("rouge_l"), "ratio", None),
             ("computed, of full prefill", figures["cost"], "ratio", None),
+            ("computed by the engine", figures.get("unsure"), "ratio", None),
         ]
         for name, estimate, unit, target in wanted:
             if estimate is not None:

@@ -55,7 +55,7 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
     """For each variant the figures of one task.
 
     ``retained``: of the questions that full prefill answers, those that are still answered; absent where it answers none. ``f1``, and
-    ``rouge_l`` for prose: of what is written.
+    ``rouge_l`` for prose: of what is written. ``unsure``: with a least margin, what full prefill answers in the method's place.
     """
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -66,6 +66,8 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
         answered = [row for row in members if row["full_is_right"] or task == "prose"]
         figures: dict[str, Any] = {"n": len(members), "answered": len(answered), "sets": len({row["set"] for row in members})}
         figures |= {field: estimate(members, field) for field in ("kl", "agreement", "nll_change", "share", "cost")}
+        if all("is_unsure" in row for row in members):
+            figures["unsure"] = estimate(members, "is_unsure")
         overlap = "rouge_l" if task == "prose" else "f1"
         if all(overlap in row for row in members):
             figures[overlap] = estimate(members, overlap)
@@ -78,6 +80,26 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
 def of_ratio(rows: Sequence[Row], ratio: float) -> list[Row]:
     """Those of one ratio, with full reuse and full prefill, both of them, to compare with."""
     return [row for row in rows if row["ratio"] in (0.0, ratio) or row["variant"] in (FULL, ROUNDED)]
+
+
+def with_least_margin(rows: Sequence[Row], min_margin: float) -> list[Row]:
+    """As served with ``blend.min_margin``: answers whose first token has less are full prefill's, which costs as much as that on top.
+
+    Raises:
+        ValueError: rows of a method lack their margin, or full prefill's row.
+    """
+    full = {(row["set"], row["question"]): row for row in rows if row["variant"] == FULL}
+    return [row if row["variant"] in (FULL, ROUNDED) else _served(row, full, min_margin) for row in rows]
+
+
+def _served(row: Row, full: Mapping[tuple[int, int], Row], min_margin: float) -> Row:
+    where = (row["set"], row["question"])
+    if "margin" not in row or where not in full:
+        raise ValueError(f"question {where[1]} of set {where[0]}, {row['variant']}: no margin, or no row of full prefill")
+    if row["margin"] >= min_margin:
+        return {**row, "is_unsure": False}
+    own = {name: row[name] for name in ("variant", "ratio", "share")}
+    return {**full[where], **own, "cost": row["cost"] + 1.0, "is_unsure": True}
 
 
 def paired(rows: Sequence[Row], task: str, variant: str, baseline: str) -> Estimate | None:

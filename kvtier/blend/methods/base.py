@@ -44,10 +44,6 @@ class Selection:
     """a mask over the candidates"""
     shift_weight: float = 0.0
     """by how much of the mean change of a chunk's chosen tokens its other tokens are moved; 0: not at all"""
-    end_layer: int | None = None
-    """up to which layer the chosen tokens are computed; None: through all"""
-    whole: torch.Tensor | None = None
-    """a mask over the candidates: those among the chosen that are computed through all layers nevertheless"""
 
 
 class SelectionMethod(Protocol):

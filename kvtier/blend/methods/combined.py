@@ -1,13 +1,12 @@
 """kvtier's own combination: what the question looks at where it counts, what depends on the context, and a push for the rest.
 
-Four parts that mend different things. The question's attention (ProphetKV) finds the tokens that the answer needs; it is asked in those
-layers only in which stale KV changes answers. No layer behind them reads much from the chunks, so tokens are computed up to there, and
-what that saves is spent on more of them. Tokens that looked at other chunks most when their KV was computed (Cache-Craft) are those that
-another context changes most; where the entries do not remember it, the first tokens of every chunk stand in (EPIC). Those are computed
-through all layers, since what follows a border is read in the last ones too. And the tokens that are not computed are moved by a part of
-the mean change of their chunk's computed ones, since what another context does to a chunk's keys and values is in part common to all its
-tokens (the idea of AgentKVShift). Use it with entries that were computed behind some other document, and chunks of 100 tokens and more:
-shorter ones are left unmoved, as the mean of few tokens is no guide. Costs what ProphetKV costs, and the KV serves one question.
+Three parts that mend different things. The question's attention (ProphetKV) finds the tokens that the answer needs; it is asked in those
+layers only in which stale KV changes answers. Tokens that looked at other chunks most when their KV was computed (Cache-Craft) are those
+that another context changes most; where the entries do not remember it, the first tokens of every chunk stand in (EPIC). And the tokens
+that are not computed are moved by a part of the mean change of their chunk's computed ones, since what another context does to a chunk's
+keys and values is in part common to all its tokens (the idea of AgentKVShift). Use it with entries that were computed behind some other
+document, and chunks of 100 tokens and more: shorter ones are left unmoved, as the mean of few tokens is no guide. Costs what ProphetKV
+costs, and the KV serves one question.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ class Combined:
         first, last = (round(share * evidence.num_layers) for share in self.telling_layers)
         last = max(1, last)
         scores = evidence.question_attention(range(min(first, last - 1), last))
-        whole = _dependent(evidence, int(self.context_share * ratio.num_tokens(len(scores)))).to(scores.device)
-        number, end_layer = ratio.to_depth(len(scores), evidence.num_layers, last, int(whole.sum()))
-        return Selection(top(scores.masked_fill(whole, float("inf")), number), self.shift_weight, end_layer, whole)
+        number = ratio.num_tokens(len(scores))
+        dependent = _dependent(evidence, int(self.context_share * number)).to(scores.device)
+        return Selection(top(scores.masked_fill(dependent, float("inf")), number), self.shift_weight)
 
 
 def _dependent(evidence: Evidence, number: int) -> torch.Tensor:
