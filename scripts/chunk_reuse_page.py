@@ -21,6 +21,8 @@ COMMANDS: dict[str, str] = {
     "blend-methods": f"kvtier bench blend {OPTIONS} --items SETS --variants alone primed",
     "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 0.15 0.3 0.5"
     ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
+    "blend-margins": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 0.15 --min-margin 0 0.05 0.1 0.2 0.3 0.5"
+    ' --variants "combined, primed"',
     "blend-layers": f"kvtier bench blend {OPTIONS} --first 1000 --items SETS --questions 3 --tasks single hops border --layers 3",
 }
 """What wrote each JSON, with ``--json``; the number of sets is the JSON's."""
@@ -43,6 +45,7 @@ def chunk_reuse() -> str:
         "blend-targets": targets,
         "blend-methods": lambda: quality("blend-methods"),
         "blend-ratios": lambda: curves("blend-ratios"),
+        "blend-margins": lambda: margins("blend-margins"),
         "blend-layers": lambda: layers("blend-layers"),
     }
     for name, make in makers.items():
@@ -155,6 +158,27 @@ def curves(name: str) -> str:
                 item = found.get((names[figure], label, task, ratio))
                 cells.append("" if item is None else _with_interval(item, 2 if figure != "KL" else 3))
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def margins(name: str) -> str:
+    """Of one method, by ratio and least margin: answers kept, and what that costs."""
+    document = document_of(name)
+    found = {
+        (item["name"], item["params"]["task"], item["params"]["recompute"], item["params"].get("min_margin", 0.0)): item
+        for item in document["records"]
+        if "method" in item["params"]
+    }
+    columns = [("answers retained", "kept"), ("computed by the engine", "by the engine"), ("computed, of full prefill", "computed")]
+    head = [f"{task}: {text}" for task in TASKS for figure, text in columns if (task, figure) != ("prose", "answers retained")]
+    lines = [*_above(name, document), "| recompute | least margin | " + " | ".join(head) + " |", "| ---: |" + " ---: |" * (1 + len(head))]
+    for ratio, margin in sorted({key[2:] for key in found}):
+        cells = [f"{ratio:.0%}", f"{margin:g}"]
+        for task in TASKS:
+            for figure, _ in columns[task == "prose" :]:
+                item = found.get((figure, task, ratio, margin))
+                cells.append("" if item is None else _with_interval(item, 3) if figure == "answers retained" else f"{item['value']:.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

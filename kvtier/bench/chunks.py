@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvtier.bench.engine import ENVIRONMENT, open_engine
 from kvtier.bench.options import add_json, add_rounds
@@ -31,11 +31,41 @@ METHODS = ("epic", "cacheblend", "prophetkv", "combined")
 OTHERS_METHOD = "combined"
 OTHER_RATIOS = (0.0, 0.05, 0.3, 0.5)
 """with that method, for the curve"""
+MARGINS = {"sure": 1e-9, "unsure": 1.0}
+"""what every model reaches, and none: with that method, what it takes to look"""
 NUM_OTHERS = 4
 OTHERS_TOKENS = 48
 TIERS = [{"type": "host", "capacity": "1GiB"}]
 COMPUTED = {"load": False, "store": False}
 Prompt = tuple[list[int], list[list[int]]]
+
+
+class Case(NamedTuple):
+    """A way to get the first token."""
+
+    label: str
+    method: str
+    """empty: the prompt is computed"""
+    ratio: float
+    min_margin: float = 0.0
+
+    @property
+    def is_blended(self) -> bool:
+        """Whether the prompt is put together from chunks in the end."""
+        return bool(self.method) and self.min_margin < 1
+
+    def options(self, spans: list[list[int]]) -> dict[str, Any]:
+        """Of a request."""
+        return _options(spans, self.method, self.ratio, self.min_margin) if self.method else COMPUTED
+
+
+COMPUTING = Case("computed", "", 1.0)
+CASES = (
+    COMPUTING,
+    *(Case(name, name, RATIO) for name in METHODS),
+    *(Case(OTHERS_METHOD, OTHERS_METHOD, ratio) for ratio in OTHER_RATIOS),
+    *(Case(f"{OTHERS_METHOD}, {label}", OTHERS_METHOD, RATIO, margin) for label, margin in MARGINS.items()),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,25 +90,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def first_tokens(ask: Any, rounds: int) -> Iterator[Record]:
-    """Every method, and one with every ratio, by turns with full prefill on the same prompts."""
-    cases = [("computed", 1.0), *((name, RATIO) for name in METHODS), *((OTHERS_METHOD, ratio) for ratio in OTHER_RATIOS)]
-    times: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    """Every method, and one with every ratio and with both margins, by turns with full prefill on the same prompts."""
+    times: dict[Case, list[float]] = {case: [] for case in CASES}
     for number in range(rounds):
-        for (name, ratio), seconds in times.items():
+        for case, seconds in times.items():
             ids, spans = _prompt(number)
-            options = COMPUTED if name == "computed" else _options(spans, name, ratio)
-            answer = ask([ids], [options])
-            _check(answer, 0 if name == "computed" else 1)
+            answer = ask([ids], [case.options(spans)])
+            _check(answer, int(case.is_blended))
             seconds.append(answer["ttft_s"])
     params = {"tokens": NUM_CHUNKS * CHUNK_TOKENS + NUM_SYSTEM_TOKENS + QUESTION_TOKENS}
-    computed = times.pop(cases[0])
+    computed = times.pop(COMPUTING)
     yield record("time to first token, computed", params, computed, "ms")
-    for (name, ratio), seconds in times.items():
-        more = {**params, "ratio": ratio}
-        yield record(f"time to first token, {name}", more, seconds, "ms")
+    for case, seconds in times.items():
+        more = {**params, "ratio": case.ratio}
+        yield record(f"time to first token, {case.label}", more, seconds, "ms")
         share = statistics.median(seconds) / statistics.median(computed)
-        limit = LIMIT if ratio == RATIO else None
-        yield Record(f"of computing, {name}", more, share, "ratio", 0.0, limit, None if limit is None else share / limit)
+        limit = LIMIT if case.ratio == RATIO and case.is_blended else None
+        yield Record(f"of computing, {case.label}", more, share, "ratio", 0.0, limit, None if limit is None else share / limit)
 
 
 def others(ask: Any, rounds: int) -> Iterator[Record]:
@@ -127,8 +155,8 @@ def _tokens(seed: object, number: int) -> list[int]:
     return [chance.randrange(1000, 40_000) for _ in range(number)]
 
 
-def _options(spans: list[list[int]], method: str, ratio: float = RATIO) -> dict[str, Any]:
-    return {"store": False, "blend": {"spans": spans, "method": method, "ratio": ratio}}
+def _options(spans: list[list[int]], method: str, ratio: float = RATIO, min_margin: float = 0.0) -> dict[str, Any]:
+    return {"store": False, "blend": {"spans": spans, "method": method, "ratio": ratio, "min_margin": min_margin}}
 
 
 def _check(answer: dict[str, Any], num_blended: int) -> None:

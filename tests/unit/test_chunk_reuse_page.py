@@ -60,6 +60,26 @@ def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| combined, primed | 15% | 18% | 28% | 0.123 [0.10, 0.20] |  |  | 0.75 [0.60, 0.90] |" in curve
 
 
+def test_margins_stand_beside_what_they_cost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ratio and least margin; nothing is computed by the engine where nobody looks, and prose has no answers to keep."""
+    records = [
+        item("answers retained", "hops", 0.75, "0.600 to 0.900"),
+        item("computed, of full prefill", "hops", 0.17, "0.170 to 0.170"),
+        item("answers retained", "hops", 0.9, "0.800 to 0.950"),
+        item("computed by the engine", "hops", 0.12, "0.100 to 0.200"),
+        item("computed, of full prefill", "hops", 0.29, "0.200 to 0.300"),
+        item("computed by the engine", "prose", 0.5, "0.400 to 0.600"),
+    ]
+    for each in records[2:]:
+        each["params"] = {**each["params"], "min_margin": 0.2}  # type: ignore[dict-item]
+    write(folder, "some", records)
+    monkeypatch.setitem(chunk_reuse_page.COMMANDS, "some", "kvtier bench blend")
+    head, _, plain, checked = chunk_reuse_page.margins("some").splitlines()[-4:]
+    assert 11 == head.count(": ")
+    assert "| 15% | 0 |  |  |  | 0.750 [0.60, 0.90] |  | 17% |  |  |  |  |  |" == plain
+    assert "| 15% | 0.2 |  |  |  | 0.900 [0.80, 0.95] | 12% | 29% |  |  |  | 50% |  |" == checked
+
+
 def test_layers_stand_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line for each group, a column for each kind of question that was asked."""
     groups = {"reused in layers 0 to 2, primed": 0.01, "reused in layers 3 to 5, primed": 0.25}
