@@ -103,7 +103,7 @@ class ChunkBlender:
         if not self._agree(not problem) or arena is None:
             raise LostChunkError(problem or "another rank cannot")
         made = self._blended(job, arena, rows)
-        if made.logits is not None and margin(made.logits) < job.recompute.min_margin:
+        if made.logits is not None and not margin(made.logits) >= job.recompute.min_margin:  # NaN is not sure of anything
             raise UnsureError
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
         placements = job.layout.placements

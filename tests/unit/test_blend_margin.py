@@ -132,3 +132,23 @@ def test_one_unsure_worker_is_enough(make: Callable[..., System]) -> None:
     assert {"tokens": 0, "refused": "unsure"} == system.half.blended("second")
     system.half.request_finished("second")
     system.close()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_unsure(make: Callable[..., System], monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    """A comparison with NaN is false: that must not count as sure, however little is asked for."""
+    system = make()
+    documents = [document(1, 9), document(2, 8)]
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    system.add("second", tokens, spans=spans, min_margin=1e-9)
+    matched = system.half.match("second", len(tokens), 0)
+    assert matched.is_blended
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("second", block_ids, matched.num_tokens or 0)
+    monkeypatch.setattr(system.model, "logits", lambda hidden: torch.full((len(hidden), 64), wrong))
+    system.step([ScheduledRequest("second", block_ids, len(tokens))])
+    assert {"tokens": 0, "refused": "unsure"} == system.half.blended("second")
+    assert bool(system.memory.read(len(tokens), block_ids).keys.isnan().all()), "nothing is written"
+    system.half.request_finished("second")
+    system.close()
