@@ -171,14 +171,13 @@ class Blending:
         end = min(max((at.end for at in ready), default=0), state.num_prompt_tokens - 1, num_tokens - 1) // size * size
         if end <= request.num_computed_tokens + exact.num_tokens:
             return exact
-        num_reused = sum(min(at.end, end) - max(at.start, num_exact) for at in ready if at.start < end)
-        if num_reused < self._parts.settings.min_reuse * (end - num_exact):
+        plan = state.plan_for(num_exact, end, ready, num_tokens, size)
+        if plan.num_reused < self._parts.settings.min_reuse * (plan.end - num_exact):
             self._engine.stats.add("blend.too_few")
             state.is_over = True
             return exact
-        state.plan = state.plan_for(num_exact, end, ready, num_tokens, size)
-        end = state.plan.end
-        return Matched(end - request.num_computed_tokens, is_blended=True)
+        state.plan = plan
+        return Matched(plan.end - request.num_computed_tokens, is_blended=True)
 
     def num_exact_tokens(self, request: Request, num_external_tokens: int) -> int:
         """How many of the tokens that the engine was promised are loaded as they are."""
@@ -288,7 +287,7 @@ class Blending:
         num_blocks = plan.end // self._geometry.engine_block_tokens
         self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
         self._blends[load_ids[0]] = _Blend(request, load_ids, self._geometry.num_workers)
-        state.num_tokens = sum(min(at.end, plan.end) - max(at.start, plan.num_exact) for at in plan.placements if at.start < plan.end)
+        state.num_tokens = plan.num_reused
         self._engine.stats.add("blend.requests")
         self._engine.stats.add("blend.hit_chunks", len(plan.placements))
 

@@ -182,7 +182,7 @@ class BlendState:
         if num_tokens > self.num_prompt_tokens:
             recompute = replace(recompute, min_margin=0.0)
         if recompute.min_margin:
-            end = (self.num_prompt_tokens - 1) // block_tokens * block_tokens
+            end = (num_tokens - 1) // block_tokens * block_tokens
         return BlendPlan(num_exact, end, tuple(placements), recompute)
 
 
@@ -196,6 +196,11 @@ class BlendPlan:
     placements: tuple[Placement, ...]
     """of chunks that are in host memory"""
     recompute: Recompute
+
+    @property
+    def num_reused(self) -> int:
+        """Tokens that come from chunks."""
+        return sum(min(at.end, self.end) - max(at.start, self.num_exact) for at in self.placements if at.start < self.end)
 
 
 class Request:

@@ -152,3 +152,33 @@ def test_logits_that_are_no_numbers_are_unsure(make: Callable[..., System], monk
     assert bool(system.memory.read(len(tokens), block_ids).keys.isnan().all()), "nothing is written"
     system.half.request_finished("second")
     system.close()
+
+
+@pytest.mark.parametrize(("min_margin", "covered", "num_too_few"), [(0.0, 20, 0), (0.1, 0, 1)])
+def test_what_lies_behind_the_chunks_counts_where_it_is_computed(
+    make: Callable[..., System], min_margin: float, covered: int, num_too_few: int
+) -> None:
+    """``min_reuse`` is a share of all that is covered: no step has to compute a long text because a few chunks lie before it."""
+    documents = [document(1, 9), document(2, 8)]
+    system = make()
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents[::-1], SYSTEM, document(3, 20))
+    system.add("second", tokens, spans=spans, min_margin=min_margin)
+    assert (covered, num_too_few) == (system.half.match("second", len(tokens), 0).num_tokens, system.cache.stats["blend.too_few"])
+    system.half.request_finished("second")
+    system.close()
+
+
+def test_no_more_is_promised_than_was_asked_for(make: Callable[..., System]) -> None:
+    """Of a part of a prompt one token at least is left to compute, though the workers look behind all of it."""
+    documents = [document(1, 9), document(2, 8)]
+    system = make()
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    system.add("second", tokens, spans=spans, min_margin=0.1)
+    matched = system.half.match("second", 25, 0)
+    assert (24, True) == (matched.num_tokens, matched.is_blended)
+    system.half.request_finished("second")
+    system.close()
