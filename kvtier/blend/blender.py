@@ -78,7 +78,9 @@ def blend(  # noqa: PLR0913 - by keyword
 def margin(logits: torch.Tensor) -> float:
     """How sure a model is of its next token: by how much the likeliest one's probability exceeds that of the next.
 
-    ``logits``: ``[vocabulary]``; NaN where one of them is. The measure of Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022.
+    The measure of Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022.
+
+    ``logits``: ``[vocabulary]``. NaN where one of them is.
     """
     first, second = logits.softmax(-1).topk(2).values.tolist()
     return float(first - second)

@@ -68,13 +68,12 @@ class BlendSteps:
             if blender is not None:
                 with self._boundary.at("blend"), contextlib.suppress(LostChunkError), _noting(job, report):
                     has_prefix = failed_block_ids.isdisjoint(job.block_ids)
-                    num_tokens, num_chosen = blender.blend(job, arena if has_prefix else None, self._rows)
-                    report.num_blended_tokens += num_tokens
-                    report.num_chosen_tokens += num_chosen
+                    report.blended[job.job_id] = blender.blend(job, arena if has_prefix else None, self._rows)
                     is_done = True
             report.done[job.job_id] = 1
             if not is_done:
-                report.failed[job.job_id] = {0}
+                if job.job_id not in report.unsure:
+                    report.failed[job.job_id] = {0}
                 num_kept = job.first * len(job.block_ids) // job.end
                 unfilled.update(job.block_ids[num_kept:])
         return unfilled

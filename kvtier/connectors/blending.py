@@ -13,6 +13,7 @@ from kvtier.blend.layout import Placement, lay_out
 from kvtier.cache import Cache
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
+from kvtier.connectors.jobs import BlendRun
 from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import (
@@ -51,16 +52,6 @@ class BlendParts:
     """why the model's chunks cannot be reused; empty: they can"""
     num_positions: int = NEVER
     """how many the model knows"""
-
-
-@dataclass(slots=True)
-class _Blend:
-    """A prompt that the workers put together."""
-
-    request: Request
-    load_ids: list[int]
-    remaining: int
-    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +108,7 @@ class Blending:
         self._num_blenders = 0
         self._num_attached = 0
         self._new_blends: list[_Order] = []
-        self._blends: dict[int, _Blend] = {}
+        self._blends: dict[int, BlendRun] = {}
         self._entries = _Entries()
         self._known = KnownChunks()
         self.is_waiting = False
@@ -286,7 +277,7 @@ class Blending:
             self._engine.touch(keys)
         num_blocks = plan.end // self._geometry.engine_block_tokens
         self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
-        self._blends[load_ids[0]] = _Blend(request, load_ids, self._geometry.num_workers)
+        self._blends[load_ids[0]] = BlendRun(request, load_ids, self._geometry.num_workers)
         state.num_tokens = plan.num_reused
         self._engine.stats.add("blend.requests")
         self._engine.stats.add("blend.hit_chunks", len(plan.placements))
@@ -345,11 +336,9 @@ class Blending:
             self._parts = replace(self._parts, refusal="a worker cannot run the loaded model outside of its steps")
             self._engine.stats.add("blend.unstored_chunks", len(self._entries.waiting))
             self._drop_waiting()
-        self._engine.stats.add("blend.tokens", report.num_blended_tokens)
-        self._engine.stats.add("blend.chosen_tokens", report.num_chosen_tokens)
         for job_id, count in report.done.items():
             if job_id in self._blends:
-                self._advance_blend(job_id, count, has_failed=job_id in report.failed, is_unsure=job_id in report.unsure)
+                self._advance_blend(job_id, report)
             elif job_id in self._entries.running:
                 self._advance_entry(job_id, count, has_failed=job_id in report.failed)
 
@@ -363,19 +352,23 @@ class Blending:
             self._entries.keys.discard(entry.chunk.key)
         self._entries.waiting.clear()
 
-    def _advance_blend(self, job_id: int, count: int, *, has_failed: bool, is_unsure: bool) -> None:
-        blend, reason = self._blends[job_id], RefusalReason.UNSURE.value
-        blend.remaining -= count
-        blend.failed = blend.failed or has_failed
-        if is_unsure:
-            blend.request.blend_refusal = reason
-        if blend.remaining <= 0:
-            del self._blends[job_id]
-            for load_id in blend.load_ids:
-                self._engine.end_load(load_id)
-            if blend.failed:
-                blend.request.give_up_blend()
-                self._engine.stats.add(f"blend.refused_{reason}" if blend.request.blend_refusal else "blend.failed")
+    def _advance_blend(self, job_id: int, report: WorkerReport) -> None:
+        blend, stats = self._blends[job_id], self._engine.stats
+        blend.advance(job_id, report)
+        if blend.remaining > 0:
+            return
+        del self._blends[job_id]
+        for load_id in blend.load_ids:
+            self._engine.end_load(load_id)
+        if blend.failed:  # also where another worker is unsure: of what came of it
+            blend.request.give_up_blend()
+            stats.add("blend.failed")
+        elif blend.is_unsure:
+            blend.request.give_up_blend(RefusalReason.UNSURE.value)
+            stats.add(f"blend.refused_{RefusalReason.UNSURE.value}")
+        else:
+            stats.add("blend.tokens", blend.num_tokens)
+            stats.add("blend.chosen_tokens", blend.num_chosen)
 
     def _advance_entry(self, job_id: int, count: int, *, has_failed: bool) -> None:
         entry = self._entries.running[job_id]

@@ -1,11 +1,12 @@
-"""Copies that the workers have been told to make and have not all reported."""
+"""What the workers have been told to copy or to put together and have not all reported."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvtier.connectors.messages import MoveJob
+from kvtier.connectors.messages import MoveJob, WorkerReport
+from kvtier.connectors.requests import Request
 
 
 @dataclass(slots=True)
@@ -71,3 +72,27 @@ def void_stores(stores: Iterable[StoreJob], bad_block_ids: set[int]) -> list[Sto
             job.is_void = True
             marked.append(job)
     return marked
+
+
+@dataclass(slots=True)
+class BlendRun:
+    """A prompt that the workers put together."""
+
+    request: Request
+    load_ids: list[int]
+    """leases on its chunks"""
+    remaining: int
+    """workers that have not reported it"""
+    failed: bool = False
+    is_unsure: bool = False
+    num_tokens: int = 0
+    """taken from chunks"""
+    num_chosen: int = 0
+    """those of them that were computed anew"""
+
+    def advance(self, job_id: int, report: WorkerReport) -> None:
+        """Workers have reported it. Numbers of tokens count once, as all workers compute the same ones."""
+        self.remaining -= report.done[job_id]
+        self.failed |= job_id in report.failed
+        self.is_unsure |= job_id in report.unsure
+        self.num_tokens, self.num_chosen = report.blended.get(job_id, (self.num_tokens, self.num_chosen))

@@ -171,12 +171,10 @@ class WorkerReport:
     """loads that did not overlap with computing: bytes of all ranks, seconds"""
     blenders: int = 0
     """of the attached workers, those that can put prompts together from chunks"""
-    num_blended_tokens: int = 0
-    """tokens of chunks that blends took over"""
-    num_chosen_tokens: int = 0
-    """those of them that were computed anew"""
+    blended: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """job_id -> tokens of chunks that a blend took over, and how many of them were computed anew; each worker says the same"""
     unsure: set[int] = field(default_factory=set)
-    """blends among ``failed`` that left the model less sure than was asked for"""
+    """blends that left the model less sure than was asked for, on any worker; in ``failed`` are those that could not be done"""
 
     def merge(self, other: WorkerReport) -> WorkerReport:
         """Adds another worker's report to this one, in place, and returns it."""
@@ -187,8 +185,7 @@ class WorkerReport:
         self.unsure |= other.unsure
         self.attached += other.attached
         self.blenders += other.blenders
-        self.num_blended_tokens += other.num_blended_tokens
-        self.num_chosen_tokens += other.num_chosen_tokens
+        self.blended |= other.blended
         self.num_stale += other.num_stale
         self.num_errors += other.num_errors
         self.load_times += other.load_times

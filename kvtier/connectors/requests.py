@@ -283,8 +283,9 @@ class Request:
         self.store_from = 0
         self.store_at = NEVER
 
-    def give_up_blend(self) -> None:
-        """The engine computes what was to come from chunks, and they are not tried again."""
+    def give_up_blend(self, refusal: str = "") -> None:
+        """The engine computes what was to come from chunks, and they are not tried again. ``refusal``: why, where nothing has failed."""
+        self.blend_refusal = refusal or self.blend_refusal
         if self.blend is not None:
             self.blend.is_over, self.blend.num_tokens = True, 0
 

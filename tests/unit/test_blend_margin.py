@@ -104,8 +104,13 @@ def test_nobody_looks_where_nobody_asks(make: Callable[..., System]) -> None:
     system.close()
 
 
-def test_one_unsure_worker_is_enough(make: Callable[..., System]) -> None:
-    """Reports of two workers, one of which could put the prompt together and one of which was not sure."""
+@pytest.mark.parametrize("in_one_report", [True, False])
+@pytest.mark.parametrize(
+    ("others", "counted"),
+    [("sure", "blend.refused_unsure"), ("unsure", "blend.refused_unsure"), ("failed", "blend.failed"), ("none", "blend.tokens")],
+)
+def test_one_worker_is_enough(make: Callable[..., System], others: str, counted: str, in_one_report: bool) -> None:
+    """To be unsure; to have failed, since what is left of that may make another one unsure. What nobody gave up counts once."""
     system = make(num_workers=2, reports=[WorkerReport(attached=2, blenders=2)])
     documents = [document(1, 9), document(2, 8)]
     tokens, spans = joined(documents, SYSTEM, [1, 2])
@@ -118,18 +123,35 @@ def test_one_unsure_worker_is_enough(make: Callable[..., System]) -> None:
         system.blend_steps.store(message.entries, report)
         system.finish(message, report.merge(WorkerReport({job.job_id: 1 for job in message.entries})))
     system.half.request_finished("first")
-    system.add("second", tokens, spans=spans, min_margin=1.0)
+    system.add("second", tokens, spans=spans, min_margin=1e-9 if others == "none" else 1.0)
     matched = system.half.match("second", len(tokens), 0)
     assert matched.is_blended
     block_ids = system.blocks(len(tokens))
     system.half.allocated("second", block_ids, matched.num_tokens or 0)
     message = system.half.build_step([ScheduledRequest("second", block_ids, len(tokens))])
     (job,) = message.blends
-    unsure = WorkerReport()
-    system.blend_steps.blend([job], set(), unsure)
-    assert ({job.job_id}, {job.job_id}) == (unsure.unsure, set(unsure.failed))
-    system.finish(message, WorkerReport({job.job_id: 1}).merge(unsure))
-    assert {"tokens": 0, "refused": "unsure"} == system.half.blended("second")
+    report, other = WorkerReport(), WorkerReport()
+    unfilled = system.blend_steps.blend([job], set(), report)
+    assert set(block_ids[:5] if others != "none" else []) == unfilled
+    assert ({job.job_id} if others != "none" else set()) == report.unsure
+    assert {} == report.failed
+    if others == "sure":
+        other = WorkerReport({job.job_id: 1}, blended={job.job_id: (15, 3)})
+    else:
+        system.steps(None if others == "failed" else system.blender).blend([job], set(), other)
+    if in_one_report:
+        system.finish(message, other.merge(report))
+    else:
+        system.finish(message, report)
+        assert {"tokens": 15} == system.half.blended("second"), "not known before the last one has said it"
+        system.half.finish_step(other)
+    names = ("blend.refused_unsure", "blend.failed", "blend.tokens", "blend.chosen_tokens", "blend.requests")
+    taken = {"blend.tokens": 15, "blend.chosen_tokens": 2}
+    assert {"blend.requests": 1, **({counted: 1} if others != "none" else taken)} == {
+        name: system.cache.stats[name] for name in names if system.cache.stats[name]
+    }
+    said = {"blend.refused_unsure": {"tokens": 0, "refused": "unsure"}, "blend.failed": {"tokens": 0}, "blend.tokens": {"tokens": 15}}
+    assert said[counted] == system.half.blended("second")
     system.half.request_finished("second")
     system.close()
 
