@@ -162,12 +162,12 @@ def curves(name: str) -> str:
 
 
 def margins(name: str) -> str:
-    """Of one method, by ratio and least margin: answers kept, and what that costs."""
+    """Of ``combined``, by ratio and least margin: answers kept, and what that costs."""
     document = document_of(name)
     found = {
         (item["name"], item["params"]["task"], item["params"]["recompute"], item["params"].get("min_margin", 0.0)): item
         for item in document["records"]
-        if "method" in item["params"]
+        if item["params"].get("method") == CURVES[0]
     }
     columns = [("answers retained", "kept"), ("computed by the engine", "by the engine"), ("computed, of full prefill", "computed")]
     head = [f"{task}: {text}" for task in TASKS for figure, text in columns if (task, figure) != ("prose", "answers retained")]

@@ -100,12 +100,12 @@ def test_layers_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) ->
 def test_variants_are_compared_over_the_questions_both_have() -> None:
     """The quotient of means; others do not count."""
     rows = [row(0, "a", 0.1), row(1, "a", 0.3), row(0, "b", 0.4), row(1, "b", 0.4), row(2, "a", 9.0)]
-    quotient = paired(rows, "hops", "a", "b")
+    quotient = paired(rows, rows, "hops", "a", "b")
     assert quotient is not None
     assert 0.5 == pytest.approx(quotient.value)
     assert 0.25 == pytest.approx(quotient.low)
     assert 0.75 == pytest.approx(quotient.high)
-    assert paired(rows, "hops", "a", "c") is None
+    assert paired(rows, rows, "hops", "a", "c") is None
 
 
 def test_questions_of_one_set_are_not_independent() -> None:
@@ -171,11 +171,29 @@ def test_a_least_margin_gives_the_unsure_to_full_prefill(tmp_path: Path, capsys:
     kept = {each["params"].get("min_margin"): each["value"] for each in found if each["name"] == "answers retained"}
     assert {None: 0.0, 0.3: 1 / 3} == pytest.approx(kept)
     assert [1 / 3] == pytest.approx([each["value"] for each in found if each["name"] == "computed by the engine"])
-    assert 2 == main([*command, "--min-margin", "1.5"])
-    assert "--min-margin is [1.5]: 0 to 1 is allowed" in capsys.readouterr().err
     (tmp_path / "rows").write_text(json.dumps(row(4, "a", 0.1)) + "\n")
     assert 2 == main([*command, "--min-margin", "0.3"])
     assert "question 0 of set 4, a: no margin, or no row of full prefill" in capsys.readouterr().err
+
+
+def test_a_least_margin_is_compared_with_what_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain CacheBlend stays plain: its KL is not that of full prefill because a method beside it is looked at."""
+    rows = [{**row(0, name, kl), "margin": 0.5} for name, kl in (("a", 0.1), ("cacheblend, alone", 0.4))]
+    rows += [{**row(1, name, kl), "margin": 0.1} for name, kl in (("a", 0.3), ("cacheblend, alone", 0.4))]
+    rows += [{**row(number, "full", 0.0), "ratio": 1.0, "margin": 0.9} for number in range(2)]
+    found = [(each.params.get("min_margin"), each.value) for each in records(rows, [0.15], [0.0, 0.3]) if "plain" in each.name]
+    assert [(None, 0.5), (0.3, 0.125)] == [(margin, pytest.approx(value)) for margin, value in found]
+    (tmp_path / "rows").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    assert 0 == main(["bench", "blend", "--report-only", "--rows", str(tmp_path / "rows"), "--min-margin", "0.3"])
+    assert "of cacheblend, alone's 0.125" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("margin", ["1.5", "-0.1", "nan"])
+def test_margins_that_are_none_are_refused(margin: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is measured, with what is allowed."""
+    assert 2 == main(["bench", "blend", "--model", str(tmp_path / "none"), "--rows", str(tmp_path / "rows"), f"--min-margin={margin}"])
+    assert f"--min-margin is [{margin}]: 0 to 1 is allowed" in capsys.readouterr().err
+    assert not (tmp_path / "rows").exists()
 
 
 def test_without_a_model_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,8 @@ def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_margins_stand_beside_what_they_cost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By ratio and least margin; nothing is computed by the engine where nobody looks, and prose has no answers to keep."""
+    """By ratio and least margin; nothing is computed by the engine where nobody looks, and prose has no answers to keep. A file of rows
+    may hold other methods."""
     records = [
         item("answers retained", "hops", 0.75, "0.600 to 0.900"),
         item("computed, of full prefill", "hops", 0.17, "0.170 to 0.170"),
@@ -72,6 +73,7 @@ def test_margins_stand_beside_what_they_cost(folder: Path, monkeypatch: pytest.M
     ]
     for each in records[2:]:
         each["params"] = {**each["params"], "min_margin": 0.2}  # type: ignore[dict-item]
+    records.append(item("answers retained", "hops", 0.1, "0.000 to 0.200", method="epic, primed"))
     write(folder, "some", records)
     monkeypatch.setitem(chunk_reuse_page.COMMANDS, "some", "kvtier bench blend")
     head, _, plain, checked = chunk_reuse_page.margins("some").splitlines()[-4:]

@@ -77,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures what is missing, prints the tables. Returns the exit status: 2 without a model."""
+    if not all(0 <= each <= 1 for each in args.min_margin):
+        print(f"--min-margin is {args.min_margin}: 0 to 1 is allowed", file=sys.stderr)
+        return 2
     if not args.report_only:
         path = args.model or os.environ.get("KVTIER_TEST_MODEL")
         if not path:
@@ -92,9 +95,6 @@ def run(args: argparse.Namespace) -> int:
     rows = _read(args.rows)
     if not rows:
         print(f"--rows: {args.rows} holds none", file=sys.stderr)
-        return 2
-    if not all(0 <= each <= 1 for each in args.min_margin):
-        print(f"--min-margin is {args.min_margin}: 0 to 1 is allowed", file=sys.stderr)
         return 2
     try:
         for min_margin in args.min_margin:
@@ -186,8 +186,8 @@ def report(rows: Sequence[Row], ratio: float, min_margin: float = 0.0) -> None:
     Raises:
         ValueError: as ``with_least_margin`` does.
     """
-    rows = of_ratio(rows, ratio)
-    rows = with_least_margin(rows, min_margin) if min_margin else rows
+    beside = of_ratio(rows, ratio)
+    rows = with_least_margin(beside, min_margin) if min_margin else beside
     checked = f", margin {min_margin:g}" if min_margin else ""
     for task in TASKS:
         table = by_variant(rows, task)
@@ -198,7 +198,7 @@ def report(rows: Sequence[Row], ratio: float, min_margin: float = 0.0) -> None:
         sample = next(iter(table.values()))
         print(f"\n{task}, {ratio:.0%}{checked}: {sample['n']} questions of {sample['sets']} sets{answered}")
         for variant, figures in table.items():
-            quotient = paired(rows, task, variant, BASELINE)
+            quotient = paired(rows, beside, task, variant, BASELINE)
             cells = [f"KL {figures['kl']}", f"of {BASELINE}'s {quotient}" if quotient else "", f"top-1 {figures['agreement']}"]
             cells += [f"NLL {figures['nll_change']}"]
             cells += [f"{name} {figures[field]}" for field, name in SHOWN.items() if field in figures]

@@ -26,7 +26,7 @@ def records(rows: Sequence[Row], ratios: Sequence[float], min_margins: Sequence[
         for min_margin in min_margins:
             served = with_least_margin(rows, min_margin) if min_margin else rows
             for ratio in (0.0, *sorted({*ratios, 1.0})):
-                found = _of_task([row for row in served if row["ratio"] == ratio], of_ratio(served, ratio), task, ratio)
+                found = _of_task([row for row in served if row["ratio"] == ratio], of_ratio(rows, ratio), task, ratio)
                 more = {"min_margin": min_margin} if min_margin else {}
                 yield from (replace(record, params={**record.params, **more}) for record in found)
 
@@ -38,7 +38,7 @@ def _of_task(rows: Sequence[Row], beside: Sequence[Row], task: str, ratio: float
         params = {"task": task, "method": variant, "recompute": ratio, "questions": figures["n"], "sets": figures["sets"]}
         wanted: list[tuple[str, Estimate | None, str, float | None]] = [
             ("mean KL", figures["kl"], "nats", None),
-            ("KL of plain CacheBlend's", paired(beside, task, variant, BASELINE), "ratio", QUOTIENT.get(task)),
+            ("KL of plain CacheBlend's", paired(rows, beside, task, variant, BASELINE), "ratio", QUOTIENT.get(task)),
             ("answers retained", figures.get("retained"), "ratio", RETAINED.get(task)),
             ("Rouge-L", figures.get("rouge_l"), "ratio", None),
             ("computed, of full prefill", figures["cost"], "ratio", None),

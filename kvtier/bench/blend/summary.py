@@ -102,11 +102,15 @@ def _served(row: Row, full: Mapping[tuple[int, int], Row], min_margin: float) ->
     return {**full[where], **own, "cost": row["cost"] + 1.0, "is_unsure": True}
 
 
-def paired(rows: Sequence[Row], task: str, variant: str, baseline: str) -> Estimate | None:
-    """The quotient of two variants' mean KL over the same questions; ``None`` where they share none."""
+def paired(rows: Sequence[Row], beside: Sequence[Row], task: str, variant: str, baseline: str) -> Estimate | None:
+    """The quotient of two variants' mean KL over the same questions; ``None`` where they share none.
+
+    The baseline's rows are those in ``beside``: without a least margin, whatever ``rows`` were served with.
+    """
     values: defaultdict[tuple[int, int], dict[str, float]] = defaultdict(dict)
-    for row in rows:
-        if row["task"] == task and row["variant"] in (variant, baseline):
-            values[row["set"], row["question"]][row["variant"]] = row["kl"]
+    for group, name in ((rows, variant), (beside, baseline)):
+        for row in group:
+            if row["task"] == task and row["variant"] == name:
+                values[row["set"], row["question"]][name] = row["kl"]
     both = [{"set": key[0], "ours": pair[variant], "theirs": pair[baseline]} for key, pair in values.items() if len(pair) == 2]
     return estimate(both, "ours", over="theirs") if both else None
