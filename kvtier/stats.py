@@ -99,7 +99,7 @@ COUNTERS: Mapping[str, str] = {
     "hint.refused": "hints that would have kept more than their share",
     "hint.unknown_sessions": "hints for sessions that no request has named",
     "hint.bad": "options of requests that made no sense and were left out",
-    "blend.requests": "requests whose prompt began with reused chunks, partly computed anew",
+    "blend.requests": "requests whose prompt was to begin with reused chunks, partly computed anew; those that failed or were unsure too",
     "blend.tokens": "tokens of chunks that those requests did not compute as a prompt",
     "blend.chosen_tokens": "those of them that were computed anew",
     "blend.chunks": "chunks that requests named",

@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from kvtier.bench.blend.answers import Answer, compare
 from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.records import records
 from kvtier.bench.blend.summary import ROUNDED, by_variant, estimate, of_ratio, paired, with_least_margin
@@ -153,10 +155,20 @@ def test_a_file_of_rows_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not any(method == "full" for _, method, _ in figures)
 
 
+def test_the_margin_is_that_of_the_first_token() -> None:
+    """And of the method's answer, not of full prefill's."""
+    tokens = torch.tensor([2, 0])
+    first, second, full = ([0.1, 0.3, 0.6], [0.9, 0.1, 1e-9], [0.0125, 0.0125, 0.975])
+    ours, theirs = (Answer(torch.tensor(each).log(), tokens) for each in ([first, second], [full, second]))
+    assert 0.3 == pytest.approx(compare(theirs, ours)["margin"])
+
+
 def test_a_least_margin_gives_the_unsure_to_full_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its answer, at its cost on top; the sure keep theirs, and so does a margin that is just reached."""
     own = [{**row(number, "a", 0.4, right=False), "margin": margin, "f1": 0.0} for number, margin in enumerate((0.1, 0.3, 0.5))]
-    rows = [*own, *({**row(number, "full", 0.0), "ratio": 1.0, "margin": 0.9, "f1": 1.0, "cost": 1.0} for number in range(3))]
+    rows = [*own, *({**row(number, "full", 0.0), "ratio": 1.0, "margin": 0.9, "f1": 1.0, "cost": 1.0, "share": 1.0} for number in range(3))]
+    rounded = {**row(0, ROUNDED, 0.01), "ratio": 1.0, "margin": 0.1}
+    assert rounded in with_least_margin([*rows, rounded], 0.3), "no method"
     served = by_variant(with_least_margin(rows, 0.3), "hops")["a"]
     values = [served[name].value for name in ("kl", "retained", "f1", "unsure", "cost", "share")]
     assert [0.8 / 3, 1 / 3, 1 / 3, 1 / 3, 0.2 + 1 / 3, 0.15] == pytest.approx(values)

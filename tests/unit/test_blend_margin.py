@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from kvtier.blend.blender import margin
 from kvtier.blend.entries import full_prefill
+from kvtier.config import BlendConfig
+from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.messages import ScheduledRequest, WorkerReport
 from tests.unit.blend_system import BLOCK, SYSTEM, System, document, joined
 
@@ -84,6 +87,25 @@ def test_the_engine_computes_what_the_model_is_not_sure_of(
         system_.close()
 
 
+def test_the_configuration_says_what_requests_do_not(make: Callable[..., System]) -> None:
+    """Its least margin, wherever the chunks were found; a request's own counts more, also where that is none."""
+    documents = [document(1, 24), document(2, 20)]
+    system = make(BlendParts(BlendConfig(enabled=True, min_margin=1.0)))
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    asked: list[tuple[dict[str, Any], int]] = [
+        ({"spans": spans}, 56),
+        ({"boundaries": "auto"}, 56),
+        ({"spans": spans, "min_margin": 0}, 48),
+    ]
+    for blend, covered in asked:
+        system.add("second", tokens, **blend)
+        assert covered == system.half.match("second", len(tokens), 0).num_tokens
+        system.half.request_finished("second")
+    system.close()
+
+
 def test_nobody_looks_where_nobody_asks(make: Callable[..., System]) -> None:
     """Without a margin the engine computes what lies behind the chunks, and so it does behind a first token that is out already."""
     documents = [document(1, 9), document(2, 8)]
@@ -104,12 +126,12 @@ def test_nobody_looks_where_nobody_asks(make: Callable[..., System]) -> None:
     system.close()
 
 
-@pytest.mark.parametrize("in_one_report", [True, False])
+@pytest.mark.parametrize("order", ["together", "in turn", "the other first"])
 @pytest.mark.parametrize(
     ("others", "counted"),
     [("sure", "blend.refused_unsure"), ("unsure", "blend.refused_unsure"), ("failed", "blend.failed"), ("none", "blend.tokens")],
 )
-def test_one_worker_is_enough(make: Callable[..., System], others: str, counted: str, in_one_report: bool) -> None:
+def test_one_worker_is_enough(make: Callable[..., System], others: str, counted: str, order: str) -> None:
     """To be unsure; to have failed, since what is left of that may make another one unsure. What nobody gave up counts once."""
     system = make(num_workers=2, reports=[WorkerReport(attached=2, blenders=2)])
     documents = [document(1, 9), document(2, 8)]
@@ -139,12 +161,13 @@ def test_one_worker_is_enough(make: Callable[..., System], others: str, counted:
         other = WorkerReport({job.job_id: 1}, blended={job.job_id: (15, 3)})
     else:
         system.steps(None if others == "failed" else system.blender).blend([job], set(), other)
-    if in_one_report:
-        system.finish(message, other.merge(report))
+    first, last = (other, report) if order == "the other first" else (report, other)
+    if order == "together":
+        system.finish(message, WorkerReport().merge(first).merge(last))
     else:
-        system.finish(message, report)
+        system.finish(message, first)
         assert {"tokens": 15} == system.half.blended("second"), "not known before the last one has said it"
-        system.half.finish_step(other)
+        system.half.finish_step(last)
     names = ("blend.refused_unsure", "blend.failed", "blend.tokens", "blend.chosen_tokens", "blend.requests")
     taken = {"blend.tokens": 15, "blend.chosen_tokens": 2}
     assert {"blend.requests": 1, **({counted: 1} if others != "none" else taken)} == {

@@ -118,6 +118,7 @@ def test_combined_looks_where_it_is_told_to() -> None:
         selection = method().select(evidence, FixedRatio(0.25))
         assert layers == evidence.asked_layers
         assert selection.chosen[[0, 1, 40]].all()
+        assert 0.5 == selection.shift_weight
     assert METHODS["epic"] is methods_with(0.1, 0.55)["epic"]
 
 
