@@ -123,7 +123,8 @@ class BlendConfig(Section):
         0.5,
         kind="number",
         allowed="0 to 1",
-        about="Which share of what would be covered must come from chunks; below it the whole prompt is computed.",
+        about="Which share of what would be covered must come from chunks; below it the whole prompt is computed. With a least margin that "
+        "is a share of all of the prompt.",
         ge=0,
         le=1,
     )
