@@ -205,6 +205,7 @@ def _measured(outputs: Any) -> dict[str, Any]:
         "loaded_tokens": sum(each.get("disk_tokens", 0) for each in said),
         "host_tokens": sum(each.get("host_tokens", 0) for each in said),
         "blended": [each.get("blend", {}).get("tokens", 0) for each in said],
+        "refused": [each.get("blend", {}).get("refused", "") for each in said],
     }
 
 

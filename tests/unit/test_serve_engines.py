@@ -241,7 +241,7 @@ def test_any_order_of_events_gives_the_right_tokens(path: Path, seed: int) -> No
         verify(engine)
     cache = daemon.daemon.node.cache
     wait_for(lambda: not daemon.daemon._connections)
-    assert cache is None or {0} == set(cache.leftovers().values())
+    wait_for(lambda: cache is None or {0} == set(cache.leftovers().values()))  # a connection is gone before what it held is given back
     daemon.stop()
 
 

@@ -241,7 +241,8 @@ class DaemonMachine(RuleBasedStateMachine):
         daemon = self._daemon.daemon
         self._wait_for(lambda: not daemon._connections)
         assert daemon.node.cache is not None
-        assert {0} == set(daemon.node.cache.leftovers().values())
+        books = daemon.node.cache
+        self._wait_for(lambda: {0} == set(books.leftovers().values()))  # given back after the connection is gone
         assert [] == daemon.node.cache.check()
         self._daemon.stop()
         self._oracle.close()
