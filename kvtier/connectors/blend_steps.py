@@ -28,8 +28,8 @@ class Blender(Protocol):
     ``rows``: brings it to the device.
     """
 
-    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> tuple[int, int]:
-        """Returns how many tokens it took from chunks, and how many of them it computed anew."""
+    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> int:
+        """Returns how many tokens of chunks it computed anew."""
         ...
 
     def store(self, job: EntryJob, arena: Arena | None) -> None:
@@ -68,7 +68,7 @@ class BlendSteps:
             if blender is not None:
                 with self._boundary.at("blend"), contextlib.suppress(LostChunkError), _noting(job, report):
                     has_prefix = failed_block_ids.isdisjoint(job.block_ids)
-                    report.blended[job.job_id] = blender.blend(job, arena if has_prefix else None, self._rows)
+                    report.num_chosen[job.job_id] = blender.blend(job, arena if has_prefix else None, self._rows)
                     is_done = True
             report.done[job.job_id] = 1
             if not is_done:

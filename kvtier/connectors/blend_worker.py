@@ -90,10 +90,10 @@ class ChunkBlender:
         rows.place_rows(nothing, pairs=self._model.rotary.pairs, storage=STORAGE_OF[self._shape.dtype])
 
     @torch.inference_mode()
-    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None = None) -> tuple[int, int]:
+    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None = None) -> int:
         """Fills the engine's blocks of the tokens from ``job.first`` to ``job.end``.
 
-        Returns how many tokens came from chunks, and how many of them were computed anew.
+        Returns how many tokens of chunks were computed anew.
 
         Raises:
             LostChunkError: chunks have gone, here or on another rank.
@@ -106,9 +106,7 @@ class ChunkBlender:
         if made.logits is not None and not margin(made.logits) >= job.recompute.min_margin:  # NaN is not sure of anything
             raise UnsureError
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
-        placements = job.layout.placements
-        num_tokens = sum(min(at.end, job.end) - max(at.start, job.first) for at in placements if at.start < job.end)
-        return num_tokens, made.num_chosen
+        return made.num_chosen
 
     @torch.inference_mode()
     def store(self, job: EntryJob, arena: Arena | None) -> None:

@@ -277,7 +277,7 @@ class Blending:
             self._engine.touch(keys)
         num_blocks = plan.end // self._geometry.engine_block_tokens
         self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
-        self._blends[load_ids[0]] = BlendRun(request, load_ids, self._geometry.num_workers)
+        self._blends[load_ids[0]] = BlendRun(request, load_ids, plan.num_reused, self._geometry.num_workers)
         state.num_tokens = plan.num_reused
         self._engine.stats.add("blend.requests")
         self._engine.stats.add("blend.hit_chunks", len(plan.placements))

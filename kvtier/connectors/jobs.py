@@ -81,18 +81,18 @@ class BlendRun:
     request: Request
     load_ids: list[int]
     """leases on its chunks"""
+    num_tokens: int
+    """taken from chunks"""
     remaining: int
     """workers that have not reported it"""
     failed: bool = False
     is_unsure: bool = False
-    num_tokens: int = 0
-    """taken from chunks"""
     num_chosen: int = 0
     """those of them that were computed anew"""
 
     def advance(self, job_id: int, report: WorkerReport) -> None:
-        """Workers have reported it. Numbers of tokens count once, as all workers compute the same ones."""
+        """Workers have reported it. What they computed counts once, as all compute the same tokens."""
         self.remaining -= report.done[job_id]
         self.failed |= job_id in report.failed
         self.is_unsure |= job_id in report.unsure
-        self.num_tokens, self.num_chosen = report.blended.get(job_id, (self.num_tokens, self.num_chosen))
+        self.num_chosen = report.num_chosen.get(job_id, self.num_chosen)

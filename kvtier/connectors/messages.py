@@ -171,8 +171,8 @@ class WorkerReport:
     """loads that did not overlap with computing: bytes of all ranks, seconds"""
     blenders: int = 0
     """of the attached workers, those that can put prompts together from chunks"""
-    blended: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """job_id -> tokens of chunks that a blend took over, and how many of them were computed anew; each worker says the same"""
+    num_chosen: dict[int, int] = field(default_factory=dict)
+    """job_id -> tokens of chunks that a blend computed anew; each worker says the same"""
     unsure: set[int] = field(default_factory=set)
     """blends that left the model less sure than was asked for, on any worker; in ``failed`` are those that could not be done"""
 
@@ -185,7 +185,7 @@ class WorkerReport:
         self.unsure |= other.unsure
         self.attached += other.attached
         self.blenders += other.blenders
-        self.blended |= other.blended
+        self.num_chosen |= other.num_chosen
         self.num_stale += other.num_stale
         self.num_errors += other.num_errors
         self.load_times += other.load_times

@@ -158,7 +158,7 @@ def test_one_worker_is_enough(make: Callable[..., System], others: str, counted:
     assert ({job.job_id} if others != "none" else set()) == report.unsure
     assert {} == report.failed
     if others == "sure":
-        other = WorkerReport({job.job_id: 1}, blended={job.job_id: (15, 3)})
+        other = WorkerReport({job.job_id: 1}, num_chosen={job.job_id: 2})
     else:
         system.steps(None if others == "failed" else system.blender).blend([job], set(), other)
     first, last = (other, report) if order == "the other first" else (report, other)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtier.bench.blend.records import BASELINE, records
-from kvtier.bench.blend.summary import FULL, ROUNDED, Row, by_variant, of_ratio, paired, with_least_margin
+from kvtier.bench.blend.summary import FULL, ROUNDED, MissingMarginError, Row, by_variant, of_ratio, paired, with_least_margin
 from kvtier.bench.blend.tasks import TASKS, DocumentSet, make_set
 from kvtier.bench.options import MOST_ROUNDS, MOST_THREADS, add_json, whole
 from kvtier.bench.report import publish
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
                 report(rows, ratio, min_margin)
         if args.json is not None:
             publish("kvtier bench blend", list(records(rows, args.ratio, args.min_margin)), args.json)
-    except ValueError as error:
+    except MissingMarginError as error:
         print(f"--min-margin: {args.rows}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -184,7 +184,7 @@ def report(rows: Sequence[Row], ratio: float, min_margin: float = 0.0) -> None:
     """Prints a table for each task at one ratio, each figure with its 95 % interval, and which share full prefill answers.
 
     Raises:
-        ValueError: as ``with_least_margin`` does.
+        MissingMarginError: as ``with_least_margin`` does.
     """
     beside = of_ratio(rows, ratio)
     rows = with_least_margin(beside, min_margin) if min_margin else beside

@@ -17,6 +17,10 @@ NUM_DRAWS = 2000
 Row = Mapping[str, Any]
 
 
+class MissingMarginError(Exception):
+    """Rows do not say how sure the model was, or what full prefill answers."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its 95 % interval."""
@@ -85,17 +89,19 @@ def of_ratio(rows: Sequence[Row], ratio: float) -> list[Row]:
 def with_least_margin(rows: Sequence[Row], min_margin: float) -> list[Row]:
     """As served with ``blend.min_margin``: answers whose first token has less are full prefill's, which costs as much as that on top.
 
+    Full prefill in another precision is not served: its rows are left out.
+
     Raises:
-        ValueError: rows of a method lack their margin, or full prefill's row.
+        MissingMarginError: rows of a method lack their margin, or full prefill's row.
     """
     full = {(row["set"], row["question"]): row for row in rows if row["variant"] == FULL}
-    return [row if row["variant"] in (FULL, ROUNDED) else _served(row, full, min_margin) for row in rows]
+    return [row if row["variant"] == FULL else _served(row, full, min_margin) for row in rows if row["variant"] != ROUNDED]
 
 
 def _served(row: Row, full: Mapping[tuple[int, int], Row], min_margin: float) -> Row:
     where = (row["set"], row["question"])
     if "margin" not in row or where not in full:
-        raise ValueError(f"question {where[1]} of set {where[0]}, {row['variant']}: no margin, or no row of full prefill")
+        raise MissingMarginError(f"question {where[1]} of set {where[0]}, {row['variant']}: no margin, or no row of full prefill")
     if row["margin"] >= min_margin:
         return {**row, "is_unsure": False}
     own = {name: row[name] for name in ("variant", "ratio", "share")}
