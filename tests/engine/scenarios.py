@@ -211,6 +211,34 @@ def failing(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return {"rounds": rounds}
 
 
+def failing_beside(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A load fails, and some steps later another request comes that begins alike; for each number of steps in between."""
+    from vllm import SamplingParams  # noqa: PLC0415
+
+    from kvtier.copy.cpu import NativeCopier  # noqa: PLC0415
+    from kvtier.copy.layered import ThreadedLayerLoader  # noqa: PLC0415
+
+    def never(*arguments: Any) -> Any:
+        raise RuntimeError("injected: this copy fails")
+
+    texts = prompts()[-2:]
+    out: dict[str, Any] = {"first": [generate(llm, [text])[0]["tokens"] for text in texts], "rounds": []}
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    NativeCopier.scatter = ThreadedLayerLoader.copy_layer = never  # type: ignore[assignment,method-assign]
+    for num_steps in range(settings["num_rounds"]):
+        llm.reset_prefix_cache()
+        engine = llm.llm_engine
+        engine.add_request(f"first-{num_steps}", texts[0], sampling)
+        done = [output for _ in range(num_steps) for output in engine.step()]
+        engine.add_request(f"second-{num_steps}", texts[1], sampling)
+        while engine.has_unfinished_requests():
+            done += engine.step()
+        tokens = {output.request_id: list(output.outputs[0].token_ids) for output in done if output.finished}
+        out["rounds"].append([tokens[name] for name in sorted(tokens)])
+    out["counters"] = counters()
+    return out
+
+
 def controlled(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Every verb of the control API on this engine, and what the next request then gets from where."""
     from kvtier import Controller  # noqa: PLC0415
@@ -317,6 +345,7 @@ SCENARIOS = {
     "endless": endless,
     "separated": separated,
     "failing": failing,
+    "failing_beside": failing_beside,
     "controlled": controlled,
     "timing": timing,
 }

@@ -131,6 +131,14 @@ def test_failed_loads_are_computed(alone: list[Result], async_load: bool) -> Non
     assert loaded_tokens(result["rounds"][-1])["host_tokens"] > 0
 
 
+def test_a_failed_load_beside_a_request_that_shares_it() -> None:
+    """Where the engine lets later requests compute first: nobody computes with blocks that were not filled."""
+    engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 64, "long_prefill_token_threshold": 32}
+    result = run("failing_beside", kvtier=host(), engine=engine, num_rounds=4)
+    assert [result["first"]] * 4 == result["rounds"]
+    assert result["counters"]["connector.errors"] >= 4
+
+
 def test_blocks_of_two_engine_blocks_in_a_host_too_small(alone: list[Result], tmp_path: Path) -> None:
     """``block_tokens: 64`` over engine blocks of 32, host memory for few prompts: eviction, promotion, same tokens."""
     settings = host_and_disk(tmp_path / "tier", capacity="24MiB", block_tokens=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
@@ -21,7 +23,14 @@ from vllm.v1.request import Request
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
 from kvtier.connectors.vllm.blend_parts import blend_parts_of, keep_apart
-from kvtier.connectors.vllm.geometry import BlockSizes, block_sizes_of, namespace_of, refuse_bad_settings, refuse_unsupported
+from kvtier.connectors.vllm.geometry import (
+    BlockSizes,
+    block_sizes_of,
+    namespace_of,
+    refuse_bad_settings,
+    refuse_unsupported,
+    with_safe_loads,
+)
 from kvtier.connectors.vllm.identity import identity_of, options_of
 from kvtier.connectors.vllm.metrics import KVTierPromMetrics, KVTierStats
 from kvtier.connectors.vllm.plugin import register
@@ -66,9 +75,11 @@ class KVTierConnector(KVConnectorBase_V1):
         config = Config.from_mapping(dict(vllm_config.kv_transfer_config.kv_connector_extra_config))
         logging.getLogger("kvtier").setLevel(config.log_level.upper())
         refuse_bad_settings(vllm_config)
+        config = with_safe_loads(config, vllm_config)
         refuse_unsupported(vllm_config, kv_cache_config)
         sizes = block_sizes_of(vllm_config, kv_cache_config, config)
         self._block_ids: dict[str, list[int]] = {}
+        self._block_pool: BlockPool | None = None
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         arena_path = _arena_path(vllm_config)
@@ -113,6 +124,9 @@ class KVTierConnector(KVConnectorBase_V1):
 
     # ---- scheduler half -----------------------------------------------------------------------------------------
 
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._block_pool = gpu_block_pool
+
     def on_new_request(self, request: Request) -> None:
         """Nothing yet: a request costs nothing before it is looked up."""
 
@@ -146,7 +160,10 @@ class KVTierConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         metadata = connector_output.kv_connector_worker_meta
         report = metadata.report if isinstance(metadata, KVTierWorkerMetadata) else None
-        self._half.half.finish_step(report, connector_output.invalid_block_ids or ())
+        unfilled = connector_output.invalid_block_ids or set()
+        if unfilled:
+            self._hide(unfilled)
+        self._half.half.finish_step(report, unfilled)
         self._half.forget_arena_name()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -231,6 +248,17 @@ class KVTierConnector(KVConnectorBase_V1):
     def _side(self) -> WorkerSide:
         assert self._worker is not None, "called on the scheduler's connector"
         return self._worker
+
+    def _hide(self, unfilled: AbstractSet[int]) -> None:
+        """Takes blocks that were not filled, and those behind them, out of vLLM's prefix cache.
+
+        vLLM itself leaves them there until they are computed, and a request that comes, or comes back, before that would read them.
+        """
+        if self._block_pool is None:
+            return
+        for block_ids in self._block_ids.values():
+            first = next((place for place, block_id in enumerate(block_ids) if block_id in unfilled), len(block_ids))
+            self._block_pool.evict_blocks(set(block_ids[first:]))
 
     def _scheduled(self, output: SchedulerOutput) -> Sequence[ScheduledRequest]:
         """Who computes what in this step, with all blocks so far."""

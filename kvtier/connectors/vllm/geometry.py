@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from kvtier.connectors.vllm.versions import vllm_version
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
 from kvtier.layout import Axis, KVLayout, Segment, StrideTable
+
+_LOG = logging.getLogger(__name__)
 
 _SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 
@@ -83,6 +86,18 @@ def refuse_bad_settings(vllm_config: VllmConfig) -> None:
             f"kv_transfer_config.kv_load_failure_policy is {policy!r}: requests would fail where a cache entry is lost. "
             'Allowed with kvtier: "recompute"'
         )
+
+
+def with_safe_loads(config: Config, vllm_config: VllmConfig) -> Config:
+    """``async_load`` where the engine has a ``long_prefill_token_threshold``.
+
+    With it a request may compute while one that came before it is not done, and share its blocks: where a load into those fails, it would
+    read what nobody has computed. Loads that end before the request starts fill blocks that nobody shares yet.
+    """
+    if config.connector.async_load or not vllm_config.scheduler_config.long_prefill_token_threshold:
+        return config
+    _LOG.info("kvtier: async_load is on, because vLLM has a long_prefill_token_threshold")
+    return config.model_copy(update={"connector": config.connector.model_copy(update={"async_load": True})})
 
 
 def block_sizes_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> BlockSizes:

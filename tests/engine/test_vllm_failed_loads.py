@@ -1,0 +1,125 @@
+"""Loads that fail beside requests that share their blocks, in vLLM's own scheduler: nobody computes with what was not loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from kvtier.copy.cpu import NativeCopier
+from tests.engine.rig import ANSWER, Rig, host, prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.every_version]
+STEP_TOKENS = 64
+SHARED = prompt(1, 320)
+
+
+@contextlib.contextmanager
+def rig_with(*, async_load: bool, threshold: int, step_tokens: int = STEP_TOKENS) -> Iterator[Rig]:
+    """A scheduler with prefix caching and steps of few tokens."""
+    made = Rig(
+        host(connector={"async_load": async_load}),
+        enable_prefix_caching=True,
+        max_num_batched_tokens=step_tokens,
+        max_num_scheduled_tokens=step_tokens,
+        long_prefill_token_threshold=threshold,
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Switch:
+    """Makes copies to the engine fail."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.is_broken = False
+        scatter = NativeCopier.scatter
+
+        def may_fail(copier: NativeCopier, *arguments: Any) -> Any:
+            if self.is_broken:
+                raise RuntimeError("injected: this copy fails")
+            return scatter(copier, *arguments)
+
+        patch.setattr(NativeCopier, "scatter", may_fail)
+
+
+def preempt(rig: Rig, place: int) -> None:
+    """Takes a running request's blocks away, as the scheduler does where it needs them for another one."""
+    request = rig.scheduler.running.pop(place)
+    rig.scheduler._preempt_request(request, 0.0)
+
+
+@pytest.mark.parametrize("num_steps", range(9))
+@pytest.mark.parametrize("threshold", [0, 32])
+@pytest.mark.parametrize("async_load", [False, True])
+def test_who_shares_blocks_of_a_failed_load(monkeypatch: pytest.MonkeyPatch, async_load: bool, threshold: int, num_steps: int) -> None:
+    """A request that begins alike comes in the same step, or while the first one computes what it did not get; that one is preempted."""
+    switch = Switch(monkeypatch)
+    with rig_with(async_load=async_load, threshold=threshold) as rig:
+        rig.ask("before", SHARED)
+        rig.scheduler.reset_prefix_cache()
+        switch.is_broken = True
+        rig.add("first", SHARED, max_tokens=3)
+        for _ in range(num_steps):
+            rig.step()
+        rig.add("second", [*SHARED[:300], 7, 7, 7], max_tokens=3)
+        rig.run()
+        assert 3 == len(rig.outputs["first"]) == len(rig.outputs["second"])
+        rig.scheduler.reset_prefix_cache()
+        switch.is_broken = False
+        assert 288 == rig.ask("after", [*SHARED[:300], 8, 8, 8])
+
+
+@pytest.mark.parametrize("num_steps", range(1, 7))
+def test_a_failed_load_and_a_preemption(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    """What comes back from the engine's prefix cache when the request goes on is what it computed before."""
+    switch = Switch(monkeypatch)
+    with rig_with(async_load=False, threshold=0) as rig:
+        rig.ask("before", SHARED)
+        rig.scheduler.reset_prefix_cache()
+        switch.is_broken = True
+        rig.add("first", SHARED, max_tokens=3)
+        for _ in range(num_steps):
+            rig.step()
+        preempt(rig, 0)
+        rig.run()
+        assert 3 == len(rig.outputs["first"])
+
+
+@settings(max_examples=80, phases=[Phase.generate], deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), async_load=st.booleans(), threshold=st.sampled_from([0, 0, 32]), step_tokens=st.sampled_from([64, 160, 1024]))
+def test_any_order_of_loads_failures_and_preemptions(data: st.DataObject, async_load: bool, threshold: int, step_tokens: int) -> None:
+    """Requests over two shared beginnings; copies fail and work again, requests are preempted and aborted, caches are reset."""
+    with pytest.MonkeyPatch.context() as patch, rig_with(async_load=async_load, threshold=threshold, step_tokens=step_tokens) as rig:
+        switch = Switch(patch)
+        beginnings = [prompt(1, 256), prompt(2, 200)]
+        for number, beginning in enumerate(beginnings):
+            rig.ask(f"before-{number}", beginning)
+        rig.scheduler.reset_prefix_cache()
+        switch.is_broken = data.draw(st.booleans())
+        for number in range(data.draw(st.integers(1, 24))):
+            action = data.draw(st.sampled_from(["add", "add", "step", "step", "step", "switch", "preempt", "reset", "settle"]))
+            if action == "add" and len(rig.scheduler.requests) < 5:
+                beginning = data.draw(st.sampled_from(beginnings))
+                length = data.draw(st.integers(40, len(beginning)))
+                rig.add(
+                    f"{number}", [*beginning[:length], *[number] * data.draw(st.integers(1, 40))], max_tokens=data.draw(st.integers(1, 4))
+                )
+            elif action == "step" and rig.scheduler.has_requests():
+                rig.step()
+            elif action == "switch":
+                switch.is_broken = not switch.is_broken
+            elif action == "preempt" and rig.scheduler.running:
+                preempt(rig, data.draw(st.integers(0, len(rig.scheduler.running) - 1)))
+            elif action == "reset" and not rig.scheduler.requests:
+                rig.scheduler.reset_prefix_cache()
+            elif action == "settle":
+                rig.run()
+        rig.run()
+        assert {ANSWER} >= {token for outputs in rig.outputs.values() for one in outputs for token in one.new_token_ids}
