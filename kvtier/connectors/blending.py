@@ -184,7 +184,6 @@ class Blending:
             return
         plan, state.plan = state.plan, None
         if plan is not None and plan.end - request.num_computed_tokens == num_external_tokens:
-            request.num_store_tokens = min(request.num_store_tokens, plan.num_exact)
             self._order(request, state, plan, block_ids)
         self._want(request)
 
@@ -278,7 +277,7 @@ class Blending:
         num_blocks = plan.end // self._geometry.engine_block_tokens
         self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
         self._blends[load_ids[0]] = BlendRun(request, load_ids, plan.num_reused, self._geometry.num_workers)
-        state.num_tokens = plan.num_reused
+        request.begin_blend(load_ids[0], plan)
         self._engine.stats.add("blend.requests")
         self._engine.stats.add("blend.hit_chunks", len(plan.placements))
 
@@ -361,10 +360,10 @@ class Blending:
         for load_id in blend.load_ids:
             self._engine.end_load(load_id)
         if blend.failed:  # also where another worker is unsure: of what came of it
-            blend.request.give_up_blend()
+            blend.request.give_up_blend(job_id, self._geometry.block_tokens)
             stats.add("blend.failed")
         elif blend.is_unsure:
-            blend.request.give_up_blend(RefusalReason.UNSURE.value)
+            blend.request.give_up_blend(job_id, self._geometry.block_tokens, RefusalReason.UNSURE.value)
             stats.add(f"blend.refused_{RefusalReason.UNSURE.value}")
         else:
             stats.add("blend.tokens", blend.num_tokens)

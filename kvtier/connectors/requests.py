@@ -169,6 +169,10 @@ class BlendState:
     """when it stops waiting for chunks on slower tiers"""
     is_over: bool = False
     """nothing is to be reused (any more)"""
+    job_id: int = 0
+    """of the last blend that was ordered"""
+    exact_before: int = NEVER
+    """the request's ``blended_from`` before that one"""
     num_tokens: int = 0
     """taken from chunks instead of computed as a prompt"""
 
@@ -209,6 +213,7 @@ class Request:
     __slots__ = (
         "blend",
         "blend_refusal",
+        "blended_from",
         "can_load",
         "can_store",
         "chain",
@@ -240,6 +245,11 @@ class Request:
         """chunks that it named, where they may be reused"""
         self.blend_refusal = ""
         """why not, where it asked for it"""
+        self.blended_from = NEVER
+        """tokens behind which what the engine has may be an approximation, made of chunks: nothing is stored there.
+
+        Also when it starts over: the engine's own prefix cache may give such blocks back to it.
+        """
         self.can_load = options.load
         self.can_store = options.store
         self.num_store_tokens = NEVER if options.store_only_prefix is None else options.store_only_prefix
@@ -274,7 +284,7 @@ class Request:
 
     def num_full_blocks(self, num_computed_tokens: int, block_tokens: int) -> int:
         """Blocks that are full and may be stored once so many tokens are computed."""
-        return min(num_computed_tokens, len(self.token_ids), self.num_store_tokens) // block_tokens
+        return min(num_computed_tokens, len(self.token_ids), self.num_store_tokens, self.blended_from) // block_tokens
 
     def start_over(self) -> None:
         """The engine has taken its blocks away; it waits again."""
@@ -283,11 +293,28 @@ class Request:
         self.store_from = 0
         self.store_at = NEVER
 
-    def give_up_blend(self, refusal: str = "") -> None:
-        """The engine computes what was to come from chunks, and they are not tried again. ``refusal``: why, where nothing has failed."""
+    def begin_blend(self, job_id: int, plan: BlendPlan) -> None:
+        """What ``plan`` says is put together from chunks. The request has a state of its chunks."""
+        state = self.blend
+        assert state is not None
+        state.job_id, state.num_tokens, state.exact_before = job_id, plan.num_reused, self.blended_from
+        self.blended_from = min(self.blended_from, plan.num_exact)
+
+    def give_up_blend(self, job_id: int, block_tokens: int, refusal: str = "") -> None:
+        """The engine computes what was to come from chunks, so it may be stored; chunks are not tried again.
+
+        ``job_id``: of the blend that came to nothing. Of one that was ordered since, nothing is known yet. ``refusal``: why, where nothing
+        has failed.
+        """
+        state = self.blend
         self.blend_refusal = refusal or self.blend_refusal
-        if self.blend is not None:
-            self.blend.is_over, self.blend.num_tokens = True, 0
+        if state is None:
+            return
+        state.is_over = True
+        if state.job_id == job_id:
+            state.num_tokens = 0
+            first, self.blended_from = self.blended_from, state.exact_before
+            self.store_again(first // block_tokens, block_tokens)
 
     def load_failed(self, first_block: int, block_tokens: int) -> None:
         """The engine computes from ``first_block`` on. No second try to load: a failure that lasts must not go round for ever."""
@@ -302,7 +329,7 @@ class Request:
     def store_next(self, block_tokens: int) -> None:
         """Waits for the block at ``store_from`` to be full."""
         at = (self.store_from + 1) * block_tokens
-        self.store_at = at if self.can_store and not self.is_stopped and at <= self.num_store_tokens else NEVER
+        self.store_at = at if self.can_store and not self.is_stopped and at <= min(self.num_store_tokens, self.blended_from) else NEVER
 
     def stop_storing(self) -> None:
         """What it has computed so far is out of date."""

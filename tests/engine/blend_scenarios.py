@@ -136,6 +136,9 @@ def blended(llm: Any, settings: Result) -> Result:
         for name, margin in MARGINS.items():
             checked = [(ids, {"blend": {"spans": spans, "ratio": ratio, "min_margin": margin}, "store": False}) for ids, spans in cases[:3]]
             out[name] = asker.ask(checked)
+        ids, spans = cases[2]
+        out["kept"] = [asker.one(ids, {"blend": {"spans": spans, "min_margin": MARGINS["unsure"]}}) for _ in range(2)]
+        out["num_kept_tokens"] = len(ids)
     out["afterwards"] = [asker.one(ids) for ids, _ in asked]
     if with_kvtier:
         out["refused"] = {name: asker.one(cases[0][0], {"blend": bad, "load": True, "store": False}) for name, bad in REFUSED.items()}
@@ -223,8 +226,8 @@ def blended_in_parallel(llm: Any, settings: Result) -> Result:
         asker.store()
     cases = [asker.prompt(order, 60 + number) for number, order in enumerate(ORDERS[1:3])]
 
-    def options(number: int, ratio: float, method: str) -> Result | None:
-        return {"blend": {"spans": cases[number][1], "ratio": ratio, "method": method}, "store": False} if with_kvtier else None
+    def options(number: int, ratio: float, method: str, **more: Any) -> Result | None:
+        return {"blend": {"spans": cases[number][1], "ratio": ratio, "method": method, **more}, "store": False} if with_kvtier else None
 
     out = {
         "answers": [asker.one(cases[number][0], options(number, 1.0, method)) for number, method in enumerate(("combined", "cacheblend"))]
@@ -232,6 +235,9 @@ def blended_in_parallel(llm: Any, settings: Result) -> Result:
     if with_kvtier:
         out["chosen"] = [
             asker.one(cases[number][0], options(number, 0.3, method)) for number, method in enumerate(("combined", "cacheblend"))
+        ]
+        out["adaptive"] = [
+            asker.one(cases[number][0], options(number, 0.1, method, max_ratio=0.9)) for number, method in enumerate(("combined", "epic"))
         ]
         unsure = {"blend": {"spans": cases[0][1], "min_margin": MARGINS["unsure"]}, "store": False}
         out["unsure"] = [asker.one(cases[0][0], unsure)]

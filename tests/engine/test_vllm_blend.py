@@ -63,7 +63,12 @@ def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
     assert all(tokens > 40 for tokens in taken), taken
     assert set(REFUSED) == {name for name, answer in result["refused"].items() if answer["loaded"]["blend"]["refused"] == name}
     assert_same(alone["alone"][:1] * len(REFUSED), list(result["refused"].values()))
-    assert {**{f"blend.refused_{name}": 1 for name in REFUSED}, "blend.refused_unsure": 3} == {
+    assert_same(alone["alone"][2:3] * 2, result["kept"])
+    assert {"tokens": 0, "refused": "unsure"} == result["kept"][0]["loaded"]["blend"]
+    kept = result["kept"][1]
+    assert result["num_kept_tokens"] - 32 <= kept["cached"], "what the engine computed is found again"
+    assert ({"tokens": 0}, True) == (kept["loaded"]["blend"], kept["loaded"]["host_tokens"] + kept["loaded"]["disk_tokens"] > 200)
+    assert {**{f"blend.refused_{name}": 1 for name in REFUSED}, "blend.refused_unsure": 4} == {
         name: value for name, value in result["counters"].items() if name.startswith("blend.refused_")
     }
     assert 8 + 2 == result["counters"]["blend.stored_chunks"]
@@ -146,7 +151,7 @@ def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
     engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     result = run("blended_in_parallel", kvtier=blend(), engine=engine, environment=environment, timeout_s=600.0)
     assert_same(expected, result["answers"])
-    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"]])
+    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"], *result["adaptive"]])
     assert_same(expected[:1], result["unsure"])
     assert {"tokens": 0, "refused": "unsure"} == result["unsure"][0]["loaded"]["blend"]
     assert_same(expected[:2], result["lost"])
