@@ -13,7 +13,6 @@ from benchmark_pages import FOLDER, ROOT, about, document_of
 
 PAGE = ROOT / "docs" / "explanation" / "chunk-reuse.md"
 TASKS = ("single", "hops", "border", "prose")
-ADAPTIVE = "combined, primed, to 30%"
 CURVES = ("combined, primed", "epic, primed", "cacheblend, alone")
 OPTIONS = "--model .cache/smollm2 --dtype bfloat16 --threads 1 --only-answered"
 COMMANDS: dict[str, str] = {
@@ -23,8 +22,6 @@ COMMANDS: dict[str, str] = {
     "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 0.15 0.3 0.5"
     ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
     "blend-margins": f'kvtier bench blend {OPTIONS} --items SETS --min-margin 0 0.05 0.1 0.2 0.3 0.5 --variants "combined, primed"',
-    "blend-adaptive": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 --max-ratio 0.3 --min-margin 0 0.05 0.1 0.2 0.3 0.5"
-    ' --variants "combined, primed"',
     "blend-layers": f"kvtier bench blend {OPTIONS} --first 1000 --items SETS --questions 3 --tasks single hops border --layers 3",
 }
 """What wrote each JSON, with ``--json``; the number of sets is the JSON's."""
@@ -48,7 +45,6 @@ def chunk_reuse() -> str:
         "blend-methods": lambda: quality("blend-methods"),
         "blend-ratios": lambda: curves("blend-ratios"),
         "blend-margins": lambda: margins("blend-margins"),
-        "blend-adaptive": lambda: margins("blend-adaptive", ADAPTIVE),
         "blend-layers": lambda: layers("blend-layers"),
     }
     for name, make in makers.items():
@@ -164,23 +160,21 @@ def curves(name: str) -> str:
     return "\n".join(lines)
 
 
-def margins(name: str, method: str = CURVES[0]) -> str:
-    """Of ``combined``, by ratio and least margin: answers kept, and what that costs. Where the ratio grows: which it is in the mean."""
+def margins(name: str) -> str:
+    """Of ``combined``, by ratio and least margin: answers kept, and what that costs."""
     document = document_of(name)
     found = {
         (item["name"], item["params"]["task"], item["params"]["recompute"], item["params"].get("min_margin", 0.0)): item
         for item in document["records"]
-        if item["params"].get("method") == method
+        if item["params"].get("method") == CURVES[0]
     }
-    limit = method.removeprefix(CURVES[0]).replace(", ", " ")
-    columns = [("chosen, of the chunks", "ratio")] if limit else []
-    columns += [("answers retained", "kept"), ("computed by the engine", "by the engine"), ("computed, of full prefill", "computed")]
+    columns = [("answers retained", "kept"), ("computed by the engine", "by the engine"), ("computed, of full prefill", "computed")]
     head = [f"{task}: {text}" for task in TASKS for figure, text in columns if (task, figure) != ("prose", "answers retained")]
     lines = [*_above(name, document), "| recompute | least margin | " + " | ".join(head) + " |", "| ---: |" + " ---: |" * (1 + len(head))]
     for ratio, margin in sorted({key[2:] for key in found}):
-        cells = [f"{ratio:.0%}{limit}", f"{margin:g}"]
+        cells = [f"{ratio:.0%}", f"{margin:g}"]
         for task in TASKS:
-            for figure in (figure for figure, _ in columns if (task, figure) != ("prose", "answers retained")):
+            for figure, _ in columns[task == "prose" :]:
                 item = found.get((figure, task, ratio, margin))
                 cells.append("" if item is None else _with_interval(item, 3) if figure == "answers retained" else f"{item['value']:.0%}")
         lines.append("| " + " | ".join(cells) + " |")

@@ -17,7 +17,7 @@ from kvtier.blend.methods.base import Selection, SelectionMethod
 from kvtier.blend.model import BlendModel, Projected, TokenKV
 from kvtier.blend.placing import ChunkSource, PromptKV
 from kvtier.blend.prefill import LayerHook, Rows, advance, attention_mask, attention_weights, start
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 
@@ -42,7 +42,7 @@ def blend(  # noqa: PLR0913 - by keyword
     layout: PromptLayout,
     source: ChunkSource,
     method: SelectionMethod,
-    ratio: Ratio,
+    ratio: FixedRatio,
     *,
     prefix: TokenKV | None = None,
     end: int | None = None,
@@ -136,9 +136,6 @@ class _Prompt:
             self.kv.values[:, :, : prefix.num_tokens] = prefix.values
         self.fill = PromptKV(self.kv, layout, source, model.rotary).fill
         self._begun: Rows | None = None
-        """all tokens, as far as ``value_deviation`` needed them"""
-        self._asked: Rows | None = None
-        """the question and what else nobody has, over chunks as they are"""
 
     def advance(self, rows: Rows, end_layer: int | None = None, hook: LayerHook | None = None, *, kv_only: bool = False) -> None:
         end = self._model.num_layers if end_layer is None else end_layer
@@ -188,7 +185,7 @@ class _Prompt:
 
     def question_attention(self, layers: range) -> torch.Tensor:
         model, layout = self._model, self.layout
-        rows = self._asked = start(model, self._tokens, self._fresh.nonzero()[:, 0])
+        rows = start(model, self._tokens, self._fresh.nonzero()[:, 0])
         asks = rows.positions >= layout.question[0]
         mask = attention_mask(rows.positions[asks], layout.num_tokens)
         total = torch.zeros(layout.num_tokens, device=self._tokens.device)
@@ -200,15 +197,9 @@ class _Prompt:
             keys[:, rows.positions] = projected.keys
             total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / len(layers))
 
-        self.advance(rows, layers.stop, look)
+        self.num_token_layers += len(rows.positions) * layers.stop
+        advance(model, rows, self.kv, self._writable, end_layer=layers.stop, hook=self._filling(look), kv_only=True)
         return model.mean_over_ranks(total[self.candidates])
-
-    def question_margin(self) -> float:
-        model = self._model
-        rows = self._asked or start(model, self._tokens, self._fresh.nonzero()[:, 0])
-        self.advance(rows)
-        found = torch.tensor([margin(model.logits(rows.hidden[-1:])[0])], device=self._tokens.device)
-        return float(model.mean_over_ranks(found))
 
     def contexts(self) -> Sequence[Context]:
         return self._source.contexts

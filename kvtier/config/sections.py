@@ -95,14 +95,6 @@ class BlendConfig(Section):
     ratio: float = setting(
         0.15, kind="number", allowed="0 to 1", about="Which share of them that is, where a request does not say.", ge=0, le=1
     )
-    max_ratio: float | None = setting(
-        None,
-        kind="number",
-        allowed="null, or `ratio` to 1",
-        about="Up to which share it grows, the less sure the model is of its first token with chunks as they are. null: it is always "
-        "`ratio`, as it is for a request that names its own ratio and no `max_ratio`.",
-        le=1,
-    )
     min_margin: float = setting(
         0.0,
         kind="number",
@@ -146,14 +138,6 @@ class BlendConfig(Section):
         about="A neutral document that chunks are computed behind, after what the prompts begin with. Some hundred words; it improves the "
         "answers and costs nothing when a prompt is served. null: none.",
     )
-
-    @field_validator("max_ratio")
-    @classmethod
-    def _not_below_ratio(cls, max_ratio: float | None, info: ValidationInfo) -> float | None:
-        ratio = info.data.get("ratio")  # absent where it is wrong itself
-        if max_ratio is not None and ratio is not None and not ratio <= max_ratio:  # NaN neither
-            raise ValueError(f"ratio is {ratio:g}")
-        return max_ratio
 
     @field_validator("last_layer")
     @classmethod

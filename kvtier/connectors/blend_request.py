@@ -15,7 +15,7 @@ from kvtier.errors import BlendRefusedError, RefusalReason
 
 METHODS = ("none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined")
 BOUNDARIES = ("messages", "auto")
-KEYS = ("spans", "separator", "boundaries", "tokens", "anchor", "method", "ratio", "max_ratio", "min_margin")
+KEYS = ("spans", "separator", "boundaries", "tokens", "anchor", "method", "ratio", "min_margin")
 
 
 class BlendSettings(Protocol):
@@ -36,10 +36,6 @@ class BlendSettings(Protocol):
     @property
     def ratio(self) -> float:
         """Which share of the chunks' tokens that is."""
-
-    @property
-    def max_ratio(self) -> float | None:
-        """Up to which it grows, the less sure the model is."""
 
     @property
     def min_margin(self) -> float:
@@ -81,8 +77,9 @@ def read_request(asked: object, prompt: Sequence[int], settings: BlendSettings, 
     method = asked.get("method", settings.method)
     if method not in METHODS:
         raise BlendRefusedError(RefusalReason.METHOD, f"method is {method!r}; {', '.join(METHODS)} are allowed")
+    ratio = _share("ratio", asked.get("ratio", settings.ratio), RefusalReason.RATIO)
     min_margin = _share("min_margin", asked.get("min_margin", settings.min_margin), RefusalReason.MARGIN)
-    recompute = Recompute(method, *_ratios(asked, settings), min_margin)
+    recompute = Recompute(method, ratio, min_margin)
     if not named or "boundaries" in named:
         boundaries = asked.get("boundaries", settings.boundaries)
         if boundaries not in BOUNDARIES:
@@ -111,18 +108,6 @@ def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surrounding
     placements = space.place(prompt, spans, expected)
     around.known.learn(space, prefix_ids, prompt, placements)
     return BlendState(placements, anchor_ids, recompute, len(prompt))
-
-
-def _ratios(asked: Mapping[str, Any], settings: BlendSettings) -> tuple[float, float | None]:
-    """Least and greatest. A request's own ratio is fixed, unless it says how far it grows."""
-    least = _share("ratio", asked.get("ratio", settings.ratio), RefusalReason.RATIO)
-    most = asked.get("max_ratio", None if "ratio" in asked else settings.max_ratio)
-    if most is None:
-        return least, None
-    most = _share("max_ratio", most, RefusalReason.RATIO)
-    if most < least:
-        raise BlendRefusedError(RefusalReason.RATIO, f"max_ratio is {most!r}; {least:g}, the ratio, to 1 is allowed")
-    return least, most
 
 
 def _share(name: str, value: Any, reason: RefusalReason) -> float:

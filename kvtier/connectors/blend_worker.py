@@ -14,7 +14,7 @@ from kvtier.blend.blender import Blended, blend, margin
 from kvtier.blend.entries import full_prefill
 from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 from kvtier.connectors.blend_steps import LostChunkError, UnsureError
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource, slot_view
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
@@ -148,7 +148,7 @@ class ChunkBlender:
         layout = job.layout
         prefix = self._tokens.read(layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
         recompute = job.recompute
-        method, ratio = self._methods[recompute.method](), Ratio(recompute.ratio, recompute.max_ratio)
+        method, ratio = self._methods[recompute.method](), FixedRatio(recompute.ratio)
         is_checked = recompute.min_margin > 0
         with self.reading(job, arena, rows) as reads:
             source = SlotSource([at.chunk for at in layout.placements], reads, self._shape, rows)

@@ -94,8 +94,6 @@ class Recompute:
     """how tokens are chosen"""
     ratio: float
     """their share"""
-    max_ratio: float | None = None
-    """up to which it grows, the less sure the model is with chunks as they are; None: it does not"""
     min_margin: float = 0.0
     """where the first token's probability exceeds the next likely one's by less, all of the prompt; 0: nobody looks"""
 

@@ -226,8 +226,8 @@ def blended_in_parallel(llm: Any, settings: Result) -> Result:
         asker.store()
     cases = [asker.prompt(order, 60 + number) for number, order in enumerate(ORDERS[1:3])]
 
-    def options(number: int, ratio: float, method: str, **more: Any) -> Result | None:
-        return {"blend": {"spans": cases[number][1], "ratio": ratio, "method": method, **more}, "store": False} if with_kvtier else None
+    def options(number: int, ratio: float, method: str) -> Result | None:
+        return {"blend": {"spans": cases[number][1], "ratio": ratio, "method": method}, "store": False} if with_kvtier else None
 
     out = {
         "answers": [asker.one(cases[number][0], options(number, 1.0, method)) for number, method in enumerate(("combined", "cacheblend"))]
@@ -235,9 +235,6 @@ def blended_in_parallel(llm: Any, settings: Result) -> Result:
     if with_kvtier:
         out["chosen"] = [
             asker.one(cases[number][0], options(number, 0.3, method)) for number, method in enumerate(("combined", "cacheblend"))
-        ]
-        out["adaptive"] = [
-            asker.one(cases[number][0], options(number, 0.1, method, max_ratio=0.9)) for number, method in enumerate(("combined", "epic"))
         ]
         unsure = {"blend": {"spans": cases[0][1], "min_margin": MARGINS["unsure"]}, "store": False}
         out["unsure"] = [asker.one(cases[0][0], unsure)]

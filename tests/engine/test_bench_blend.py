@@ -22,7 +22,7 @@ from kvtier.blend.layout import lay_out
 from kvtier.blend.methods import Combined
 from kvtier.blend.model import TokenKV
 from kvtier.blend.placing import EntrySource
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 from tests.engine.blend_models import SIZES, Store, tiny
 
 DOCUMENTS = DocumentSet(
@@ -65,7 +65,7 @@ class Plainly:
         ids = [*self.context, *question]
         store = Store(self.model, [] if case.variant.entries == "alone" else self.prefix)
         layout = lay_out(len(ids), len(self.prefix), store.space.place(ids, self.spans))
-        ratio = Ratio(0.0 if case.variant.is_reuse else case.ratio)
+        ratio = FixedRatio(0.0 if case.variant.is_reuse else case.ratio)
         prefix = self.full(self.prefix)
         return blend(self.model, ids, layout, EntrySource(store.entries(ids, layout)), case.variant.method, ratio, prefix=prefix).kv.part(
             0, len(ids) - 1

@@ -151,7 +151,7 @@ def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
     engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     result = run("blended_in_parallel", kvtier=blend(), engine=engine, environment=environment, timeout_s=600.0)
     assert_same(expected, result["answers"])
-    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"], *result["adaptive"]])
+    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"]])
     assert_same(expected[:1], result["unsure"])
     assert {"tokens": 0, "refused": "unsure"} == result["unsure"][0]["loaded"]["blend"]
     assert_same(expected[:2], result["lost"])

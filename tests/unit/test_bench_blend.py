@@ -14,7 +14,6 @@ from kvtier.bench.blend.overlap import f1, rouge_l
 from kvtier.bench.blend.records import records
 from kvtier.bench.blend.summary import ROUNDED, by_variant, estimate, of_ratio, paired, with_least_margin
 from kvtier.bench.blend.tasks import make_set
-from kvtier.bench.blend.variants import VARIANTS, with_max_ratio
 from kvtier.cli import main
 
 
@@ -208,22 +207,6 @@ def test_margins_that_are_none_are_refused(margin: str, tmp_path: Path, capsys: 
     assert 2 == main(["bench", "blend", "--model", str(tmp_path / "none"), "--rows", str(tmp_path / "rows"), f"--min-margin={margin}"])
     assert f"--min-margin is [{margin}]: 0 to 1 is allowed" in capsys.readouterr().err
     assert not (tmp_path / "rows").exists()
-
-
-@pytest.mark.parametrize("most", ["0.1", "1.5", "nan"])
-def test_a_greatest_ratio_below_the_least_is_refused(most: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before anything is measured; the least is 0.2."""
-    command = ["bench", "blend", "--model", str(tmp_path / "none"), "--rows", str(tmp_path / "rows"), "--ratio", "0.05", "0.2"]
-    assert 2 == main([*command, f"--max-ratio={most}"])
-    assert f"--max-ratio is {most}: 0.2, the ratio, to 1 is allowed" in capsys.readouterr().err
-
-
-def test_variants_up_to_a_ratio() -> None:
-    """They are named for it and need the question; where nothing is computed there is none."""
-    labels = {variant.label: with_max_ratio(variant, 0.3) for variant in VARIANTS}
-    changed = labels["epic, primed"]
-    assert ("epic, primed, to 30%", 0.3, True) == (changed.label, changed.max_ratio, changed.needs_question)
-    assert ("none, primed", None) == (labels["none, primed"].label, labels["none, primed"].max_ratio)
 
 
 def test_without_a_model_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtier.blend.blender import Blended, blend, margin
+from kvtier.blend.blender import Blended, blend
 from kvtier.blend.chunks import anchor_of
 from kvtier.blend.entries import compute_entry, full_prefill
 from kvtier.blend.finding import ChunkSpace, Span
 from kvtier.blend.layout import lay_out
 from kvtier.blend.methods import METHODS
 from kvtier.blend.placing import EntrySource
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 from kvtier.hashing import request_root
 from tests.unit.blend_system import BLOCK, LAYERS, NAMESPACE, SYSTEM, SmallModel, document
 
@@ -31,16 +31,15 @@ class CountingModel(SmallModel):
         return super().finish(layer, hidden, attended)
 
 
-def blended(model: CountingModel, ratio: float | Ratio, end: int, *, needs_logits: bool, method: str = "epic") -> Blended:
-    """With ``epic`` the first tokens of the second chunk are those that are chosen first."""
+def blended(model: CountingModel, ratio: float, end: int, *, needs_logits: bool) -> Blended:
+    """The first tokens of the second chunk are those that are chosen first."""
     root = request_root(NAMESPACE.digest)
     placements = ChunkSpace(root, anchor_of(root, SYSTEM, BLOCK), BLOCK).place(TOKENS, SPANS)
     anchor, _ = full_prefill(model, torch.tensor(SYSTEM))
     entries = [compute_entry(model, at.chunk, torch.tensor(TOKENS[at.start : at.end]), anchor) for at in placements]
     model.num_finished = 0
     layout, source = lay_out(len(TOKENS), 0, placements), EntrySource(entries)
-    size = ratio if isinstance(ratio, Ratio) else Ratio(ratio)
-    return blend(model, TOKENS, layout, source, METHODS[method](), size, end=end, needs_logits=needs_logits)
+    return blend(model, TOKENS, layout, source, METHODS["epic"](), FixedRatio(ratio), end=end, needs_logits=needs_logits)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +70,3 @@ def test_logits_behind_the_end_are_full_prefills(end: int) -> None:
     for ours in (made, plain):
         torch.testing.assert_close(ours.kv.part(0, end).keys, kv.part(0, end).keys, rtol=0, atol=1e-4)
         torch.testing.assert_close(ours.kv.part(0, end).values, kv.part(0, end).values, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["none", "epic", "cacheblend", "prophetkv", "combined"])
-@pytest.mark.parametrize("end", [20, 24])
-def test_how_sure_the_model_is_decides_how_much_is_computed(method: str, end: int) -> None:
-    """By the logits behind chunks as they are. The question is computed once more for that, and no layer of it twice where it was asked
-    before; what is computed then is as with that ratio from the start."""
-    model = CountingModel()
-    as_they_are = blended(model, 0.0, end, needs_logits=True)
-    assert as_they_are.logits is not None
-    share = 0.9 - 0.8 * margin(as_they_are.logits)
-    fixed, adaptive = (blended(model, ratio, end, needs_logits=False, method=method) for ratio in (share, Ratio(0.1, 0.9)))
-    assert fixed.num_chosen == adaptive.num_chosen
-    torch.testing.assert_close(fixed.kv.part(0, end).values, adaptive.kv.part(0, end).values, rtol=0, atol=1e-6)
-    num_fresh = len(SYSTEM) + len(TOKENS) - SPANS[-1].end
-    num_asked = LAYERS if method == "prophetkv" else max(1, round(0.8 * LAYERS)) if method == "combined" else 0
-    assert num_fresh * (LAYERS - num_asked) == adaptive.num_token_layers - fixed.num_token_layers

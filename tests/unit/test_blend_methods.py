@@ -22,7 +22,7 @@ from kvtier.blend.methods.base import share_out, top
 from kvtier.blend.methods.cachecraft import context_impact, prefix_overlap
 from kvtier.blend.model import Projected, Rotary, TokenKV
 from kvtier.blend.prefill import attend, causal_groups
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 from kvtier.copy.rope import Pairs, TokenShift, plain_frequencies, shift_keys, shift_table
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import Namespace, request_root
@@ -52,8 +52,6 @@ class FakeEvidence:
     remembered: list[Context] = field(default_factory=list)
     num_layers: int = 10
     asked_layers: range = range(0)
-    margin: float | None = None
-    """None: nobody may ask"""
 
     def value_deviation(self, layer: int) -> torch.Tensor:
         """Written down."""
@@ -63,11 +61,6 @@ class FakeEvidence:
         """Written down."""
         self.asked_layers = layers
         return self._scores(self.attention)
-
-    def question_margin(self) -> float:
-        """Written down."""
-        assert self.margin is not None, "asked without need"
-        return self.margin
 
     def contexts(self) -> Sequence[Context]:
         """Written down."""
@@ -88,16 +81,16 @@ def test_a_method_chooses_what_the_ratio_allows(lengths: list[int], ratio: float
         return
     method = METHODS[name]()
     assert name == method.name
-    selection = method.select(evidence, Ratio(ratio))
+    selection = method.select(evidence, FixedRatio(ratio))
     assert (number,) == selection.chosen.shape
     assert min(number, math.ceil(ratio * number - 1e-9)) == int(selection.chosen.sum())
-    assert not method.select(evidence, Ratio(0.0)).chosen.any()
-    assert method.select(evidence, Ratio(1.0)).chosen.all()
+    assert not method.select(evidence, FixedRatio(0.0)).chosen.any()
+    assert method.select(evidence, FixedRatio(1.0)).chosen.all()
 
 
 def chosen_by(method: CacheBlend | CacheCraft | Combined | Epic | ProphetKV, evidence: FakeEvidence, ratio: float) -> list[int]:
     """Positions in the prompt."""
-    chosen = method.select(evidence, Ratio(ratio)).chosen.tolist()
+    chosen = method.select(evidence, FixedRatio(ratio)).chosen.tolist()
     return [position for position, is_chosen in zip(evidence.layout.candidates, chosen, strict=True) if is_chosen]
 
 
@@ -122,7 +115,7 @@ def test_combined_looks_where_it_is_told_to() -> None:
     """In the configuration's layers; by default from two to four fifths of the depth. Heads of chunks are chosen in any case."""
     evidence = FakeEvidence(layout_of([40, 40]))
     for method, layers in ((METHODS["combined"], range(4, 8)), (methods_with(0.1, 0.55)["combined"], range(1, 6))):
-        selection = method().select(evidence, Ratio(0.25))
+        selection = method().select(evidence, FixedRatio(0.25))
         assert layers == evidence.asked_layers
         assert selection.chosen[[0, 1, 40]].all()
         assert 0.5 == selection.shift_weight
@@ -171,36 +164,9 @@ def test_top_takes_the_highest(scores: list[float], number: int) -> None:
 @pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf])
 def test_what_is_no_share_is_refused(value: float) -> None:
     """By name, with the value and what is allowed."""
-    with pytest.raises(BlendRefusedError, match=r"ratio is .*; \[0, 1\] is allowed") as caught:
-        Ratio(value)
+    with pytest.raises(BlendRefusedError, match=r"is .*; \[0, 1\] is allowed") as caught:
+        FixedRatio(value)
     assert RefusalReason.RATIO == caught.value.reason
-    with pytest.raises(BlendRefusedError, match=r"max_ratio is .*; \[0.25, 1\] is allowed") as caught:
-        Ratio(0.25, value)
-    assert RefusalReason.RATIO == caught.value.reason
-
-
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=5),
-    st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
-    st.floats(0, 1),
-    st.sampled_from(sorted(METHODS)),
-)
-def test_the_less_sure_the_more_is_computed(lengths: list[int], bounds: list[float], margin: float, name: str) -> None:
-    """Every method; between the two bounds in proportion to what is lacking, all of it where the margin is no number."""
-    least, most = bounds
-    layout = layout_of(lengths)
-
-    def number(margin: float | None) -> int:
-        return int(METHODS[name]().select(FakeEvidence(layout, margin=margin), Ratio(least, most)).chosen.sum())
-
-    total = len(layout.candidates)
-    share = most - (most - least) * margin
-    assert abs(number(margin) - share * total) <= 1
-    assert math.ceil(least * total - 1e-9) <= number(margin) <= math.ceil(most * total - 1e-9)
-    assert number(0.0) == number(math.nan) == math.ceil(most * total - 1e-9)
-    assert abs(number(1.0) - math.ceil(least * total - 1e-9)) <= 1, "rounding"
-    if least == most:
-        assert number(None) == number(margin), "nobody is asked"
 
 
 @pytest.mark.parametrize("pairs", ["neox", "interleaved"])

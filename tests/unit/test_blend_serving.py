@@ -108,11 +108,6 @@ def test_chunks_are_found_from_other_prompts(make: Callable[..., System]) -> Non
         ("ratio", {"spans": [[5, 9]], "ratio": 1.01}),
         ("ratio", {"spans": [[5, 9]], "ratio": float("nan")}),
         ("ratio", {"spans": [[5, 9]], "ratio": "much"}),
-        ("ratio", {"spans": [[5, 9]], "max_ratio": 1.01}),
-        ("ratio", {"spans": [[5, 9]], "max_ratio": float("nan")}),
-        ("ratio", {"spans": [[5, 9]], "max_ratio": True}),
-        ("ratio", {"spans": [[5, 9]], "max_ratio": 0.1}),
-        ("ratio", {"spans": [[5, 9]], "ratio": 0.5, "max_ratio": 0.4}),
         ("margin", {"spans": [[5, 9]], "min_margin": 1.01}),
         ("margin", {"spans": [[5, 9]], "min_margin": float("nan")}),
         ("margin", {"spans": [[5, 9]], "min_margin": True}),
@@ -417,47 +412,3 @@ def test_a_backend_that_loses_elements_is_refused() -> None:
     """Where every element is not once in its block nothing may be read."""
     with pytest.raises(BlendRefusedError, match="not where they can be found"):
         PagedTokens([FakeAttention(torch.float32, loses=True)], 6, BLOCK)
-
-
-@pytest.mark.parametrize(
-    ("asked", "found"),
-    [
-        ({}, (0.1, 0.4)),
-        ({"max_ratio": 0.3}, (0.1, 0.3)),
-        ({"max_ratio": None}, (0.1, None)),
-        ({"ratio": 0.2}, (0.2, None)),
-        ({"ratio": 0.2, "max_ratio": 0.9}, (0.2, 0.9)),
-    ],
-)
-def test_ratios_of_the_configuration_and_of_the_request(
-    make: Callable[..., System], asked: dict[str, Any], found: tuple[float, float | None]
-) -> None:
-    """A request's own ratio does not grow unless it says how far."""
-    system = make(BlendParts(BlendConfig(enabled=True, ratio=0.1, max_ratio=0.4)))
-    tokens, spans = joined([document(1, 9), document(2, 8)], SYSTEM, [1, 2])
-    system.add("first", tokens, spans=spans, **asked)
-    state = system.half._requests["first"].blend
-    assert state is not None
-    assert found == (state.recompute.ratio, state.recompute.max_ratio)
-    system.half.request_finished("first")
-    system.close()
-
-
-def test_the_workers_compute_more_where_the_model_is_less_sure(make: Callable[..., System], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the least ratio up, by what is lacking of the margin with chunks as they are."""
-    system = make()
-    documents = [document(1, 9), document(2, 8)]
-    tokens, spans = joined(documents, SYSTEM, [1, 2])
-    system.serve("first", tokens, spans=spans)
-    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
-    monkeypatch.setattr(system.model, "logits", lambda hidden: torch.tensor([[0.1, 0.7, 0.2]]).log().expand(len(hidden), 3))
-    for name, ratios, expected in (("a", {"ratio": 0.1, "max_ratio": 0.5}, 3), ("b", {"ratio": 0.1}, 1), ("c", {"max_ratio": 1.0}, 6)):
-        system.add(name, tokens, spans=spans, method="epic", **ratios)
-        matched = system.half.match(name, len(tokens), 0)
-        block_ids = system.blocks(len(tokens))
-        system.half.allocated(name, block_ids, matched.num_tokens or 0)
-        before = system.cache.stats["blend.chosen_tokens"]
-        system.step([ScheduledRequest(name, block_ids, len(tokens))])
-        assert expected == system.cache.stats["blend.chosen_tokens"] - before, name
-        system.half.request_finished(name)
-    system.close()

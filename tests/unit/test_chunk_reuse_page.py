@@ -82,22 +82,6 @@ def test_margins_stand_beside_what_they_cost(folder: Path, monkeypatch: pytest.M
     assert "| 15% | 0.2 |  |  |  | 0.900 [0.80, 0.95] | 12% | 29% |  |  |  | 50% |  |" == checked
 
 
-def test_a_ratio_that_grows_is_shown_with_its_mean(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By kind of question, since how far it grows depends on them."""
-    label = chunk_reuse_page.ADAPTIVE
-    records = [
-        item("answers retained", "hops", 0.75, "0.600 to 0.900", ratio=0.05, method=label),
-        item("chosen, of the chunks", "hops", 0.17, "0.100 to 0.200", ratio=0.05, method=label),
-        item("chosen, of the chunks", "prose", 0.26, "0.200 to 0.300", ratio=0.05, method=label),
-        item("answers retained", "hops", 0.7, "0.600 to 0.900", ratio=0.05),
-    ]
-    write(folder, "some", records)
-    monkeypatch.setitem(chunk_reuse_page.COMMANDS, "some", "kvtier bench blend")
-    head, _, line = chunk_reuse_page.margins("some", label).splitlines()[-3:]
-    assert "| hops: ratio | hops: kept | hops: by the engine | hops: computed |" in head
-    assert "| 5% to 30% | 0 |  |  |  |  | 17% | 0.750 [0.60, 0.90] |  |  |  |  |  |  | 26% |  |  |" == line
-
-
 def test_layers_stand_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line for each group, a column for each kind of question that was asked."""
     groups = {"reused in layers 0 to 2, primed": 0.01, "reused in layers 3 to 5, primed": 0.25}

@@ -225,9 +225,6 @@ log_level: debug
             HOST + "blend: {first_layer: 0.5, last_layer: 0.5}\n",
             ["yaml:4: blend.last_layer: 0.5 is wrong", "first_layer is 0.5", "more than first_layer"],
         ),
-        (HOST + "blend: {ratio: 0.2, max_ratio: 0.1}\n", ["yaml:4: blend.max_ratio: 0.1 is wrong", "ratio is 0.2", "ratio to 1"]),
-        (HOST + "blend: {max_ratio: .nan}\n", ['yaml:4: blend.max_ratio: ".nan" is wrong', "ratio to 1"]),
-        (HOST + "blend: {max_ratio: 1.01}\n", ["yaml:4: blend.max_ratio: 1.01 is wrong", "ratio to 1"]),
         (HOST + "blend: {first_layer: 0.9}\n", ["yaml:4: blend.last_layer: the default is wrong", "first_layer is 0.9"]),
     ],
 )

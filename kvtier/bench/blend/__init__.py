@@ -42,12 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ratio", type=float, nargs="+", default=[0.15], help="share of the chunks' tokens computed anew; one or several (default: 0.15)"
     )
     parser.add_argument(
-        "--max-ratio",
-        type=float,
-        metavar="R",
-        help="as with blend.max_ratio: --ratio grows up to there, the less sure the model is (default: it does not)",
-    )
-    parser.add_argument(
         "--min-margin",
         type=float,
         nargs="+",
@@ -93,9 +87,6 @@ def run(args: argparse.Namespace) -> int:
             return 2
         if args.layers is not None and args.layers < 1:
             print(f"--layers is {args.layers}: a whole number from 1 is allowed", file=sys.stderr)
-            return 2
-        if args.max_ratio is not None and not max(args.ratio) <= args.max_ratio <= 1:
-            print(f"--max-ratio is {args.max_ratio}: {max(args.ratio):g}, the ratio, to 1 is allowed", file=sys.stderr)
             return 2
         if args.telling_layers and not 0 <= args.telling_layers[0] < args.telling_layers[1] <= 1:
             print(f"--telling-layers is {args.telling_layers}: two growing shares of the depth are allowed, 0 to 1", file=sys.stderr)
@@ -145,14 +136,12 @@ def _measure(args: argparse.Namespace, path: str) -> None:
 
 
 def _variants(args: argparse.Namespace, num_layers: int) -> list[Variant]:
-    from kvtier.bench.blend.variants import VARIANTS, layer_variants, with_max_ratio, with_telling_layers  # noqa: PLC0415 - --help works without torch
+    from kvtier.bench.blend.variants import VARIANTS, layer_variants, with_telling_layers  # noqa: PLC0415 - --help works without torch
 
     if args.layers:
         return layer_variants(num_layers, args.layers)
     variants = [variant for variant in VARIANTS if not args.variants or any(name in variant.label for name in args.variants)]
-    if args.telling_layers:
-        variants = [with_telling_layers(variant, *args.telling_layers) for variant in variants]
-    return variants if args.max_ratio is None else [with_max_ratio(variant, args.max_ratio) for variant in variants]
+    return [with_telling_layers(variant, *args.telling_layers) for variant in variants] if args.telling_layers else variants
 
 
 def _missing(

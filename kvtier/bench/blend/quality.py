@@ -25,7 +25,7 @@ from kvtier.blend.finding import ChunkSpace, Span
 from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.placing import EntrySource
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 from kvtier.hashing import Namespace, request_root
 
 ROOT = request_root(Namespace(model="bench").digest)
@@ -162,7 +162,7 @@ class SetRun:
     def _blend(self, case: Case, question: Sequence[int]) -> Joined:
         layout, entries = self._laid_out(case.variant.entries, question)
         ids = [*self._context_ids, *question]
-        size = Ratio(0.0 if case.variant.is_reuse else case.ratio, case.variant.max_ratio)
+        size = FixedRatio(0.0 if case.variant.is_reuse else case.ratio)
         blended = blend(self._model, ids, layout, EntrySource(entries), case.variant.method, size, prefix=self._prefix)
         kv = with_room(self._model, blended.kv, self._room - len(question))
         if case.variant.kept_layers is not None:

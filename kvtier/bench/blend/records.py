@@ -41,7 +41,6 @@ def _of_task(rows: Sequence[Row], beside: Sequence[Row], task: str, ratio: float
             ("KL of plain CacheBlend's", paired(rows, beside, task, variant, BASELINE), "ratio", QUOTIENT.get(task)),
             ("answers retained", figures.get("retained"), "ratio", RETAINED.get(task)),
             ("Rouge-L", figures.get("rouge_l"), "ratio", None),
-            ("chosen, of the chunks", figures["share"], "ratio", None),
             ("computed, of full prefill", figures["cost"], "ratio", None),
             ("computed by the engine", figures.get("unsure"), "ratio", None),
         ]

@@ -8,7 +8,7 @@ import torch
 
 from kvtier.blend.methods import CacheBlend, CacheCraft, Combined, Epic, Evidence, FullReuse, ProphetKV, Selection, SelectionMethod
 from kvtier.blend.methods.base import top
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 class Random:
@@ -16,10 +16,10 @@ class Random:
 
     name = "random"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """Any."""
         scores = torch.rand(len(evidence.layout.candidates), generator=torch.Generator().manual_seed(evidence.layout.num_tokens))
-        return Selection(top(scores, ratio.num_tokens(len(scores), evidence.question_margin)))
+        return Selection(top(scores, ratio.num_tokens(len(scores))))
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ class Variant:
     """nothing is computed, whatever the ratio"""
     kept_layers: range | None = None
     """the KV is full prefill's but for these layers; None: as the method makes it"""
-    max_ratio: float | None = None
-    """up to which the ratio grows, the less sure the model is of the answer; None: it does not"""
 
 
 VARIANTS = (
@@ -76,13 +74,6 @@ def layer_variants(num_layers: int, size: int) -> list[Variant]:
         Variant(f"reused in layers {group.start} to {group.stop - 1}, primed", FullReuse(), "primed", is_reuse=True, kept_layers=group)
         for group in groups
     ]
-
-
-def with_max_ratio(variant: Variant, max_ratio: float) -> Variant:
-    """The same, computing more the less sure the model is of the answer; where nothing is computed there is no other one."""
-    if variant.is_reuse:
-        return variant
-    return replace(variant, label=f"{variant.label}, to {max_ratio:.0%}", max_ratio=max_ratio, needs_question=True)
 
 
 def with_telling_layers(variant: Variant, first: float, last: float) -> Variant:

@@ -11,7 +11,7 @@ import torch
 
 from kvtier.blend.entries import Context
 from kvtier.blend.layout import PromptLayout
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 class Evidence(Protocol):
@@ -29,13 +29,6 @@ class Evidence(Protocol):
 
     def question_attention(self, layers: range) -> torch.Tensor:
         """How much the question's tokens look at each candidate, mean over these layers and all heads. Computes the question once more."""
-        ...
-
-    def question_margin(self) -> float:
-        """How sure the model is of its next token with chunks as they are, 0 to 1 (:func:`kvtier.blend.blender.margin`), or NaN.
-
-        Computes the question once more, what its attention was asked in not again.
-        """
         ...
 
     def contexts(self) -> Sequence[Context]:
@@ -61,7 +54,7 @@ class SelectionMethod(Protocol):
         """Under which requests ask for it."""
         ...
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """The choice for one prompt. Called only where there are candidates."""
         ...
 

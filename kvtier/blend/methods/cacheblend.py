@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtier.blend.methods.base import Evidence, Selection, top
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class CacheBlend:
     check_layer: int = 1
     name: str = "cacheblend"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """By deviation alone, across chunks."""
         scores = evidence.value_deviation(self.check_layer)
-        return Selection(top(scores, ratio.num_tokens(len(scores), evidence.question_margin)))
+        return Selection(top(scores, ratio.num_tokens(len(scores))))

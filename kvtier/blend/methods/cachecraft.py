@@ -16,7 +16,7 @@ import torch
 
 from kvtier.blend.entries import Context
 from kvtier.blend.methods.base import Evidence, Selection, chunk_slices, share_out, top
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 from kvtier.types import BlockKey
 
 
@@ -25,7 +25,7 @@ class CacheCraft:
 
     name = "cachecraft"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """By the entries' contexts; no extra pass."""
         layout, contexts = evidence.layout, evidence.contexts()
         slices = chunk_slices(layout)
@@ -39,7 +39,7 @@ class CacheCraft:
             weights.append(context_impact(context) * (1 - prefix_overlap(context, earlier)) * (part.stop - part.start))
             if len(context.token_mass):
                 scores[part] = context.token_mass[first:]
-        number = ratio.num_tokens(sum(rooms), evidence.question_margin)
+        number = ratio.num_tokens(sum(rooms))
         chosen = torch.zeros(sum(rooms), dtype=torch.bool)
         for (_, part), share in zip(slices, share_out(weights, rooms, number), strict=True):
             chosen[part] = top(scores[part], share)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtier.blend.methods.base import Evidence, Selection, chunk_slices, heads_of_chunks, share_out, top
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Combined:
     """from where to where, as shares of the model's depth, the layers lie whose KV has to be right; ``kvtier bench blend --layers``"""
     name: str = "combined"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """Context first, then attention."""
         first, last = (round(share * evidence.num_layers) for share in self.telling_layers)
         last = max(1, last)
         scores = evidence.question_attention(range(min(first, last - 1), last))
-        number = ratio.num_tokens(len(scores), evidence.question_margin)
+        number = ratio.num_tokens(len(scores))
         dependent = _dependent(evidence, int(self.context_share * number)).to(scores.device)
         return Selection(top(scores.masked_fill(dependent, float("inf")), number), self.shift_weight)
 

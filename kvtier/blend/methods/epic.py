@@ -9,7 +9,7 @@ a chunk, and has less to mend where chunks were computed behind a shared prefix.
 from __future__ import annotations
 
 from kvtier.blend.methods.base import Evidence, Selection, chunk_slices, heads_of_chunks, share_out
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 class Epic:
@@ -17,8 +17,8 @@ class Epic:
 
     name = "epic"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """The heads of the chunks."""
         rooms = [part.stop - part.start for _, part in chunk_slices(evidence.layout)]
-        numbers = share_out([1.0] * len(rooms), rooms, ratio.num_tokens(sum(rooms), evidence.question_margin))
+        numbers = share_out([1.0] * len(rooms), rooms, ratio.num_tokens(sum(rooms)))
         return Selection(heads_of_chunks(evidence.layout, numbers))

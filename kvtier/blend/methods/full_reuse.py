@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from kvtier.blend.methods.base import Evidence, Selection
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 class FullReuse:
@@ -18,8 +18,8 @@ class FullReuse:
 
     name = "none"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """The first candidates."""
         chosen = torch.zeros(len(evidence.layout.candidates), dtype=torch.bool)
-        chosen[: ratio.num_tokens(len(chosen), evidence.question_margin)] = True
+        chosen[: ratio.num_tokens(len(chosen))] = True
         return Selection(chosen)

@@ -9,7 +9,7 @@ only.
 from __future__ import annotations
 
 from kvtier.blend.methods.base import Evidence, Selection, top
-from kvtier.blend.ratio import Ratio
+from kvtier.blend.ratio import FixedRatio
 
 
 class ProphetKV:
@@ -17,7 +17,7 @@ class ProphetKV:
 
     name = "prophetkv"
 
-    def select(self, evidence: Evidence, ratio: Ratio) -> Selection:
+    def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """By the question's attention alone."""
         scores = evidence.question_attention(range(evidence.num_layers))
-        return Selection(top(scores, ratio.num_tokens(len(scores), evidence.question_margin)))
+        return Selection(top(scores, ratio.num_tokens(len(scores))))
