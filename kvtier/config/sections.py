@@ -25,18 +25,20 @@ class ConnectorConfig(Section):
     store_decode_blocks: bool = setting(
         True, kind="boolean", allowed="`true`, `false`", about="Store blocks of generated tokens too, not only those of prompts."
     )
-    async_load: bool = setting(
-        False,
+    async_load: bool | None = setting(
+        None,
         kind="boolean",
-        allowed="`true`, `false`",
-        about="Load while other requests run. false: in the step that needs the blocks, but with vLLM's `long_prefill_token_threshold`.",
+        allowed="null, `true`, `false`",
+        about="Load, and put prompts together from chunks, before a request starts and while others run. false: in the step that needs the "
+        "blocks, for engines that can take a request back when its load fails. null: false where the engine can.",
     )
     layerwise: Annotated[Literal["auto", "on", "off"], ON_OFF] = setting(
         "auto",
         kind="name",
         allowed="`auto`, `on`, `off`",
-        about="Whether copies follow the forward pass layer by layer: a layer waits for its own part of a load only, and on a GPU is "
-        "stored as soon as it is computed. `auto`: on where a GPU copies beside the computation, off on a CPU.",
+        about="Whether copies follow the forward pass layer by layer: a layer waits for its own part of a load only, where loads are part "
+        "of a step (`async_load`), and on a GPU is stored as soon as it is computed. `auto`: on where a GPU copies beside the "
+        "computation, off on a CPU.",
     )
     promote_wait_s: Duration = setting(
         2.0,

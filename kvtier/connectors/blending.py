@@ -153,7 +153,7 @@ class Blending:
         if state is None or state.is_over or exact.num_tokens is None or not can_be:
             return exact
         state.plan = None
-        num_exact = request.num_computed_tokens + (0 if exact.is_async else exact.num_tokens)
+        num_exact = request.num_computed_tokens + exact.num_tokens
         ready = [at for at in state.placements if at.end > num_exact and self._is_ready(at.chunk)]
         if len(ready) < len(state.placements) and self._is_bringing(request, num_exact, ready):
             self.is_waiting = True
@@ -168,7 +168,7 @@ class Blending:
             state.is_over = True
             return exact
         state.plan = plan
-        return Matched(plan.end - request.num_computed_tokens, is_blended=True)
+        return Matched(plan.end - request.num_computed_tokens, bool(self._settings.async_load), is_blended=True)
 
     def num_exact_tokens(self, request: Request, num_external_tokens: int) -> int:
         """How many of the tokens that the engine was promised are loaded as they are."""
@@ -224,6 +224,7 @@ class Blending:
             plan.end,
             plan.recompute,
             order.block_ids,
+            bool(self._settings.async_load),
         )
 
     def _is_ready(self, chunk: Chunk) -> bool:

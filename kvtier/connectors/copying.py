@@ -59,8 +59,11 @@ class Copying:
         """Whether stores that are not reported read blocks that the request still has."""
         return any(job.move.request_id == request_id and not job.is_detached for job in self.stores.values())
 
-    def plan_load(self, request: Request, block_ids: Sequence[int], num_external_tokens: int) -> None:
-        """Leases slots for what was promised; what has no slot any more is handed on as missing."""
+    def plan_load(self, request: Request, block_ids: Sequence[int], num_external_tokens: int, *, before_blend: bool = False) -> None:
+        """Leases slots for what was promised; what has no slot any more is handed on as missing.
+
+        ``before_blend``: a blend of the same step goes on from there, and says when the request may start.
+        """
         size = self._geometry.engine_block_tokens
         start = request.num_computed_tokens // size
         end = -(-(request.num_computed_tokens + num_external_tokens) // size)
@@ -89,7 +92,7 @@ class Copying:
             device_slots,
             device_ready,
         )
-        job = LoadJob(move, self._async_load, first_block, self._geometry.num_workers)
+        job = LoadJob(move, self._async_load and not before_blend, first_block, self._geometry.num_workers)
         if move.missing:
             request.load_failed(job.first_failed_block(self._blocks_per_slot), self._block_tokens)
         self._new_loads.append(job)

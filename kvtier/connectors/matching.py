@@ -66,7 +66,7 @@ class Matcher:
         if lookup.is_waiting:
             return _LATER
         num_tokens = min((first + lookup.num_ready) * block_tokens, num_usable) - num_computed_tokens
-        return Matched(num_tokens, self._settings.async_load) if num_tokens > 0 else _NOTHING
+        return Matched(num_tokens, bool(self._settings.async_load)) if num_tokens > 0 else _NOTHING
 
     def release(self, request: Request) -> None:
         """Ends what ``match`` keeps for a request: it starts, or is gone."""

@@ -117,6 +117,8 @@ class BlendJob:
     recompute: Recompute
     block_ids: tuple[int, ...]
     """engine blocks of the tokens before ``end``"""
+    is_async: bool = False
+    """reported as received when it is done, or has failed; the request is not in the batch of this step"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,13 @@ class RecordingHalf(SchedulerHalf):
         self._ended: list[tuple[int, list[int]]] = []
         self._num_lost_seen = 0
         self._copying = _RecordedCopying(
-            engine, geometry, self._requests, self._boundary, async_load=settings.async_load, note_store=self._note_store, ended=self._ended
+            engine,
+            geometry,
+            self._requests,
+            self._boundary,
+            async_load=bool(settings.async_load),
+            note_store=self._note_store,
+            ended=self._ended,
         )
 
     def add_request(

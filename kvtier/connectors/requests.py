@@ -93,8 +93,8 @@ class ConnectorSettings(Protocol):
         """Also keep blocks that were filled while generating."""
 
     @property
-    def async_load(self) -> bool:
-        """Load while the request waits, not inside the step that computes it."""
+    def async_load(self) -> bool | None:
+        """Load while the request waits, not inside the step that computes it. None counts as false."""
 
     @property
     def promote_wait_s(self) -> float:

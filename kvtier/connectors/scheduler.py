@@ -67,7 +67,7 @@ class SchedulerHalf:
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._requests: dict[str, Request] = {}
         self._meter = StepMeter(engine.estimates, clock)
-        self._copying = Copying(engine, geometry, self._requests, self._boundary, async_load=settings.async_load)
+        self._copying = Copying(engine, geometry, self._requests, self._boundary, async_load=bool(settings.async_load))
         self._blending = Blending(engine, geometry, settings, blend or BlendParts(), clock)
         self._held: list[str] = []
         self._num_attached_workers = 0
@@ -140,7 +140,7 @@ class SchedulerHalf:
                 found_tokens = max(0, request.num_found_ready * self._block_tokens - request.num_computed_tokens)
                 host_tokens = min(found_tokens, num_exact)
                 request.hit_tokens = (host_tokens, num_exact - host_tokens)
-                self._copying.plan_load(request, block_ids, num_exact)
+                self._copying.plan_load(request, block_ids, num_exact, before_blend=num_exact < num_external_tokens)
             self._blending.allocated(request, block_ids, num_external_tokens)
             if request.options.priority != "low":
                 self._touch(request)

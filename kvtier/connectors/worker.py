@@ -164,6 +164,7 @@ class WorkerHalf:
             self.wait_for_loads()
             orders = self._orders
             self._failed_block_ids |= self._blends.blend(orders.blends, self._failed_block_ids, self._report, orders.arena_id)
+            self._received.update(job.request_id for job in orders.blends if job.is_async)
 
     def wait_for_loads(self) -> None:
         """Returns when the sync loads of the step are in the engine's blocks or have failed. Idempotent."""

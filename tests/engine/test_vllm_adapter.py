@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec, MLAAttention
 
 from kvtier.config import Config
 from kvtier.connectors.vllm.connector import KVTierConnector
-from kvtier.connectors.vllm.geometry import BlockSizes, block_sizes_of, layout_of, refuse_unsupported
+from kvtier.connectors.vllm.geometry import BlockSizes, block_sizes_of, layout_of, refuse_unsupported, with_safe_loads
 from kvtier.connectors.vllm.identity import options_of
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cpu import NativeCopier
@@ -261,6 +261,28 @@ def test_bad_settings_are_refused(
     config = engine_config(settings, **transfer)
     made = cache_config(config, dict.fromkeys(LAYERS, full_attention()))
     refuses(config, made, role, ConfigError, named, way_out)
+
+
+@pytest.mark.parametrize("role", list(KVConnectorRole))
+@pytest.mark.parametrize(
+    ("engine", "named"),
+    [({"async_scheduling": True}, "async_scheduling"), ({"long_prefill_token_threshold": 32}, "long_prefill_token_threshold")],
+)
+def test_loads_in_a_step_are_refused_where_they_cannot_fail(engine: dict[str, Any], named: str, role: KVConnectorRole) -> None:
+    """An engine that could not take a request back when its load fails; without the setting, loads end before requests start there."""
+    for async_load in (False, None):
+        config = engine_config(host(connector={"async_load": async_load}))
+        for name, value in engine.items():
+            setattr(config.scheduler_config, name, value)
+        if async_load is None:
+            settings = Config.from_mapping(config.kv_transfer_config.kv_connector_extra_config)
+            assert settings.connector.async_load is None
+            assert with_safe_loads(settings, config).connector.async_load is True
+        else:
+            made = cache_config(config, dict.fromkeys(LAYERS, full_attention()))
+            refuses(config, made, role, ConfigError, f"connector.async_load is false, .*{named}", "Allowed with this engine: null, true")
+    plain = engine_config(host())
+    assert with_safe_loads(Config.from_mapping(host()), plain).connector.async_load is False
 
 
 def test_a_host_tier_below_one_block_is_refused() -> None:

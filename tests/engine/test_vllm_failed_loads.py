@@ -19,10 +19,11 @@ SHARED = prompt(1, 320)
 
 
 @contextlib.contextmanager
-def rig_with(*, async_load: bool, threshold: int, step_tokens: int = STEP_TOKENS) -> Iterator[Rig]:
+def rig_with(*, async_load: bool | None, threshold: int, step_tokens: int = STEP_TOKENS, runs_ahead: bool = False) -> Iterator[Rig]:
     """A scheduler with prefix caching and steps of few tokens."""
     made = Rig(
         host(connector={"async_load": async_load}),
+        runs_ahead=runs_ahead,
         enable_prefix_caching=True,
         max_num_batched_tokens=step_tokens,
         max_num_scheduled_tokens=step_tokens,
@@ -57,11 +58,14 @@ def preempt(rig: Rig, place: int) -> None:
 
 @pytest.mark.parametrize("num_steps", range(9))
 @pytest.mark.parametrize("threshold", [0, 32])
-@pytest.mark.parametrize("async_load", [False, True])
-def test_who_shares_blocks_of_a_failed_load(monkeypatch: pytest.MonkeyPatch, async_load: bool, threshold: int, num_steps: int) -> None:
+@pytest.mark.parametrize("async_load", [None, True])
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_who_shares_blocks_of_a_failed_load(
+    monkeypatch: pytest.MonkeyPatch, runs_ahead: bool, async_load: bool | None, threshold: int, num_steps: int
+) -> None:
     """A request that begins alike comes in the same step, or while the first one computes what it did not get; that one is preempted."""
     switch = Switch(monkeypatch)
-    with rig_with(async_load=async_load, threshold=threshold) as rig:
+    with rig_with(async_load=async_load, threshold=threshold, runs_ahead=runs_ahead) as rig:
         rig.ask("before", SHARED)
         rig.scheduler.reset_prefix_cache()
         switch.is_broken = True
@@ -77,26 +81,39 @@ def test_who_shares_blocks_of_a_failed_load(monkeypatch: pytest.MonkeyPatch, asy
 
 
 @pytest.mark.parametrize("num_steps", range(1, 7))
-def test_a_failed_load_and_a_preemption(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_failed_load_and_a_preemption(monkeypatch: pytest.MonkeyPatch, runs_ahead: bool, num_steps: int) -> None:
     """What comes back from the engine's prefix cache when the request goes on is what it computed before."""
     switch = Switch(monkeypatch)
-    with rig_with(async_load=False, threshold=0) as rig:
+    with rig_with(async_load=None, threshold=0, runs_ahead=runs_ahead) as rig:
         rig.ask("before", SHARED)
         rig.scheduler.reset_prefix_cache()
         switch.is_broken = True
         rig.add("first", SHARED, max_tokens=3)
         for _ in range(num_steps):
             rig.step()
-        preempt(rig, 0)
+        if rig.scheduler.running:  # or it waits for its load
+            preempt(rig, 0)
         rig.run()
         assert 3 == len(rig.outputs["first"])
 
 
 @settings(max_examples=80, phases=[Phase.generate], deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), async_load=st.booleans(), threshold=st.sampled_from([0, 0, 32]), step_tokens=st.sampled_from([64, 160, 1024]))
-def test_any_order_of_loads_failures_and_preemptions(data: st.DataObject, async_load: bool, threshold: int, step_tokens: int) -> None:
+@given(
+    data=st.data(),
+    async_load=st.sampled_from([None, True]),
+    runs_ahead=st.booleans(),
+    threshold=st.sampled_from([0, 0, 32]),
+    step_tokens=st.sampled_from([64, 160, 1024]),
+)
+def test_any_order_of_loads_failures_and_preemptions(
+    data: st.DataObject, async_load: bool | None, runs_ahead: bool, threshold: int, step_tokens: int
+) -> None:
     """Requests over two shared beginnings; copies fail and work again, requests are preempted and aborted, caches are reset."""
-    with pytest.MonkeyPatch.context() as patch, rig_with(async_load=async_load, threshold=threshold, step_tokens=step_tokens) as rig:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        rig_with(async_load=async_load, threshold=threshold, step_tokens=step_tokens, runs_ahead=runs_ahead) as rig,
+    ):
         switch = Switch(patch)
         beginnings = [prompt(1, 256), prompt(2, 200)]
         for number, beginning in enumerate(beginnings):

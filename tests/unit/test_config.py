@@ -55,7 +55,7 @@ def test_one_capacity_is_enough(tmp_path: Path) -> None:
     assert ConnectorConfig() == config.connector
     connector = {
         "store_decode_blocks": True,
-        "async_load": False,
+        "async_load": None,
         "layerwise": "auto",
         "promote_wait_s": 2.0,
         "store": True,
@@ -189,7 +189,7 @@ log_level: debug
         (HOST + "connector:\n  max_pinned_fraction: 1.1\n", ["yaml:5: connector.max_pinned_fraction: 1.1 is wrong; allowed: 0 to 1"]),
         (HOST + "connector:\n  copy_threads: 0\n", ["yaml:5: connector.copy_threads: 0 is wrong; allowed: a whole number from 1 to 16"]),
         (HOST + "connector:\n  max_pinned_fraction: .nan\n", ["yaml:5: connector.max_pinned_fraction:", "allowed: 0 to 1"]),
-        (HOST + "connector:\n  async_load: 1\n", ["yaml:5: connector.async_load: 1 is wrong; allowed: true, false"]),
+        (HOST + "connector:\n  async_load: 1\n", ["yaml:5: connector.async_load: 1 is wrong; allowed: null, true, false"]),
         (HOST + "block_tokens: 0\n", ["yaml:4: block_tokens: 0 is wrong; allowed: auto, or a whole number of at least 1"]),
         (HOST + "block_tokens: '16'\n", ['yaml:4: block_tokens: "16" is wrong']),
         (HOST + "block_tokens: null\n", ["yaml:4: block_tokens: null is wrong"]),

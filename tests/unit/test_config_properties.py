@@ -86,7 +86,7 @@ connectors = st.fixed_dictionaries(
         "store": st.booleans(),
         "load": st.booleans(),
         "store_decode_blocks": st.booleans(),
-        "async_load": st.booleans(),
+        "async_load": st.none() | st.booleans(),
         "promote_wait": st.just(0) | durations,
         "max_pinned_fraction": st.floats(0, 1),
         "gpu_copy": st.sampled_from(["auto", "dma", "bulk", "staged", "direct"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import re
 from collections.abc import Mapping
@@ -17,8 +16,6 @@ from kvtier.connectors.vllm.versions import vllm_version
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
 from kvtier.layout import Axis, KVLayout, Segment, StrideTable
-
-_LOG = logging.getLogger(__name__)
 
 _SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 
@@ -89,15 +86,30 @@ def refuse_bad_settings(vllm_config: VllmConfig) -> None:
 
 
 def with_safe_loads(config: Config, vllm_config: VllmConfig) -> Config:
-    """``async_load`` where the engine has a ``long_prefill_token_threshold``.
+    """``async_load`` as it is going to be: on where vLLM cannot take back a request whose load fails in the step that computes with it.
 
-    With it a request may compute while one that came before it is not done, and share its blocks: where a load into those fails, it would
-    read what nobody has computed. Loads that end before the request starts fill blocks that nobody shares yet.
+    Raises:
+        ConfigError: it is to be off there.
     """
-    if config.connector.async_load or not vllm_config.scheduler_config.long_prefill_token_threshold:
-        return config
-    _LOG.info("kvtier: async_load is on, because vLLM has a long_prefill_token_threshold")
-    return config.model_copy(update={"connector": config.connector.model_copy(update={"async_load": True})})
+    wanted, reason = config.connector.async_load, _why_not_in_a_step(vllm_config)
+    if reason and wanted is False:
+        raise ConfigError(
+            f"connector.async_load is false, but {reason}, so that a request whose load fails would answer from what was not loaded. "
+            "Allowed with this engine: null, true"
+        )
+    return config.model_copy(update={"connector": config.connector.model_copy(update={"async_load": bool(wanted or reason)})})
+
+
+def _why_not_in_a_step(vllm_config: VllmConfig) -> str:
+    """Why loads have to end before their request starts; empty: they need not."""
+    scheduler_config = vllm_config.scheduler_config
+    if scheduler_config.async_scheduling:
+        return "vLLM schedules the next step before it hears of this one (async_scheduling)"
+    if scheduler_config.long_prefill_token_threshold:
+        return "with long_prefill_token_threshold vLLM computes requests that share blocks beside the one that loads them"
+    if vllm_config.use_v2_model_runner:
+        return "vLLM's newer model runner never goes back in a request (VLLM_USE_V2_MODEL_RUNNER)"
+    return ""
 
 
 def block_sizes_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> BlockSizes:

@@ -1,0 +1,152 @@
+"""Prompts put together from chunks in vLLM's own scheduler, with a blender that writes numbers: what comes of each ending, in any order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from kvtier.connectors.blend_steps import LostChunkError, UnsureError
+from kvtier.connectors.messages import BlendJob, EntryJob
+from kvtier.connectors.vllm import blend_parts, sides
+from kvtier.copy.base import RowMover
+from kvtier.memory.arena import Arena
+from tests.engine.rig import APPROXIMATE, BLOCK_TOKENS, Rig, host, prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.every_version]
+ENDINGS = ("sure", "unsure", "lost", "error")
+SYSTEM = prompt(9, 40)
+DOCUMENTS = [prompt(number, 100) for number in range(3)]
+QUESTION = [7, 7, 7]
+
+
+class NumberBlender:
+    """Writes what the forward pass would have written, and a little more; or ends in another way."""
+
+    def __init__(self) -> None:
+        self.rig: Rig | None = None
+        self.ending: Callable[[], str] = lambda: "sure"
+        self.endings: list[str] = []
+
+    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> int:
+        """All tokens count as chosen."""
+        assert self.rig is not None
+        ending = "lost" if arena is None else self.ending()
+        self.endings.append(ending)
+        if ending == "unsure":
+            raise UnsureError
+        if ending == "lost":
+            raise LostChunkError
+        if ending == "error":
+            raise RuntimeError("injected: this blend fails")
+        request = self.rig.scheduler.requests[job.request_id]
+        for index in range(job.first // BLOCK_TOKENS, job.end // BLOCK_TOKENS):
+            self.rig.write(job.block_ids[index], self.rig.value_of(request, index) + APPROXIMATE)
+        return job.end - job.first
+
+    def store(self, job: EntryJob, arena: Arena | None) -> None:
+        """What lies in the slots is nobody's concern here."""
+
+    def prepare(self, rows: RowMover) -> None:
+        """Nothing to do."""
+
+
+@contextlib.contextmanager
+def rig_with(blender: NumberBlender, *, async_load: bool | None = None, runs_ahead: bool = False, step_tokens: int = 1024) -> Iterator[Rig]:
+    """A scheduler with prefix caching, whose worker puts prompts together with ``blender``; chunks of all documents are stored."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sides, "blender_of", lambda *_: blender)
+        patch.setattr(blend_parts, "_tokenizer", lambda *_: None)  # which takes longer than all of a test
+        made = Rig(
+            host(connector={"async_load": async_load}, blend={"enabled": True}),
+            runs_ahead=runs_ahead,
+            enable_prefix_caching=True,
+            max_num_batched_tokens=step_tokens,
+            max_num_scheduled_tokens=step_tokens,
+        )
+    blender.rig = made
+    try:
+        for number in range(len(DOCUMENTS)):
+            tokens, spans = joined([number, (number + 1) % 3])
+            ask(made, f"first-{number}", tokens, spans)
+        made.scheduler.reset_prefix_cache()
+        blender.endings.clear()
+        yield made
+    finally:
+        made.close()
+
+
+def joined(order: list[int]) -> tuple[list[int], list[list[int]]]:
+    """A prompt of documents, and where they lie."""
+    tokens, spans = list(SYSTEM), []
+    for number in order:
+        spans.append([len(tokens), len(tokens) + len(DOCUMENTS[number])])
+        tokens += DOCUMENTS[number]
+    return [*tokens, *QUESTION], spans
+
+
+def options(spans: list[list[int]], **more: Any) -> dict[str, Any]:
+    """The sampling of a request that asks for reuse."""
+    return {"extra_args": {"kv_transfer_params": {"kvtier": {"blend": {"spans": spans, **more}}}}}
+
+
+def ask(rig: Rig, name: str, tokens: list[int], spans: list[list[int]], **more: Any) -> dict[str, Any]:
+    """Runs a request that asks for reuse. Returns what its answer says."""
+    rig.ask(name, tokens, max_tokens=3, sampling=options(spans, **more))
+    assert 3 == sum(len(one.new_token_ids) for one in rig.outputs[name])
+    return rig.transfer_params(name)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("min_margin", [0.0, 0.5])
+@pytest.mark.parametrize(("async_load", "runs_ahead"), [(None, False), (True, False), (None, True)])
+def test_every_ending_gives_the_right_tokens(async_load: bool | None, runs_ahead: bool, min_margin: float, ending: str) -> None:
+    """Sure: chunks are taken. Else the engine computes, and what it computes is found by the next one with the same prompt, as it is by
+    one that asks for no reuse; what was put together is found by nobody."""
+    blender = NumberBlender()
+    with rig_with(blender, async_load=async_load, runs_ahead=runs_ahead) as rig:
+        tokens, spans = joined([2, 0, 1])
+        num_full = (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        blender.ending = lambda: ending
+        said = ask(rig, "a", tokens, spans, min_margin=min_margin)
+        assert [ending] == blender.endings
+        assert said["blend"] == (
+            {"tokens": 280} if ending == "sure" else {"tokens": 0, **({"refused": "unsure"} if ending == "unsure" else {})}
+        )
+        rig.scheduler.reset_prefix_cache()
+        found = rig.ask("b", tokens)
+        assert (found, num_full) == ((BLOCK_TOKENS, num_full) if ending == "sure" else (num_full, num_full))
+        rig.scheduler.reset_prefix_cache()
+        blender.ending = lambda: "error"
+        assert {"tokens": 0} == ask(rig, "c", tokens, spans)["blend"], "all of it is there as it is"
+        assert [ending] == blender.endings
+
+
+@settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), ahead=st.sampled_from([(None, False), (True, False), (None, True)]), step_tokens=st.sampled_from([64, 1024]))
+def test_any_order_of_blends_and_preemptions(data: st.DataObject, ahead: tuple[bool | None, bool], step_tokens: int) -> None:
+    """Requests with and without reuse over the same documents, preempted, aborted; blends end in any way. Nobody computes with KV that was
+    not loaded, and only who asked for it with an approximation."""
+    blender = NumberBlender()
+    with rig_with(blender, async_load=ahead[0], runs_ahead=ahead[1], step_tokens=step_tokens) as rig:
+        blender.ending = lambda: data.draw(st.sampled_from(ENDINGS))
+        for number in range(data.draw(st.integers(1, 16))):
+            action = data.draw(st.sampled_from(["reuse", "reuse", "plain", "step", "step", "step", "preempt", "reset", "settle"]))
+            if action in ("reuse", "plain") and len(rig.scheduler.requests) < 4:
+                tokens, spans = joined(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3)))
+                asks = options(spans, min_margin=data.draw(st.sampled_from([0.0, 0.5]))) if action == "reuse" else None
+                rig.add(f"{number}", tokens, max_tokens=data.draw(st.integers(1, 4)), sampling=asks)
+            elif action == "step" and rig.scheduler.has_requests():
+                rig.step()
+            elif action == "preempt" and rig.scheduler.running:
+                request = rig.scheduler.running.pop(data.draw(st.integers(0, len(rig.scheduler.running) - 1)))
+                rig.scheduler._preempt_request(request, 0.0)
+            elif action == "reset" and not rig.scheduler.requests:
+                rig.scheduler.reset_prefix_cache()
+            elif action == "settle":
+                rig.run()
+        rig.run()
