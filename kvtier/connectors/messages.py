@@ -152,6 +152,8 @@ class StepMessage:
     """to be finished before the forward pass of this step, and after its loads"""
     entries: tuple[EntryJob, ...] = ()
     """to be computed after the forward pass of this step"""
+    unfilled: tuple[int, ...] = ()
+    """engine blocks that this step reads and nobody has filled: reported as failed, as if their load had failed in it"""
     arena_id: str = ""
     """of the arena that all slots belong to: a worker that has mapped another one copies nothing"""
 

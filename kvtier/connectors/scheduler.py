@@ -206,13 +206,13 @@ class SchedulerHalf:
         told to recompute.  Steps without any worker output need no call, but each call also drives the tiers.
         """
         self._meter.end()
+        # Failed loads first: they void stores that the same report calls done.
+        if failed_block_ids:
+            with self._boundary.at("finish_step"):
+                self._copying.void_stores(set(failed_block_ids))
         if report is not None:
             with self._boundary.at("finish_step"):
                 self._count(report)
-            # Failed loads first: they void stores that the same report calls done.
-            if failed_block_ids:
-                with self._boundary.at("finish_step"):
-                    self._copying.void_stores(set(failed_block_ids))
             with self._boundary.at("blend"):
                 self._blending.report(report)
             for job_id in report.done:

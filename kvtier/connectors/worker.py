@@ -141,6 +141,7 @@ class WorkerHalf:
         self._orders = message
         self._loads_started = self._stores_started = False
         self._held.update(message.held)
+        self._failed_block_ids.update(message.unfilled)
 
     def start_loads(self, *, by_layer: bool = False) -> None:
         """Starts all loads of the step, sync ones first. Slots with a new tenant fail without a copy. Idempotent in a step.

@@ -34,7 +34,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
@@ -197,12 +197,20 @@ class Rig:
             self.step(forward)
         raise AssertionError("the scheduler does not come to an end")
 
-    def step(self, forward: Forward | None = None) -> SchedulerOutput:
-        """One step, with the hooks in the order in which vLLM's model runner for this device calls them."""
+    def abort(self, name: str) -> None:
+        """Its client is gone."""
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def step(self, forward: Forward | None = None, meanwhile: Callable[[], None] = lambda: None) -> SchedulerOutput:
+        """One step, with the hooks in the order in which vLLM's model runner for this device calls them.
+
+        ``meanwhile``: what happens to the scheduler while the step runs.
+        """
         output = SchedulerOutput.make_empty()
         if self.scheduler.has_requests() or not self._runs_ahead:
             output = self.scheduler.schedule()
             self._unheard.append((output, self._carry_out(output, forward or self.fill)))
+        meanwhile()
         if not self._runs_ahead or len(self._unheard) > 1 or not (output.num_scheduled_tokens or self.scheduler.has_requests()):
             self._hear()
         return output

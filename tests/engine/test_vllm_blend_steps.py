@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_any_order_of_blends_and_preemptions(data: st.DataObject, ahead: tuple[b
     with rig_with(blender, async_load=ahead[0], runs_ahead=ahead[1], step_tokens=step_tokens) as rig:
         blender.ending = lambda: data.draw(st.sampled_from(ENDINGS))
         for number in range(data.draw(st.integers(1, 16))):
-            action = data.draw(st.sampled_from(["reuse", "reuse", "plain", "step", "step", "step", "preempt", "reset", "settle"]))
+            action = data.draw(st.sampled_from(["reuse", "reuse", "plain", "step", "step", "step", "preempt", "abort", "reset", "settle"]))
             if action in ("reuse", "plain") and len(rig.scheduler.requests) < 4:
                 tokens, spans = joined(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3)))
                 asks = options(spans, min_margin=data.draw(st.sampled_from([0.0, 0.5]))) if action == "reuse" else None
@@ -145,6 +146,12 @@ def test_any_order_of_blends_and_preemptions(data: st.DataObject, ahead: tuple[b
             elif action == "preempt" and rig.scheduler.running:
                 request = rig.scheduler.running.pop(data.draw(st.integers(0, len(rig.scheduler.running) - 1)))
                 rig.scheduler._preempt_request(request, 0.0)
+            elif action == "abort" and rig.scheduler.requests:
+                name = data.draw(st.sampled_from(sorted(rig.scheduler.requests)))
+                if data.draw(st.booleans()):
+                    rig.abort(name)
+                else:
+                    rig.step(meanwhile=functools.partial(rig.abort, name))
             elif action == "reset" and not rig.scheduler.requests:
                 rig.scheduler.reset_prefix_cache()
             elif action == "settle":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from kvtier.connectors.messages import ScheduledRequest
+from kvtier.connectors.vllm.unfilled import UnfilledBlocks
 from kvtier.copy.cpu import NativeCopier
 from tests.engine.rig import ANSWER, Rig, host, prompt
 
@@ -98,6 +101,72 @@ def test_a_failed_load_and_a_preemption(monkeypatch: pytest.MonkeyPatch, runs_ah
         assert 3 == len(rig.outputs["first"])
 
 
+@pytest.mark.parametrize("how", ["aborted", "preempted"])
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_who_was_to_compute_shared_blocks_is_gone(monkeypatch: pytest.MonkeyPatch, num_steps: int, how: str) -> None:
+    """vLLM takes them for computed: the first request that has them was to do it, in the next steps."""
+    switch = Switch(monkeypatch)
+    with rig_with(async_load=None, threshold=0, step_tokens=160) as rig:
+        rig.ask("before", SHARED)
+        rig.scheduler.reset_prefix_cache()
+        switch.is_broken = True
+        rig.add("first", SHARED, max_tokens=3)
+        rig.add("second", [*SHARED[:300], 7, 7, 7], max_tokens=3)
+        for _ in range(num_steps):
+            rig.step()
+        if how == "aborted":
+            rig.abort("first")
+        else:
+            preempt(rig, 0)
+        rig.run()
+        assert 3 == len(rig.outputs["second"])
+
+
+@pytest.mark.parametrize("num_steps", range(3))
+@pytest.mark.parametrize(("async_load", "runs_ahead"), [(None, False), (True, False), (None, True)])
+def test_a_request_that_ends_while_its_load_fails(
+    monkeypatch: pytest.MonkeyPatch, async_load: bool | None, runs_ahead: bool, num_steps: int
+) -> None:
+    """Of what it leaves in the engine's prefix cache nothing was not computed."""
+    switch = Switch(monkeypatch)
+    with rig_with(async_load=async_load, threshold=0, runs_ahead=runs_ahead) as rig:
+        rig.ask("before", SHARED)
+        rig.scheduler.reset_prefix_cache()
+        switch.is_broken = True
+        rig.add("first", SHARED, max_tokens=3)
+        for _ in range(num_steps):
+            rig.step()
+        rig.step(meanwhile=lambda: rig.abort("first"))
+        rig.add("second", [*SHARED[:300], 7, 7, 7], max_tokens=3)
+        rig.run()
+        assert 3 == len(rig.outputs["second"])
+
+
+def test_what_was_computed_behind_a_failed_load_is_not_found_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when others have computed what lies before it."""
+    switch = Switch(monkeypatch)
+    with rig_with(async_load=None, threshold=0) as rig:
+        rig.ask("before", SHARED)
+        rig.scheduler.reset_prefix_cache()
+        switch.is_broken = True
+        rig.add("first", [*SHARED, *range(50)])
+        rig.step(meanwhile=lambda: rig.abort("first"))
+        rig.ask("second", [*SHARED, 7, 7, 7])
+        assert 320 == rig.ask("third", [*SHARED, *range(50)])
+
+
+def test_who_reads_what_is_computed_anew_behind_unfilled_blocks() -> None:
+    """Of those that share them the first computes all from there on; where it does not, the others are told."""
+    unfilled = UnfilledBlocks(4)
+    unfilled.add({3}, [[1, 2, 3, 4], [1, 2, 3, 4, 5]])
+    first, second = ScheduledRequest("first", [1, 2, 3, 4], 12), ScheduledRequest("second", [1, 2, 3, 4, 5], 18)
+    assert (4,) == unfilled.read_by([first, second], {"first": 4, "second": 2})
+    assert () == unfilled.read_by([ScheduledRequest("second", [1, 2, 3, 4, 5], 18)], {"second": 6})
+    unfilled.add({3}, [[1, 2, 3, 4]])
+    unfilled.keep([[1, 2]])
+    assert () == unfilled.read_by([second], {"second": 2})
+
+
 @settings(max_examples=80, phases=[Phase.generate], deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),
@@ -121,7 +190,7 @@ def test_any_order_of_loads_failures_and_preemptions(
         rig.scheduler.reset_prefix_cache()
         switch.is_broken = data.draw(st.booleans())
         for number in range(data.draw(st.integers(1, 24))):
-            action = data.draw(st.sampled_from(["add", "add", "step", "step", "step", "switch", "preempt", "reset", "settle"]))
+            action = data.draw(st.sampled_from(["add", "add", "step", "step", "step", "switch", "preempt", "abort", "reset", "settle"]))
             if action == "add" and len(rig.scheduler.requests) < 5:
                 beginning = data.draw(st.sampled_from(beginnings))
                 length = data.draw(st.integers(40, len(beginning)))
@@ -134,6 +203,12 @@ def test_any_order_of_loads_failures_and_preemptions(
                 switch.is_broken = not switch.is_broken
             elif action == "preempt" and rig.scheduler.running:
                 preempt(rig, data.draw(st.integers(0, len(rig.scheduler.running) - 1)))
+            elif action == "abort" and rig.scheduler.requests:
+                name = data.draw(st.sampled_from(sorted(rig.scheduler.requests)))
+                if data.draw(st.booleans()):
+                    rig.abort(name)
+                else:
+                    rig.step(meanwhile=functools.partial(rig.abort, name))
             elif action == "reset" and not rig.scheduler.requests:
                 rig.scheduler.reset_prefix_cache()
             elif action == "settle":

@@ -658,13 +658,18 @@ def test_nothing_computed_on_a_shared_failed_block_is_stored(rig: Rig) -> None:
     assert 16 == rig.match("c", 20)
 
 
-def test_what_the_engine_recomputes_voids_stores(rig: Rig) -> None:
-    """The engine's own list of blocks to compute anew is enough: a store that read one of them is void."""
+@pytest.mark.parametrize("is_late", [False, True])
+def test_what_the_engine_recomputes_voids_stores(rig: Rig, is_late: bool) -> None:
+    """The engine's own list of blocks to compute anew is enough: a store that read one of them is void, and done in that step or later."""
     rig.add("a", prompt(1, 16))
     rig.match("a", 16)
     blocks = rig.allocate("a", 4)
     message = rig.build(a=16)
-    rig.half.finish_step(rig.report(message.stores), {blocks[1]})
+    if is_late:
+        rig.half.finish_step(None, {blocks[1]})
+        rig.half.finish_step(rig.report(message.stores))
+    else:
+        rig.half.finish_step(rig.report(message.stores), {blocks[1]})
     rig.add("b", prompt(1, 20))
     assert 0 == rig.match("b", 20)
 

@@ -102,6 +102,14 @@ def test_a_load_may_begin_in_the_middle_of_a_slot(tmp_path: Path) -> None:
     assert [{3}, {4}] == [rig.content(block_id) for block_id in (10, 11)]
 
 
+def test_blocks_that_nobody_filled_are_reported_again(rig: Rig) -> None:
+    """Whoever read them in the step has to compute them."""
+    rig.step(StepMessage(unfilled=(3, 4)))
+    assert {3, 4} == rig.worker.failed_block_ids()
+    rig.step(StepMessage())
+    assert set() == rig.worker.failed_block_ids()
+
+
 def test_a_slot_with_a_new_tenant_is_not_loaded(rig: Rig) -> None:
     """The generation is compared before the copy: no byte moves, the blocks are reported, the others come."""
     rig.step(StepMessage(stores=(rig.job(1, (1, 2), (0, 1)),)))

@@ -241,7 +241,7 @@ def test_loads_that_always_fail_do_not_hang(tmp_path: Path) -> None:
         for number in range(3):
             system.engine.submit(f"r{round_number}.{number}", prompt(number, 37), 2)
         system.settle(500_000)  # steps are short beside the disk
-    assert system.copiers[0].num_failed > 5
+    assert system.copiers[0].num_failed > 0, "how often depends on when the disk has what was evicted"
     assert [] == system.problems()
     system.close()
 

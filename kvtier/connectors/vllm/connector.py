@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from kvtier.connectors.vllm.identity import identity_of, options_of
 from kvtier.connectors.vllm.metrics import KVTierPromMetrics, KVTierStats
 from kvtier.connectors.vllm.plugin import register
 from kvtier.connectors.vllm.sides import SchedulerSide, WorkerSide
+from kvtier.connectors.vllm.unfilled import UnfilledBlocks
 from kvtier.connectors.vllm.versions import WorkerMetadata, hit_sources, lost_block_requests
 
 register()  # here too: the connector may be named by its module where vLLM's plugins are switched off
@@ -79,7 +79,9 @@ class KVTierConnector(KVConnectorBase_V1):
         refuse_unsupported(vllm_config, kv_cache_config)
         sizes = block_sizes_of(vllm_config, kv_cache_config, config)
         self._block_ids: dict[str, list[int]] = {}
-        self._block_pool: BlockPool | None = None
+        self._ended: list[list[int]] = []
+        """blocks of requests that ended or lost them since the last report, which may speak of them"""
+        self._unfilled = UnfilledBlocks(sizes.engine_block_tokens)
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         arena_path = _arena_path(vllm_config)
@@ -125,7 +127,7 @@ class KVTierConnector(KVConnectorBase_V1):
     # ---- scheduler half -----------------------------------------------------------------------------------------
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
-        self._block_pool = gpu_block_pool
+        self._unfilled.pool = gpu_block_pool
 
     def on_new_request(self, request: Request) -> None:
         """Nothing yet: a request costs nothing before it is looked up."""
@@ -154,20 +156,27 @@ class KVTierConnector(KVConnectorBase_V1):
         return hit_sources(host_tokens, disk_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVTierMetadata:
+        lost = lost_block_requests(scheduler_output)
+        for request_id in lost:
+            self._ended.append(self._block_ids.pop(request_id, []))
+        self._unfilled.keep(self._block_ids.values())
         scheduled = self._scheduled(scheduler_output)
-        return KVTierMetadata(self._half.half.build_step(scheduled, lost_block_requests(scheduler_output)))
+        message = self._half.half.build_step(scheduled, lost)
+        unfilled = self._unfilled.read_by(scheduled, scheduler_output.num_scheduled_tokens)
+        return KVTierMetadata(replace(message, unfilled=unfilled) if unfilled else message)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         metadata = connector_output.kv_connector_worker_meta
         report = metadata.report if isinstance(metadata, KVTierWorkerMetadata) else None
         unfilled = connector_output.invalid_block_ids or set()
         if unfilled:
-            self._hide(unfilled)
+            self._unfilled.add(unfilled, [*self._block_ids.values(), *self._ended])
+        self._ended.clear()
         self._half.half.finish_step(report, unfilled)
         self._half.forget_arena_name()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._block_ids.pop(request.request_id, None)
+        self._ended.append(self._block_ids.pop(request.request_id, []))
         half = self._half.half
         host_tokens, disk_tokens = half.hit_tokens(request.request_id)
         blended = half.blended(request.request_id)
@@ -248,17 +257,6 @@ class KVTierConnector(KVConnectorBase_V1):
     def _side(self) -> WorkerSide:
         assert self._worker is not None, "called on the scheduler's connector"
         return self._worker
-
-    def _hide(self, unfilled: AbstractSet[int]) -> None:
-        """Takes blocks that were not filled, and those behind them, out of vLLM's prefix cache.
-
-        vLLM itself leaves them there until they are computed, and a request that comes, or comes back, before that would read them.
-        """
-        if self._block_pool is None:
-            return
-        for block_ids in self._block_ids.values():
-            first = next((place for place, block_id in enumerate(block_ids) if block_id in unfilled), len(block_ids))
-            self._block_pool.evict_blocks(set(block_ids[first:]))
 
     def _scheduled(self, output: SchedulerOutput) -> Sequence[ScheduledRequest]:
         """Who computes what in this step, with all blocks so far."""
