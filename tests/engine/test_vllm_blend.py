@@ -39,9 +39,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Result:
     return once(tmp_path_factory, worker_id, "blended")
 
 
-def blend(**more: Any) -> Result:
-    """Settings with chunk reuse."""
-    return host(blend={"enabled": True, **more})
+def blend(*, async_load: bool | None = None) -> Result:
+    """Settings with chunk reuse. ``async_load``: blends are done before their request starts, as on a GPU."""
+    return host(blend={"enabled": True}, connector={"async_load": async_load})
 
 
 def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
@@ -105,10 +105,11 @@ def test_an_engine_with_adapters_is_refused(adapters: LoRAConfig | None, refusal
     assert blend_parts_of(config, settings).refusal.split(":")[0] == refusal
 
 
-def test_preemption_and_failures(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+@pytest.mark.parametrize("async_load", [None, True])
+def test_preemption_and_failures(tmp_path_factory: pytest.TempPathFactory, worker_id: str, async_load: bool | None) -> None:
     """Blended requests lose their blocks and start over, or cannot be put together: same tokens."""
     expected = once(tmp_path_factory, worker_id, "blended_under_pressure")["answers"]
-    result = run("blended_under_pressure", kvtier=blend(), engine=TIGHT)
+    result = run("blended_under_pressure", kvtier=blend(async_load=async_load), engine=TIGHT)
     assert result["metrics"]["vllm:num_preemptions"] > 0
     assert [one["tokens"] for one in expected] == [one["tokens"] for one in result["answers"]]
     assert [one["tokens"] for one in expected] == [one["tokens"] for one in result["failing"]]
@@ -149,7 +150,7 @@ def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     }
     engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    result = run("blended_in_parallel", kvtier=blend(), engine=engine, environment=environment, timeout_s=600.0)
+    result = run("blended_in_parallel", kvtier=blend(async_load=True), engine=engine, environment=environment, timeout_s=600.0)
     assert_same(expected, result["answers"])
     assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"]])
     assert_same(expected[:1], result["unsure"])
