@@ -106,6 +106,7 @@ class System:
         below: Sequence[dict[str, Any]] = (),
         reports: Sequence[WorkerReport] = (CAN_BLEND,),
         num_workers: int = 1,
+        async_load: bool = False,
     ) -> None:
         arena = Arena.open(str(directory / "arena"), host_blocks * 4096, huge_pages=False)
         arena.unlink()
@@ -113,7 +114,7 @@ class System:
         self.cache = CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES, arena=arena)
         geometry = Geometry(NAMESPACE.digest, BLOCK, BLOCK, num_workers, host_blocks)
         self.half = SchedulerHalf(
-            self.cache, geometry, DefaultSettings(), blend=parts or BlendParts(BlendConfig(enabled=True)), strict=True
+            self.cache, geometry, DefaultSettings(async_load=async_load), blend=parts or BlendParts(BlendConfig(enabled=True)), strict=True
         )
         self.model = SmallModel()
         self.memory = Memory()

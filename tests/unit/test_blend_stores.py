@@ -99,9 +99,9 @@ class Engine:
             self._system.half.finish_step(self._late.pop(0))
 
 
-def system_with_chunks(directory: Path) -> tuple[System, list[int], list[list[int]]]:
+def system_with_chunks(directory: Path, *, async_load: bool = False) -> tuple[System, list[int], list[list[int]]]:
     """Two chunks in the cache, and a prompt that has them in another order."""
-    system = System(directory)
+    system = System(directory, async_load=async_load)
     documents = [document(1, 9), document(2, 8)]
     tokens, spans = joined(documents, SYSTEM, [1, 2])
     system.serve("first", tokens, spans=spans)
@@ -180,3 +180,29 @@ def test_what_is_heard_of_an_earlier_blend_says_nothing_of_the_last() -> None:
     assert (2, True) == (request.num_full_blocks(100, BLOCK), request.blend.is_over)
     request.give_up_blend(2, BLOCK)
     assert 4 == request.num_full_blocks(100, BLOCK), "the first one is not known to have come to nothing"
+
+
+@pytest.mark.parametrize("async_load", [False, True])
+def test_what_lies_before_a_blend_is_loaded_in_its_step(tmp_path: Path, async_load: bool) -> None:
+    """Also where the request waits for the blend outside of the batch: it is the blend that reads it, and that says when it is done."""
+    system, tokens, spans = system_with_chunks(tmp_path, async_load=async_load)
+    system.add("second", tokens, spans=spans)
+    engine = Engine(system, tokens)
+    engine.start("failed")
+    engine.go_on()
+    system.half.request_finished("second")
+    documents = [document(1, 9), document(2, 8)]
+    tokens, spans = joined([documents[1], [1, 2], documents[0]], SYSTEM, QUESTION)
+    system.add("third", tokens, spans=[spans[0], spans[2]])
+    matched = system.half.match("third", len(tokens), 0)
+    assert (True, async_load) == (matched.is_blended, matched.is_async)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("third", block_ids, matched.num_tokens or 0)
+    message = system.half.build_step([] if async_load else [ScheduledRequest("third", block_ids, len(tokens))])
+    (job,) = message.blends
+    assert (tuple(block_ids[: job.first // BLOCK]),) == tuple(load.block_ids for load in message.loads)
+    assert ((), async_load) == (message.async_loads, job.is_async)
+    assert job.first > 0
+    system.half.finish_step(WorkerReport({job.job_id: 1, message.loads[0].job_id: 1}))
+    system.half.request_finished("third")
+    system.close()
