@@ -25,8 +25,6 @@ from kvtier.memory.arena import Arena, remove_stale
 MIB = 1 << 20
 CAPACITY_BYTES = 4 * MIB
 TIMEOUT_S = 30.0
-# of pages touched; under load the kernel unmaps a few again (1 to 8 of 1024 in one of 3,000 runs), which stay reserved
-MOSTLY = 0.95
 
 PREAMBLE = """
 import sys
@@ -323,7 +321,7 @@ def test_prefault_reserves_everything_and_changes_nothing(path: str) -> None:
         assert capacity_bytes == arena.ready_bytes == other.ready_bytes
         assert content == other.view(0, len(content))
         assert arena.reserve_error is None
-        assert mapped_bytes(path) >= MOSTLY * 2 * capacity_bytes
+        assert mapped_bytes(path) >= 2 * capacity_bytes
 
 
 def mapped_bytes(path: str, kind: str = "Rss") -> int:
@@ -339,9 +337,12 @@ def test_old_kernels_reserve_by_touching(path: str) -> None:
         file.write(b"start")
         file.flush()
         with pages_of(file.fileno()) as address:
-            assert 0 == pages.populate_by_touch(address, CAPACITY_BYTES, file.fileno(), 0)
-            assert CAPACITY_BYTES == os.stat(path).st_blocks * 512
-            assert mapped_bytes(path) >= MOSTLY * CAPACITY_BYTES
+            num_mapped = []
+            for _ in range(5):  # under load the kernel unmaps a few again, 1 to 8 of 1024 in one of 3,000 runs
+                assert 0 == pages.populate_by_touch(address, CAPACITY_BYTES, file.fileno(), 0)
+                assert CAPACITY_BYTES == os.stat(path).st_blocks * 512
+                num_mapped.append(mapped_bytes(path))
+            assert CAPACITY_BYTES in num_mapped
         assert b"start" == Path(path).read_bytes()[:5]
 
 

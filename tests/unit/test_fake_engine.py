@@ -237,11 +237,13 @@ def test_loads_that_always_fail_do_not_hang(tmp_path: Path) -> None:
     options = FakeSystemOptions(host_blocks=12, settings=DefaultSettings(async_load=True))
     system = FakeSystem(tmp_path, NAMESPACE, options, tiers=[tier])
     system.copiers[0].load_faults.extend(["start", "end"] * 1000)
-    for round_number in range(5):
+    for round_number in range(40):  # how many are needed depends on when the disk has what was evicted
         for number in range(3):
             system.engine.submit(f"r{round_number}.{number}", prompt(number, 37), 2)
         system.settle(500_000)  # steps are short beside the disk
-    assert system.copiers[0].num_failed > 0, "how often depends on when the disk has what was evicted"
+        if round_number >= 4 and system.copiers[0].num_failed > 5:
+            break
+    assert system.copiers[0].num_failed > 5
     assert [] == system.problems()
     system.close()
 
