@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -200,6 +201,23 @@ class Rig:
     def abort(self, name: str) -> None:
         """Its client is gone."""
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def preempt(self, place: int) -> None:
+        """Takes a running request's blocks away, as the scheduler does where it needs them for another one."""
+        self.scheduler._preempt_request(self.scheduler.running.pop(place), 0.0)
+
+    def disturb(self, action: str, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
+        """Preempts a request, aborts one, before a step or in it, or forgets the engine's prefix cache; where there is what it takes."""
+        if action == "preempt" and self.scheduler.running:
+            self.preempt(draw(st.integers(0, len(self.scheduler.running) - 1)))
+        elif action == "abort" and self.scheduler.requests:
+            name = draw(st.sampled_from(sorted(self.scheduler.requests)))
+            if draw(st.booleans()):
+                self.abort(name)
+            else:
+                self.step(meanwhile=functools.partial(self.abort, name))
+        elif action == "reset" and not self.scheduler.requests:
+            self.scheduler.reset_prefix_cache()
 
     def step(self, forward: Forward | None = None, meanwhile: Callable[[], None] = lambda: None) -> SchedulerOutput:
         """One step, with the hooks in the order in which vLLM's model runner for this device calls them.

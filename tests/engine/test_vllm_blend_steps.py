@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -143,17 +142,8 @@ def test_any_order_of_blends_and_preemptions(data: st.DataObject, ahead: tuple[b
                 rig.add(f"{number}", tokens, max_tokens=data.draw(st.integers(1, 4)), sampling=asks)
             elif action == "step" and rig.scheduler.has_requests():
                 rig.step()
-            elif action == "preempt" and rig.scheduler.running:
-                request = rig.scheduler.running.pop(data.draw(st.integers(0, len(rig.scheduler.running) - 1)))
-                rig.scheduler._preempt_request(request, 0.0)
-            elif action == "abort" and rig.scheduler.requests:
-                name = data.draw(st.sampled_from(sorted(rig.scheduler.requests)))
-                if data.draw(st.booleans()):
-                    rig.abort(name)
-                else:
-                    rig.step(meanwhile=functools.partial(rig.abort, name))
-            elif action == "reset" and not rig.scheduler.requests:
-                rig.scheduler.reset_prefix_cache()
             elif action == "settle":
                 rig.run()
+            else:
+                rig.disturb(action, data.draw)
         rig.run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,12 +52,6 @@ class Switch:
         patch.setattr(NativeCopier, "scatter", may_fail)
 
 
-def preempt(rig: Rig, place: int) -> None:
-    """Takes a running request's blocks away, as the scheduler does where it needs them for another one."""
-    request = rig.scheduler.running.pop(place)
-    rig.scheduler._preempt_request(request, 0.0)
-
-
 @pytest.mark.parametrize("num_steps", range(9))
 @pytest.mark.parametrize("threshold", [0, 32])
 @pytest.mark.parametrize("async_load", [None, True])
@@ -96,7 +89,7 @@ def test_a_failed_load_and_a_preemption(monkeypatch: pytest.MonkeyPatch, runs_ah
         for _ in range(num_steps):
             rig.step()
         if rig.scheduler.running:  # or it waits for its load
-            preempt(rig, 0)
+            rig.preempt(0)
         rig.run()
         assert 3 == len(rig.outputs["first"])
 
@@ -117,7 +110,7 @@ def test_who_was_to_compute_shared_blocks_is_gone(monkeypatch: pytest.MonkeyPatc
         if how == "aborted":
             rig.abort("first")
         else:
-            preempt(rig, 0)
+            rig.preempt(0)
         rig.run()
         assert 3 == len(rig.outputs["second"])
 
@@ -201,17 +194,9 @@ def test_any_order_of_loads_failures_and_preemptions(
                 rig.step()
             elif action == "switch":
                 switch.is_broken = not switch.is_broken
-            elif action == "preempt" and rig.scheduler.running:
-                preempt(rig, data.draw(st.integers(0, len(rig.scheduler.running) - 1)))
-            elif action == "abort" and rig.scheduler.requests:
-                name = data.draw(st.sampled_from(sorted(rig.scheduler.requests)))
-                if data.draw(st.booleans()):
-                    rig.abort(name)
-                else:
-                    rig.step(meanwhile=functools.partial(rig.abort, name))
-            elif action == "reset" and not rig.scheduler.requests:
-                rig.scheduler.reset_prefix_cache()
             elif action == "settle":
                 rig.run()
+            else:
+                rig.disturb(action, data.draw)
         rig.run()
         assert {ANSWER} >= {token for outputs in rig.outputs.values() for one in outputs for token in one.new_token_ids}
