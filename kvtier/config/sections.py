@@ -133,6 +133,15 @@ class BlendConfig(Section):
         ge=0,
         le=1,
     )
+    max_step_tokens: int | None = setting(
+        None,
+        kind="integer",
+        allowed="null, or a whole number from 1",
+        about="How many tokens the blends of one step may compute; further prompts from chunks wait for the next one, so that those who "
+        "generate get their tokens in between. A prompt that needs more has a step of its own. null: what the engine computes in a step "
+        "(`max_num_batched_tokens`).",
+        ge=1,
+    )
     primer: OptionalPath = setting(
         None,
         kind="path",

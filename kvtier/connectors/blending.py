@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from kvtier.blend.layout import Placement, lay_out
 from kvtier.cache import Cache
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
+from kvtier.connectors.chunk_entries import ChunkEntries, chunk_slots
 from kvtier.connectors.jobs import BlendRun
 from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
@@ -29,13 +29,8 @@ from kvtier.connectors.requests import (
 )
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import request_root
-from kvtier.types import SlotRef
 
 _LOG = logging.getLogger(__name__)
-MAX_WAITING_CHUNKS = 256
-"""chunks that are to be computed and stored; more are not stored"""
-MAX_DEFERRED_STEPS = 32
-"""steps with prompts to compute, after which a chunk is computed beside them"""
 _LATER = Matched(None)
 
 
@@ -52,6 +47,8 @@ class BlendParts:
     """why the model's chunks cannot be reused; empty: they can"""
     num_positions: int = NEVER
     """how many the model knows"""
+    max_step_tokens: int = NEVER
+    """as many tokens may the blends of a step compute; one alone may compute more"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +61,6 @@ class _Order:
     plan: BlendPlan
     chunks: tuple[ChunkSlots, ...]
     block_ids: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Entry:
-    """A chunk that is to be stored."""
-
-    chunk: Chunk
-    anchor_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    tenant: str
-    remaining: int = 0
-    failed: bool = False
-
-
-@dataclass(slots=True)
-class _Entries:
-    """Chunks on their way into the cache."""
-
-    waiting: deque[_Entry] = field(default_factory=deque)
-    running: dict[int, _Entry] = field(default_factory=dict)
-    keys: set[bytes] = field(default_factory=set)
-    """of all of them"""
-    num_deferred_steps: int = 0
-    num_resets: int = 0
-    """KV from before the last one, an anchor's too, must not be used"""
 
 
 class Blending:
@@ -109,7 +81,7 @@ class Blending:
         self._num_attached = 0
         self._new_blends: list[_Order] = []
         self._blends: dict[int, BlendRun] = {}
-        self._entries = _Entries()
+        self._entries = ChunkEntries(engine, geometry.num_workers)
         self._known = KnownChunks()
         self.is_waiting = False
         """whether a request waits for chunks, since the last ``take_entries``"""
@@ -117,7 +89,7 @@ class Blending:
     @property
     def has_pending_work(self) -> bool:
         """Whether workers have something to report, or will get something to do."""
-        return bool(self._blends or self._entries.running or self._entries.waiting)
+        return bool(self._blends) or self._entries.has_work
 
     def begin(self, request: Request, identity: RequestIdentity, num_prompt_tokens: int) -> None:
         """Reads what a new request asks. What is refused is counted, and the request is served as any other."""
@@ -149,7 +121,7 @@ class Blending:
     def improve(self, request: Request, exact: Matched, num_tokens: int) -> Matched:
         """What the request can be given with its chunks; ``exact``, the answer without, where that is as much."""
         state = request.blend
-        can_be = request.can_load and self._num_blenders >= self._geometry.num_workers
+        can_be = request.can_load and self._can_blend
         if state is None or state.is_over or exact.num_tokens is None or not can_be:
             return exact
         state.plan = None
@@ -167,6 +139,8 @@ class Blending:
             self._engine.stats.add("blend.too_few")
             state.is_over = True
             return exact
+        if self._new_blends and self._num_new_tokens + plan.num_computed > self._parts.max_step_tokens:
+            return _LATER
         state.plan = plan
         return Matched(plan.end - request.num_computed_tokens, bool(self._settings.async_load), is_blended=True)
 
@@ -191,6 +165,16 @@ class Blending:
     def has_new_blends(self) -> bool:
         """Whether some were ordered since the last ``take_blends``."""
         return bool(self._new_blends)
+
+    @property
+    def _can_blend(self) -> bool:
+        """Whether every worker can."""
+        return self._num_blenders >= self._geometry.num_workers
+
+    @property
+    def _num_new_tokens(self) -> int:
+        """Tokens that they compute."""
+        return sum(order.plan.num_computed for order in self._new_blends)
 
     def take_blends(self, scheduled: Iterable[tuple[ScheduledRequest, int]]) -> list[BlendJob]:
         """Those ordered since the last call. ``scheduled``: who computes in this step, and the first token that each computes.
@@ -273,7 +257,7 @@ class Blending:
             keys = placement.chunk.block_keys
             leased = self._engine.begin_load(keys, pooled=False)
             load_ids.append(leased.job_id)
-            chunks.append(_slots(range(len(leased.slots)), leased.slots))
+            chunks.append(chunk_slots(range(len(leased.slots)), leased.slots))
             self._engine.touch(keys)
         num_blocks = plan.end // self._geometry.engine_block_tokens
         self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
@@ -291,40 +275,17 @@ class Blending:
             return
         for at in state.placements:
             chunk = at.chunk
-            if chunk.key in self._entries.keys or self._engine.match(chunk.block_keys).hit_blocks == len(chunk.block_keys):
+            if not self._entries.wants(chunk):
                 continue
-            has_positions = chunk.anchor.num_tokens + chunk.num_tokens <= self._parts.num_positions
-            if len(self._entries.keys) >= MAX_WAITING_CHUNKS or not has_positions or self._parts.refusal:
+            if chunk.anchor.num_tokens + chunk.num_tokens > self._parts.num_positions or self._parts.refusal:
                 self._engine.stats.add("blend.unstored_chunks")
                 continue
-            tokens = tuple(request.token_ids[at.start : at.end])
-            self._entries.waiting.append(_Entry(chunk, state.anchor_ids, tokens, request.tenant))
-            self._entries.keys.add(chunk.key)
+            self._entries.add(chunk, state.anchor_ids, tuple(request.token_ids[at.start : at.end]), request.tenant)
 
     def take_entries(self, *, is_prefilling: bool) -> list[EntryJob]:
         """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""
         self.is_waiting = False
-        entries = self._entries
-        if not entries.waiting or self._num_blenders < self._geometry.num_workers:
-            return []
-        if is_prefilling and entries.num_deferred_steps < MAX_DEFERRED_STEPS:
-            entries.num_deferred_steps += 1
-            return []
-        entries.num_deferred_steps = 0
-        entry = entries.waiting.popleft()
-        chunk = entry.chunk
-        plan = self._engine.begin_store(chunk.block_keys, 0, entry.tenant, pooled=False)
-        if plan.num_refused or plan.num_declined or not plan.slots:
-            if plan.slots:
-                self._engine.abort_store(plan.job_id)
-            entries.keys.discard(chunk.key)
-            self._engine.stats.add("blend.unstored_chunks")
-            return []
-        entry.remaining = self._geometry.num_workers
-        entries.running[plan.job_id] = entry
-        slots = _slots(plan.positions, plan.slots)
-        anchor_key = chunk.anchor.key + entries.num_resets.to_bytes(8, "little")
-        return [EntryJob(plan.job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots)]
+        return self._entries.take(is_prefilling=is_prefilling) if self._can_blend else []
 
     # ---- what became of it --------------------------------------------------------------------------------------
 
@@ -334,23 +295,16 @@ class Blending:
         self._num_blenders += report.blenders
         if self._num_attached and self._num_attached > self._num_blenders and self._parts.settings.enabled and not self._parts.refusal:
             self._parts = replace(self._parts, refusal="a worker cannot run the loaded model outside of its steps")
-            self._engine.stats.add("blend.unstored_chunks", len(self._entries.waiting))
-            self._drop_waiting()
+            self._entries.give_up()
         for job_id, count in report.done.items():
             if job_id in self._blends:
                 self._advance_blend(job_id, report)
-            elif job_id in self._entries.running:
-                self._advance_entry(job_id, count, has_failed=job_id in report.failed)
+            elif job_id in self._entries:
+                self._entries.advance(job_id, count, has_failed=job_id in report.failed)
 
     def forget(self) -> None:
         """The cache is being reset: chunks that wait are not stored, and later ones need their anchor computed anew."""
-        self._entries.num_resets += 1
-        self._drop_waiting()
-
-    def _drop_waiting(self) -> None:
-        for entry in self._entries.waiting:
-            self._entries.keys.discard(entry.chunk.key)
-        self._entries.waiting.clear()
+        self._entries.reset()
 
     def _advance_blend(self, job_id: int, report: WorkerReport) -> None:
         blend, stats = self._blends[job_id], self._engine.stats
@@ -369,21 +323,3 @@ class Blending:
         else:
             stats.add("blend.tokens", blend.num_tokens)
             stats.add("blend.chosen_tokens", blend.num_chosen)
-
-    def _advance_entry(self, job_id: int, count: int, *, has_failed: bool) -> None:
-        entry = self._entries.running[job_id]
-        entry.remaining -= count
-        entry.failed = entry.failed or has_failed
-        if entry.remaining > 0:
-            return
-        del self._entries.running[job_id]
-        self._entries.keys.discard(entry.chunk.key)
-        if entry.failed:
-            self._engine.abort_store(job_id)
-        else:
-            self._engine.commit_store(job_id)
-        self._engine.stats.add("blend.unstored_chunks" if entry.failed else "blend.stored_chunks")
-
-
-def _slots(positions: Sequence[int], slots: Sequence[SlotRef]) -> ChunkSlots:
-    return ChunkSlots(tuple(positions), tuple(ref.slot for ref in slots), tuple(ref.generation for ref in slots))

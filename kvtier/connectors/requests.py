@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -205,6 +206,12 @@ class BlendPlan:
     def num_reused(self) -> int:
         """Tokens that come from chunks."""
         return sum(min(at.end, self.end) - max(at.start, self.num_exact) for at in self.placements if at.start < self.end)
+
+    @property
+    def num_computed(self) -> int:
+        """About as many tokens does the blend compute: what no chunk covers, and a share of what one does."""
+        num_reused = self.num_reused
+        return self.end - self.num_exact - num_reused + math.ceil(self.recompute.ratio * num_reused)
 
 
 class Request:

@@ -56,13 +56,15 @@ class NumberBlender:
 
 
 @contextlib.contextmanager
-def rig_with(blender: NumberBlender, *, async_load: bool | None = None, runs_ahead: bool = False, step_tokens: int = 1024) -> Iterator[Rig]:
+def rig_with(
+    blender: NumberBlender, *, async_load: bool | None = None, runs_ahead: bool = False, step_tokens: int = 1024, **blend: Any
+) -> Iterator[Rig]:
     """A scheduler with prefix caching, whose worker puts prompts together with ``blender``; chunks of all documents are stored."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sides, "blender_of", lambda *_: blender)
         patch.setattr(blend_parts, "_tokenizer", lambda *_: None)  # which takes longer than all of a test
         made = Rig(
-            host(connector={"async_load": async_load}, blend={"enabled": True}),
+            host(connector={"async_load": async_load}, blend={"enabled": True, **blend}),
             runs_ahead=runs_ahead,
             enable_prefix_caching=True,
             max_num_batched_tokens=step_tokens,
@@ -124,6 +126,25 @@ def test_every_ending_gives_the_right_tokens(async_load: bool | None, runs_ahead
         blender.ending = lambda: "error"
         assert {"tokens": 0} == ask(rig, "c", tokens, spans)["blend"], "all of it is there as it is"
         assert [ending] == blender.endings
+
+
+@pytest.mark.parametrize(("max_step_tokens", "expected"), [(1, [1, 1, 1]), (78, [1, 1, 1]), (79, [2, 1]), (None, [3])])
+@pytest.mark.parametrize(("async_load", "runs_ahead"), [(None, False), (True, False), (None, True)])
+def test_blends_are_spread_over_steps(async_load: bool | None, runs_ahead: bool, max_step_tokens: int | None, expected: list[int]) -> None:
+    """Three at once, of which 29, 50 and 50 tokens are computed: 15 % of chunks, and what lies before them, unless it is there as it is."""
+    blender = NumberBlender()
+    with rig_with(blender, async_load=async_load, runs_ahead=runs_ahead, max_step_tokens=max_step_tokens) as rig:
+        for number in range(3):
+            tokens, spans = joined([number, (number + 2) % 3, (number + 1) % 3])
+            rig.add(f"{number}", tokens, max_tokens=3, sampling=options(spans))
+        num_blends = []
+        while rig.scheduler.has_unfinished_requests():
+            before = len(blender.endings)
+            rig.step()
+            num_blends.append(len(blender.endings) - before)
+        assert expected == [number for number in num_blends if number]
+        rig.run()
+        assert [3, 3, 3] == [sum(len(one.new_token_ids) for one in rig.outputs[f"{number}"]) for number in range(3)]
 
 
 @settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])

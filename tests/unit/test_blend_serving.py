@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from kvtier.blend.model import TokenKV
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_steps import LostChunkError
-from kvtier.connectors.blending import MAX_DEFERRED_STEPS, BlendParts
+from kvtier.connectors.blending import BlendParts
+from kvtier.connectors.chunk_entries import MAX_DEFERRED_STEPS
 from kvtier.connectors.messages import BlendJob, RequestOptions, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import RequestIdentity
 from kvtier.connectors.vllm.paged_tokens import PagedTokens
@@ -327,6 +328,44 @@ def test_chunks_are_computed_when_no_prompt_waits(make: Callable[..., System]) -
     assert () == system.step().entries
     system.half.request_finished("first")
     system.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    orders=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=5),
+    ratio=st.sampled_from([0.0, 0.2, 1.0]),
+    max_step_tokens=st.integers(1, 60),
+)
+def test_the_blends_of_a_step_compute_no_more_than_they_may(orders: list[list[int]], ratio: float, max_step_tokens: int) -> None:
+    """Those that would wait for another step, in the order in which they came; one that is too large for any goes alone."""
+    documents = [document(number, 8 + number) for number in range(4)]
+    parts = BlendParts(BlendConfig(enabled=True), max_step_tokens=max_step_tokens)
+    with tempfile.TemporaryDirectory() as directory:
+        system = System(Path(directory), parts, host_blocks=200)
+        tokens, spans = joined(documents, SYSTEM, [1, 2])
+        system.serve("first", tokens, spans=spans)
+        waiting = {}
+        for number, order in enumerate(orders):
+            waiting[f"{number}"], spans = joined([documents[place] for place in order], SYSTEM, [1, 2, 3])
+            system.add(f"{number}", waiting[f"{number}"], spans=spans, ratio=ratio, method="epic")
+        while waiting:
+            begun = []
+            before = system.model.num_embedded
+            for name, tokens in waiting.items():
+                matched = system.half.match(name, len(tokens), 0)
+                if matched.num_tokens is not None:
+                    assert matched.is_blended
+                    block_ids = system.blocks(len(tokens))
+                    system.half.allocated(name, block_ids, matched.num_tokens)
+                    begun.append(ScheduledRequest(name, block_ids, len(tokens)))
+            assert begun, "somebody goes on in each step"
+            assert next(iter(waiting)) == begun[0].request_id, "who came first is not passed"
+            blends = system.step(begun).blends
+            assert len(blends) == 1 or system.model.num_embedded - before <= max_step_tokens
+            for item in begun:
+                del waiting[item.request_id]
+                system.half.request_finished(item.request_id)
+        system.close()
 
 
 def test_a_reset_forgets_what_chunks_were_computed_behind(make: Callable[..., System]) -> None:

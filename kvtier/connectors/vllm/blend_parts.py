@@ -35,7 +35,8 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config) -> BlendParts:
     model_config = vllm_config.model_config
     num_positions = max(model_config.max_model_len, getattr(model_config.hf_text_config, "max_position_embeddings", 0))
     refusal = _refusal(vllm_config)
-    return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), refusal, num_positions)
+    max_step_tokens = config.blend.max_step_tokens or vllm_config.scheduler_config.max_num_batched_tokens
+    return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), refusal, num_positions, max_step_tokens)
 
 
 def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig) -> ChunkBlender | None:
