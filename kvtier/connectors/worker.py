@@ -232,6 +232,7 @@ class WorkerHalf:
         self._layers.reset()
         self.start_stores()
         self._blends.store(self._orders.entries, self._report, self._orders.arena_id)
+        self._report.step = self._orders.step or self._report.step
         self._orders = _NO_ORDERS
         loads, self._async_loads = self._async_loads, []
         for copy in loads:

@@ -6,6 +6,7 @@ import logging
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,11 +242,12 @@ def test_the_first_report_says_that_the_arena_is_mapped(tmp_path: Path) -> None:
 
 def test_reports_add_up() -> None:
     """Merging counts workers per job and unites failed positions; an empty report is false."""
-    one = WorkerReport({1: 1, 2: 1}, {1: {0}}, attached=1)
-    two = WorkerReport({1: 1}, {1: {3}, 2: {1}}, num_stale=2, num_errors=1)
-    assert WorkerReport({1: 2, 2: 1}, {1: {0, 3}, 2: {1}}, 1, 2, 1) == one.merge(two)
+    one = WorkerReport({1: 1, 2: 1}, {1: {0}}, attached=1, step=7)
+    two = WorkerReport({1: 1}, {1: {3}, 2: {1}}, num_stale=2, num_errors=1, step=7)
+    assert WorkerReport({1: 2, 2: 1}, {1: {0, 3}, 2: {1}}, 1, 2, 1, step=7) == one.merge(two)
     assert not WorkerReport()
-    assert all(WorkerReport(**{name: value}) for name, value in (("done", {1: 1}), ("attached", 1), ("num_stale", 1), ("num_errors", 1)))  # type: ignore[arg-type]
+    kinds: tuple[tuple[str, Any], ...] = (("done", {1: 1}), ("attached", 1), ("num_stale", 1), ("num_errors", 1), ("step", 1))
+    assert all(WorkerReport(**{name: value}) for name, value in kinds)
 
 
 def test_messages_can_be_pickled(rig: Rig) -> None:

@@ -21,6 +21,7 @@ from vllm.v1.request import Request
 
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.scheduler import IDLE_WAIT_S
 from kvtier.connectors.vllm.blend_parts import blend_parts_of, keep_apart
 from kvtier.connectors.vllm.geometry import (
     BlockSizes,
@@ -98,6 +99,7 @@ class KVTierConnector(KVConnectorBase_V1):
                 stores_are_async=is_async,
                 events=events,
                 blend=blend_parts_of(vllm_config, config),
+                idle_wait_s=0.0 if vllm_config.parallel_config.data_parallel_size > 1 else IDLE_WAIT_S,  # its ranks step together
             )
         else:
             self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks)
