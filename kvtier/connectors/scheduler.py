@@ -23,6 +23,7 @@ from kvtier.connectors.step_meter import StepMeter, StepTokens
 from kvtier.control.commands import BlockEvent
 from kvtier.control.hints import Hint, NextUse, ToolCall
 from kvtier.errors import ControlError
+from kvtier.hashing import TokenSpan
 
 IDLE_WAIT_S = 0.005
 """how long an engine step waits for promotions where there is nothing to compute, in it or in one before it that is not answered"""
@@ -107,6 +108,13 @@ class SchedulerHalf:
                 request.num_store_tokens = min(request.num_store_tokens, num_prompt_tokens)
             self._requests[request_id] = request
             self._blending.begin(request, identity, num_prompt_tokens)
+
+    def note_spans(self, request_id: str, spans: Sequence[TokenSpan]) -> None:
+        """All multimodal items of a request whose tokens come in parts: those it had, and those that lie in a further part."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            with self._boundary.at("note_spans"):
+                request.chain.note_spans(spans)
 
     def match(self, request_id: str, num_tokens: int, num_computed_tokens: int) -> Matched:
         """How many tokens beyond ``num_computed_tokens`` can be loaded for the first ``num_tokens`` of the request.
