@@ -158,6 +158,8 @@ class StepMessage:
     """of the arena that all slots belong to: a worker that has mapped another one copies nothing"""
     step: int = 0
     """number of this step where the engine computes in it; 0: it does not"""
+    is_busy: bool = False
+    """the engine computes in this step, or still in one before it: copies may have to wait for that"""
 
 
 @dataclass(slots=True)

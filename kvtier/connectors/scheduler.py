@@ -209,6 +209,7 @@ class SchedulerHalf:
             held=tuple(held),
             arena_id=self._engine.arena_id,
             step=step,
+            is_busy=self._meter.is_computing,
         )
 
     # ---- after the step -----------------------------------------------------------------------------------------
