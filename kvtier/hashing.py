@@ -157,8 +157,15 @@ class KeyChain:
             raise ValueError(f"blocks of {block_tokens} tokens")
         self._root = BlockKey(root)
         self._block_tokens = block_tokens
-        self._spans = sorted(spans, key=lambda span: (span.start, span.num_tokens, span.identifier))
+        self._spans = _sorted(spans)
         self._keys: list[BlockKey] = []
+
+    def note_spans(self, spans: Sequence[TokenSpan]) -> None:
+        """All spans from now on: those there were, and new ones. Blocks from the first new one on get other keys."""
+        new = set(spans).difference(self._spans)
+        if new:
+            self._spans = _sorted(spans)
+            del self._keys[min(span.start for span in new) // self._block_tokens :]
 
     def update(self, token_ids: Sequence[int], num_tokens: int) -> list[BlockKey]:
         """The keys of all full blocks of ``token_ids[:num_tokens]``, as a new list. Hashes only blocks it has not seen.
@@ -210,6 +217,10 @@ class KeyChain:
                 offset = span.start - block * self._block_tokens  # negative where the span began in an earlier block
                 extras[block - first_block] += struct.pack("<qq", offset, span.num_tokens) + _encode_bytes(span.identifier)
         return extras
+
+
+def _sorted(spans: Sequence[TokenSpan]) -> list[TokenSpan]:
+    return sorted(spans, key=lambda span: (span.start, span.num_tokens, span.identifier))
 
 
 def _encode_bytes(value: bytes) -> bytes:

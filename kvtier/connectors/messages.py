@@ -156,6 +156,10 @@ class StepMessage:
     """engine blocks that this step reads and nobody has filled: reported as failed, as if their load had failed in it"""
     arena_id: str = ""
     """of the arena that all slots belong to: a worker that has mapped another one copies nothing"""
+    step: int = 0
+    """number of this step where the engine computes in it; 0: it does not"""
+    is_busy: bool = False
+    """the engine computes in this step, or still in one before it: copies may have to wait for that"""
 
 
 @dataclass(slots=True)
@@ -177,6 +181,8 @@ class WorkerReport:
     """of the attached workers, those that can put prompts together from chunks"""
     num_chosen: dict[int, int] = field(default_factory=dict)
     """job_id -> tokens of chunks that a blend computed anew; each worker says the same"""
+    step: int = 0
+    """the last step that was carried out and in which the engine computed; 0: none since the last report"""
     unsure: set[int] = field(default_factory=set)
     """blends that left the model less sure than was asked for, on any worker; in ``failed`` are those that could not be done"""
 
@@ -192,8 +198,9 @@ class WorkerReport:
         self.num_chosen |= other.num_chosen
         self.num_stale += other.num_stale
         self.num_errors += other.num_errors
+        self.step = max(self.step, other.step)
         self.load_times += other.load_times
         return self
 
     def __bool__(self) -> bool:
-        return bool(self.done or self.failed or self.attached or self.num_stale or self.num_errors)
+        return bool(self.done or self.failed or self.attached or self.num_stale or self.num_errors or self.step)

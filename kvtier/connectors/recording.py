@@ -14,7 +14,7 @@ from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.copying import Copying, DueStore
 from kvtier.connectors.messages import MoveJob, RequestOptions, WorkerReport
 from kvtier.connectors.requests import ConnectorSettings, Geometry, Lookup, Matched, Request, RequestIdentity
-from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.connectors.scheduler import IDLE_WAIT_S, SchedulerHalf
 from kvtier.control.commands import BlockEvent
 from kvtier.memory.slab import SlabAllocator
 from kvtier.recording import Blocks, Recorder
@@ -61,11 +61,13 @@ class RecordingHalf(SchedulerHalf):
         keep_events: bool = False,
         stores_are_async: bool = False,
         blend: BlendParts | None = None,
+        idle_wait_s: float = IDLE_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
         strict: bool = False,
     ) -> None:
         """``keep_events``: somebody calls ``take_events``. The rest: see :class:`SchedulerHalf`."""
-        super().__init__(engine, geometry, settings, stores_are_async=stores_are_async, blend=blend, clock=clock, strict=strict)
+        more: dict[str, Any] = {"stores_are_async": stores_are_async, "blend": blend, "idle_wait_s": idle_wait_s}
+        super().__init__(engine, geometry, settings, **more, clock=clock, strict=strict)
         self._recorder = recorder
         self._now = clock
         self._keep_events = keep_events

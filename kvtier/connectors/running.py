@@ -18,4 +18,4 @@ class RunningCopy:
     failed: set[int] = field(default_factory=set)
     arena_id: str = ""
     started: float | None = None
-    """of a load that is copied as a whole: when"""
+    """of a load that is copied as a whole, and not beside computing: when"""

@@ -23,9 +23,10 @@ from kvtier.connectors.step_meter import StepMeter, StepTokens
 from kvtier.control.commands import BlockEvent
 from kvtier.control.hints import Hint, NextUse, ToolCall
 from kvtier.errors import ControlError
+from kvtier.hashing import TokenSpan
 
 IDLE_WAIT_S = 0.005
-"""how long an engine step with nothing to compute waits for promotions"""
+"""how long an engine step waits for promotions where there is nothing to compute, in it or in one before it that is not answered"""
 _NO_IDENTITY = RequestIdentity()
 _NO_OPTIONS = RequestOptions()
 _NOTHING = Matched(0)
@@ -43,11 +44,12 @@ class SchedulerHalf:
         settings: see :class:`~kvtier.connectors.requests.ConnectorSettings`
         stores_are_async: the workers' copiers are asynchronous, so that blocks of finished requests must be held
         blend: how chunks are reused; None: requests that ask for it are served as any other
+        idle_wait_s: how long a step with nothing to compute may wait; 0 where others wait for this engine's steps
         clock: seconds that do not go backwards
         strict: re-raise unexpected errors (tests only)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword
         self,
         engine: Cache,
         geometry: Geometry,
@@ -55,6 +57,7 @@ class SchedulerHalf:
         *,
         stores_are_async: bool = False,
         blend: BlendParts | None = None,
+        idle_wait_s: float = IDLE_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
         strict: bool = False,
     ) -> None:
@@ -63,6 +66,7 @@ class SchedulerHalf:
         self._block_tokens = geometry.block_tokens
         self._settings = settings
         self._stores_are_async = stores_are_async
+        self._idle_wait_s = idle_wait_s
         self._matcher = Matcher(engine, geometry, settings, clock=clock)
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._requests: dict[str, Request] = {}
@@ -104,6 +108,13 @@ class SchedulerHalf:
                 request.num_store_tokens = min(request.num_store_tokens, num_prompt_tokens)
             self._requests[request_id] = request
             self._blending.begin(request, identity, num_prompt_tokens)
+
+    def note_spans(self, request_id: str, spans: Sequence[TokenSpan]) -> None:
+        """All multimodal items of a request whose tokens come in parts: those it had, and those that lie in a further part."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            with self._boundary.at("note_spans"):
+                request.chain.note_spans(spans)
 
     def match(self, request_id: str, num_tokens: int, num_computed_tokens: int) -> Matched:
         """How many tokens beyond ``num_computed_tokens`` can be loaded for the first ``num_tokens`` of the request.
@@ -154,7 +165,8 @@ class SchedulerHalf:
         """Ends the scheduling of a step: the loads of ``allocated`` and the stores of blocks that this step fills.
 
         ``preempted`` are requests that lost their blocks since the last step (vLLM: ``preempted_req_ids`` and those in
-        ``resumed_req_ids``).  With nothing scheduled and promotions running it waits some milliseconds for them, GIL released.
+        ``resumed_req_ids``).  With nothing scheduled, nothing being computed and promotions running it waits some milliseconds for them,
+        GIL released.
         """
         loads = self._copying.take_new_loads()
         held, self._held = self._held, []
@@ -180,12 +192,13 @@ class SchedulerHalf:
         if due:
             with self._boundary.at("build_step"):
                 stores = self._copying.plan_stores(due)
-        if not scheduled and not loads and (self._matcher.num_waiting or self._blending.is_waiting or self._engine.busy):
+        is_idle = not scheduled and not loads and not self._meter.is_computing
+        if is_idle and (self._matcher.num_waiting or self._blending.is_waiting or self._engine.busy):
             with self._boundary.at("poll"):
-                self._engine.poll(IDLE_WAIT_S)
+                self._engine.poll(self._idle_wait_s)
         blends = self._blending.take_blends(computing or ())
         entries = self._blending.take_entries(is_prefilling=tokens.num_prefill > 0 or bool(blends))
-        self._meter.begin(tokens, is_pure=not blends and not entries and not any(not job.is_async for job in loads))
+        step = self._meter.begin(tokens, is_pure=not blends and not entries and not any(not job.is_async for job in loads))
         return StepMessage(
             loads=tuple(job.move for job in loads if not job.is_async),
             async_loads=tuple(job.move for job in loads if job.is_async),
@@ -195,6 +208,8 @@ class SchedulerHalf:
             preempted=tuple(preempted),
             held=tuple(held),
             arena_id=self._engine.arena_id,
+            step=step,
+            is_busy=self._meter.is_computing,
         )
 
     # ---- after the step -----------------------------------------------------------------------------------------
@@ -205,7 +220,8 @@ class SchedulerHalf:
         ``report`` is merged over all workers that reported; ``failed_block_ids`` are the engine blocks that the engine was
         told to recompute.  Steps without any worker output need no call, but each call also drives the tiers.
         """
-        self._meter.end()
+        if report is not None:
+            self._meter.end(report.step)
         # Failed loads first: they void stores that the same report calls done.
         if failed_block_ids:
             with self._boundary.at("finish_step"):

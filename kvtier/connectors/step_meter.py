@@ -34,29 +34,42 @@ class StepTokens:
 
 
 class StepMeter:
-    """Times steps, also where the engine orders the next one before the answer to the last one is there. One thread."""
+    """Times steps, also where the engine orders the next one before the answer to the last one is there. One thread.
+
+    Steps in which nothing is computed are not timed, and an engine need not answer them: so steps are known by their numbers.
+    """
 
     def __init__(self, estimates: Estimates, clock: Callable[[], float]) -> None:
         self._estimates = estimates
         self._clock = clock
-        self._open: deque[tuple[float, StepTokens | None]] = deque()
+        self._open: deque[tuple[int, float, StepTokens | None]] = deque()
         self._last_end = 0.0
+        self._last_step = 0
 
-    def begin(self, tokens: StepTokens, *, is_pure: bool) -> None:
-        """A step was ordered. ``is_pure``: its time goes into computing, not into loads."""
+    @property
+    def is_computing(self) -> bool:
+        """Whether a step that computes was ordered and not answered."""
+        return bool(self._open)
+
+    def begin(self, tokens: StepTokens, *, is_pure: bool) -> int:
+        """A step was ordered. ``is_pure``: its time goes into computing, not into loads. Returns its number; 0: it computes nothing."""
         if not tokens.num_prefill and not tokens.num_decode:
-            return
+            return 0
         if len(self._open) >= MAX_OPEN:
             self._open.clear()
         is_sample = is_pure and tokens.num_prefill >= MIN_TOKENS and tokens.num_decode <= MAX_DECODE_SHARE * tokens.num_prefill
-        self._open.append((self._clock(), tokens if is_sample else None))
+        self._last_step += 1
+        self._open.append((self._last_step, self._clock(), tokens if is_sample else None))
+        return self._last_step
 
-    def end(self) -> None:
-        """The answer to the oldest step is there."""
+    def end(self, step: int) -> None:
+        """The answer to the step of this number is there; to one that computes nothing (0) there may be one or none."""
+        if not step:
+            return
         now = self._clock()
-        if self._open:
-            started, tokens = self._open.popleft()
-            if tokens is not None:
+        while self._open and self._open[0][0] <= step:
+            number, started, tokens = self._open.popleft()
+            if tokens is not None and number == step:
                 num_tokens = tokens.num_prefill + tokens.num_decode
                 context = tokens.weighted_context // tokens.num_prefill
                 self._estimates.computed(num_tokens, context, now - max(started, self._last_end))

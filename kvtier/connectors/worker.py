@@ -142,6 +142,9 @@ class WorkerHalf:
         self._loads_started = self._stores_started = False
         self._held.update(message.held)
         self._failed_block_ids.update(message.unfilled)
+        if message.is_busy:
+            for copy in self._async_loads:
+                copy.started = None
 
     def start_loads(self, *, by_layer: bool = False) -> None:
         """Starts all loads of the step, sync ones first. Slots with a new tenant fail without a copy. Idempotent in a step.
@@ -161,6 +164,8 @@ class WorkerHalf:
             self._start_by_layer([self._prepare(job) for job in layered])
         for job in self._orders.async_loads:
             self._async_loads.append(self._start(job, is_load=True))
+            if self._orders.is_busy:  # a device copies behind what the engine computes, which costs nobody any time
+                self._async_loads[-1].started = None
         if self._orders.blends:
             self.wait_for_loads()
             orders = self._orders
@@ -232,6 +237,7 @@ class WorkerHalf:
         self._layers.reset()
         self.start_stores()
         self._blends.store(self._orders.entries, self._report, self._orders.arena_id)
+        self._report.step = self._orders.step or self._report.step
         self._orders = _NO_ORDERS
         loads, self._async_loads = self._async_loads, []
         for copy in loads:

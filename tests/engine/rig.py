@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,12 +131,25 @@ class Rig:
     a wrong token, and a test that sees one fails.
     """
 
-    def __init__(self, settings: dict[str, Any], *, events: bool = False, runs_ahead: bool = False, **engine: Any) -> None:
-        """``runs_ahead``: asynchronous scheduling, which CUDA devices use: a step is scheduled before the one before it is heard of."""
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        *,
+        events: bool = False,
+        runs_ahead: bool = False,
+        parallel: Mapping[str, Any] | None = None,
+        **engine: Any,
+    ) -> None:
+        """``parallel``: fields of the parallel configuration.
+
+        ``runs_ahead``: asynchronous scheduling, which CUDA devices use: a step is scheduled before the one before it is heard of.
+        """
         self.config = engine_config(settings)
         for name, value in engine.items():
             owner = self.config.cache_config if name == "enable_prefix_caching" else self.config.scheduler_config
             setattr(owner, name, value)
+        for name, value in (parallel or {}).items():
+            setattr(self.config.parallel_config, name, value)
         self.config.scheduler_config.async_scheduling = runs_ahead
         if events:
             self.config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")

@@ -126,6 +126,13 @@ def test_a_block_goes_out_and_comes_back_whole(make: Callable[[], dict[str, torc
             assert torch.equal(block_of(before[layer], came_from.get(block_id, block_id)), block_of(tensor, block_id))
 
 
+def test_another_dimension_may_have_as_many_places_as_there_are_blocks() -> None:
+    """Blocks are counted by the first dimensions: 32 blocks of two of the kernel's, whose heads are 32 numbers wide."""
+    tensor = torch.zeros(64, 3, BLOCK_TOKENS // 2, 32)
+    layout, _ = layout_of({"layer": tensor}, 32, BlockSizes(BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_BYTES, 1))
+    assert [(tensor.data_ptr(), BLOCK_BYTES, BLOCK_BYTES)] == [(it.base_address, it.stride_bytes, it.num_bytes) for it in layout.segments]
+
+
 def test_layers_are_in_the_order_of_the_model() -> None:
     """Layer 2 comes before layer 10, in whatever order the engine names them: the bytes of a slot do not depend on it."""
     kv_caches = own_allocations()
@@ -191,6 +198,20 @@ def set_kind(name: str) -> Callable[[VllmConfig], None]:
     return lambda config: config.model_config.__dict__.update({name: True})
 
 
+def let_scales_follow_from_prompts(config: VllmConfig) -> None:
+    """A setting of versions up to 0.28."""
+    config.cache_config.__dict__["calculate_kv_scales"] = True
+
+
+def launch_from_outside(config: VllmConfig) -> None:
+    config.parallel_config.distributed_executor_backend = "external_launcher"
+    config.parallel_config.world_size = 2
+
+
+def spread_over_nodes(config: VllmConfig) -> None:
+    config.parallel_config.nnodes = 2
+
+
 @pytest.mark.parametrize("role", list(KVConnectorRole))
 @pytest.mark.parametrize(
     ("change", "named"),
@@ -202,8 +223,22 @@ def set_kind(name: str) -> Callable[[VllmConfig], None]:
         (set_kind("is_encoder_decoder"), "encoder-decoder models"),
         (set_kind("is_diffusion"), "diffusion models"),
         (set_on("model_config", "enable_sleep_mode", True), "enable_sleep_mode"),
+        (let_scales_follow_from_prompts, "calculate_kv_scales"),
+        (launch_from_outside, "external_launcher with several ranks"),
+        (spread_over_nodes, "tensor parallelism over several nodes"),
     ],
-    ids=["pipeline", "decode-context", "prefill-context", "speculative", "encoder-decoder", "diffusion", "sleep"],
+    ids=[
+        "pipeline",
+        "decode-context",
+        "prefill-context",
+        "speculative",
+        "encoder-decoder",
+        "diffusion",
+        "sleep",
+        "scales",
+        "launcher",
+        "nodes",
+    ],
 )
 def test_what_is_refused_names_the_setting(change: Callable[[VllmConfig], None], named: str, role: KVConnectorRole) -> None:
     """Either half stops the engine at start; the message names what is not supported and how to go on."""

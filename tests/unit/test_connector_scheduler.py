@@ -60,6 +60,7 @@ class Rig:
             strict=strict,
         )
         self.block_ids: dict[str, list[int]] = {}
+        self.last_step = 0
 
     def add(self, request_id: str, tokens: list[int], **more: object) -> list[int]:
         """Makes a request known. Returns its live tokens."""
@@ -79,12 +80,15 @@ class Rig:
 
     def build(self, **num_computed: int) -> StepMessage:
         """Builds a step in which requests get so far."""
-        return self.half.build_step([ScheduledRequest(name, self.block_ids[name], count) for name, count in num_computed.items()])
+        message = self.half.build_step([ScheduledRequest(name, self.block_ids[name], count) for name, count in num_computed.items()])
+        self.last_step = message.step
+        return message
 
     def report(self, jobs: Sequence[MoveJob], *, workers: int | None = None, failed: Sequence[int] = ()) -> WorkerReport:
         """What workers say of jobs."""
         count = self.num_workers if workers is None else workers
-        return WorkerReport({job.job_id: count for job in jobs}, {job.job_id: set(failed) for job in jobs} if failed else {})
+        done = {job.job_id: count for job in jobs}
+        return WorkerReport(done, {job.job_id: set(failed) for job in jobs} if failed else {}, step=self.last_step)
 
     def step(self, **num_computed: int) -> StepMessage:
         """A step in which everything succeeds."""

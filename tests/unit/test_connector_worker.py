@@ -6,6 +6,7 @@ import logging
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,11 +242,12 @@ def test_the_first_report_says_that_the_arena_is_mapped(tmp_path: Path) -> None:
 
 def test_reports_add_up() -> None:
     """Merging counts workers per job and unites failed positions; an empty report is false."""
-    one = WorkerReport({1: 1, 2: 1}, {1: {0}}, attached=1)
-    two = WorkerReport({1: 1}, {1: {3}, 2: {1}}, num_stale=2, num_errors=1)
-    assert WorkerReport({1: 2, 2: 1}, {1: {0, 3}, 2: {1}}, 1, 2, 1) == one.merge(two)
+    one = WorkerReport({1: 1, 2: 1}, {1: {0}}, attached=1, step=7)
+    two = WorkerReport({1: 1}, {1: {3}, 2: {1}}, num_stale=2, num_errors=1, step=7)
+    assert WorkerReport({1: 2, 2: 1}, {1: {0, 3}, 2: {1}}, 1, 2, 1, step=7) == one.merge(two)
     assert not WorkerReport()
-    assert all(WorkerReport(**{name: value}) for name, value in (("done", {1: 1}), ("attached", 1), ("num_stale", 1), ("num_errors", 1)))  # type: ignore[arg-type]
+    kinds: tuple[tuple[str, Any], ...] = (("done", {1: 1}), ("attached", 1), ("num_stale", 1), ("num_errors", 1), ("step", 1))
+    assert all(WorkerReport(**{name: value}) for name, value in kinds)
 
 
 def test_messages_can_be_pickled(rig: Rig) -> None:
@@ -260,3 +262,17 @@ def test_a_rank_outside_the_workers_is_refused(rig: Rig) -> None:
     """A wrong rank would write into another rank's part."""
     with pytest.raises(ValueError, match="rank 2 is not one of 2 workers"):
         SlotPart(2, 2, 64)
+
+
+@pytest.mark.parametrize("busy", [(), (0,), (1,), (2,), (0, 1, 2)])
+def test_loads_beside_computing_are_not_timed(tmp_path: Path, busy: tuple[int, ...]) -> None:
+    """On a device they are ordered behind it: their time would be that of the engine's steps, and loads would be refused as slow."""
+    rig = Rig(tmp_path, num_polls=3)
+    rig.step(StepMessage(stores=(rig.job(1, (3,), (0,)),)))
+    load = rig.job(2, (9,), (0,))
+    reports = [rig.step(StepMessage(async_loads=() if number else (load,), is_busy=number in busy)) for number in range(3)]
+    assert [{}, {}, {2: 1}] == [{job_id: 1 for job_id in report.done if job_id == 2} for report in reports]
+    assert (0 if busy else 1) == sum(len(report.load_times) for report in reports)
+    sync = rig.step(StepMessage(loads=(rig.job(3, (10,), (0,)),), is_busy=True))
+    assert 1 == len(sync.load_times), "its step waits for it"
+    rig.worker.close()

@@ -177,12 +177,28 @@ def test_steps_are_timed_also_when_they_overlap() -> None:
     for is_ahead in (False, True):
         clock, estimates = Clock(), Estimates()
         meter = StepMeter(estimates, clock)
-        for number in range(20):
-            meter.begin(tokens_of((100, 700)), is_pure=True)
-            if number or not is_ahead:
+        for number in range(1, 21):
+            assert number == meter.begin(tokens_of((100, 700)), is_pure=True)
+            if number > 1 or not is_ahead:
                 clock.now += 0.2
-                meter.end()
+                meter.end(number - is_ahead)
         assert estimates.figures() == {"prefill.tokens_per_s@512": pytest.approx(500.0)}
+
+
+def test_steps_without_computing_change_no_time() -> None:
+    """An engine that runs ahead answers them after it has ordered the next one, or not at all."""
+    clock, estimates = Clock(), Estimates()
+    meter = StepMeter(estimates, clock)
+    for number in range(20):
+        empty = meter.begin(tokens_of(), is_pure=True)
+        step = meter.begin(tokens_of((100, 700)), is_pure=True)
+        clock.now += 0.001
+        if number % 2:
+            meter.end(empty)
+        assert meter.is_computing
+        clock.now += 0.199
+        meter.end(step)
+    assert estimates.figures() == {"prefill.tokens_per_s@512": pytest.approx(500.0)}
 
 
 def test_only_steps_that_say_something_count() -> None:
@@ -197,8 +213,8 @@ def test_only_steps_that_say_something_count() -> None:
         (tokens_of(), True),
     ):
         for _ in range(WINDOW):
-            meter.begin(tokens, is_pure=is_pure)
+            step = meter.begin(tokens, is_pure=is_pure)
             clock.now += 1.0
-            meter.end()
-    meter.end()
+            meter.end(step)
+    meter.end(0)
     assert {} == estimates.figures()

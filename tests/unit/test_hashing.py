@@ -164,6 +164,19 @@ def test_a_spans_place_in_the_block_counts_for_every_block() -> None:
     assert 3 == len({keys[3] for keys in chain_of.values()})
 
 
+def test_spans_that_come_later_count_as_if_they_had_been_there() -> None:
+    """Blocks before the first new one keep their keys, those from it on get new ones; what is there already changes nothing."""
+    early, late, tokens = TokenSpan(2, 5, b"cat"), TokenSpan(17, 3, b"dog"), list(range(32))
+    chain = KeyChain(request_root(NAMESPACE.digest), 4, [early])
+    before = chain.update(tokens, 32)
+    chain.note_spans([early])
+    assert before == chain.update(tokens, 32)
+    chain.note_spans([early, late])
+    after = chain.update(tokens, 32)
+    assert KeyChain(request_root(NAMESPACE.digest), 4, [early, late]).update(tokens, 32) == after
+    assert 4 == common(list(before), list(after))
+
+
 def test_the_order_in_which_spans_are_given_does_not_count() -> None:
     """The engine may list them as it likes."""
     spans = (TokenSpan(1, 2, b"a"), TokenSpan(3, 9, b"b"), TokenSpan(1, 2, b"c"))

@@ -21,6 +21,7 @@ from vllm.v1.request import Request
 
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.scheduler import IDLE_WAIT_S
 from kvtier.connectors.vllm.blend_parts import blend_parts_of, keep_apart
 from kvtier.connectors.vllm.geometry import (
     BlockSizes,
@@ -30,7 +31,7 @@ from kvtier.connectors.vllm.geometry import (
     refuse_unsupported,
     with_safe_loads,
 )
-from kvtier.connectors.vllm.identity import identity_of, options_of
+from kvtier.connectors.vllm.identity import are_media_numbered, identity_of, options_of, spans_of
 from kvtier.connectors.vllm.metrics import KVTierPromMetrics, KVTierStats
 from kvtier.connectors.vllm.plugin import register
 from kvtier.connectors.vllm.sides import SchedulerSide, WorkerSide
@@ -82,6 +83,7 @@ class KVTierConnector(KVConnectorBase_V1):
         self._ended: list[list[int]] = []
         """blocks of requests that ended or lost them since the last report, which may speak of them"""
         self._unfilled = UnfilledBlocks(sizes.engine_block_tokens)
+        self._are_media_numbered = are_media_numbered(vllm_config)
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         arena_path = _arena_path(vllm_config)
@@ -98,6 +100,7 @@ class KVTierConnector(KVConnectorBase_V1):
                 stores_are_async=is_async,
                 events=events,
                 blend=blend_parts_of(vllm_config, config),
+                idle_wait_s=0.0 if vllm_config.parallel_config.data_parallel_size > 1 else IDLE_WAIT_S,  # its ranks step together
             )
         else:
             self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks)
@@ -135,7 +138,7 @@ class KVTierConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         half = self._half.half
         if not half.knows(request.request_id):
-            options = options_of(request)
+            options = options_of(request, are_media_numbered=self._are_media_numbered)
             half.add_request(
                 request.request_id,
                 request.all_token_ids,
@@ -143,12 +146,14 @@ class KVTierConnector(KVConnectorBase_V1):
                 identity=identity_of(request, options),
                 options=options,
             )
+        self._note_media(request)
         matched = half.match(request.request_id, request.num_tokens, num_computed_tokens)
         if matched.is_blended:
             keep_apart(request)
         return matched.num_tokens, matched.is_async
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        self._note_media(request)
         self._half.half.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[Any, int]:
@@ -257,6 +262,11 @@ class KVTierConnector(KVConnectorBase_V1):
     def _side(self) -> WorkerSide:
         assert self._worker is not None, "called on the scheduler's connector"
         return self._worker
+
+    def _note_media(self, request: Request) -> None:
+        """What has come since with a further part of its input: asked for before its keys are."""
+        if request.resumable and request.mm_features:
+            self._half.half.note_spans(request.request_id, spans_of(request))
 
     def _scheduled(self, output: SchedulerOutput) -> Sequence[ScheduledRequest]:
         """Who computes what in this step, with all blocks so far."""

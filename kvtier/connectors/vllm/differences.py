@@ -83,7 +83,8 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "bytes inside a block",
         "They belong to the attention backend and may change with any version.",
-        "vLLM's version and, since 0.29, the resolved layout are part of the namespace: versions do not read each other's blocks.",
+        "vLLM's version is part of the namespace, and since 0.29 the resolved layout; before, what it follows from (backend, device, "
+        "`VLLM_KV_CACHE_LAYOUT`, FlashInfer): versions and layouts do not read each other's blocks.",
         "test_vllm_versions.py::test_versions_do_not_share_blocks",
     ),
     Difference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
 
 from kvtier.config import Config
-from kvtier.connectors.vllm.versions import vllm_version
+from kvtier.connectors.vllm.versions import unnamed_layout, vllm_version
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
 from kvtier.layout import Axis, KVLayout, Segment, StrideTable
@@ -60,6 +61,12 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         (vllm_config.model_config.is_encoder_decoder, "encoder-decoder models"),
         (bool(getattr(vllm_config.model_config, "is_diffusion", False)), "diffusion models"),
         (vllm_config.model_config.enable_sleep_mode, "enable_sleep_mode"),
+        # The scales would follow from the first prompt of each start, and nobody could read what another start has stored.
+        (_size(vllm_config.cache_config, "calculate_kv_scales", 0) > 0, "calculate_kv_scales"),
+        # Every rank has a scheduler of its own there, which hears of its own rank alone.
+        (parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1, "external_launcher with several ranks"),
+        # Host memory is one machine's.
+        (_size(parallel, "nnodes_within_dp") > 1, "tensor parallelism over several nodes"),
     ]
     kinds = [type(group.kv_cache_spec) for group in groups]
     refusals += [(kind not in _SUPPORTED_SPECS, f"KV cache of kind {kind.__name__}") for kind in kinds]
@@ -142,10 +149,25 @@ def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_size,
         block_tokens=sizes.block_tokens,
-        layout=f"{_layout_name(vllm_config, kv_cache_config)} {spec!r} {sizes.engine_block_tokens} {model.dtype} {model.quantization}",
+        layout=f"{_layout_name(vllm_config, kv_cache_config)} {spec!r} {sizes.engine_block_tokens} {model.dtype} {model.quantization}"
+        f" {numbers_of(vllm_config)}",
         tensor_parallel_size=sizes.num_workers,
         salt=config.namespace_salt,
     )
+
+
+def numbers_of(vllm_config: VllmConfig) -> str:
+    """What besides the model's name decides which numbers are its KV, and which of them a byte means."""
+    model = vllm_config.model_config
+    overrides, media = model.hf_overrides, model.multimodal_config
+    rotation = str(getattr(model.hf_text_config, "rope_parameters", None))
+    found = {
+        "kv": str(vllm_config.cache_config.cache_dtype),  # the tensors' type is the same for all kinds of eight bits
+        "model": f"{overrides.__module__}.{overrides.__qualname__}" if callable(overrides) else overrides,
+        "media": None if media is None else media.mm_processor_kwargs,
+        "rotation": model.max_model_len if "longrope" in rotation else None,  # which factors are used follows from it
+    }
+    return json.dumps(found, sort_keys=True, default=str)
 
 
 def layout_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, sizes: BlockSizes) -> tuple[KVLayout, list[torch.Tensor]]:
@@ -191,10 +213,9 @@ def _by_blocks(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[torch.
 
     Some attention kernels have smaller blocks of their own: a block of the scheduler is then several neighbours of theirs.
     """
-    for dim, size in enumerate(tensor.shape):
+    for dim, size in enumerate(tensor.shape[:2]):  # what lies behind may have as many places by chance
         if size == num_blocks:
             return tensor, dim
-    for dim, size in enumerate(tensor.shape[:2]):
         if size and size % num_blocks == 0:
             return tensor.unflatten(dim, (num_blocks, size // num_blocks)), dim
     raise UnsupportedModelError(f"layer {name}: no dimension of {tuple(tensor.shape)} is the number of blocks, {num_blocks}")
@@ -209,7 +230,7 @@ def _layout_name(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str
     """What besides the shapes decides where a byte lies: the backend's choice, and on a CPU its instruction set."""
     named = getattr(kv_cache_config, "kv_cache_layout", None)  # since 0.29
     if vllm_config.device_config.device_type != "cpu":
-        return f"{named} {vllm_config.device_config.device_type}"
+        return f"{named or unnamed_layout(vllm_config)} {vllm_config.device_config.device_type}"
     return f"{named} cpu {platform.machine()} avx512={torch.cpu._is_avx512_supported()} amx={torch.cpu._is_amx_tile_supported()}"
 
 
@@ -223,5 +244,5 @@ def _is_non_causal(spec: object) -> bool:
     return bool(getattr(spec, "non_causal", False))  # not in every kind of specification
 
 
-def _size(parallel: object, name: str) -> int:
-    return int(getattr(parallel, name, 1))  # not in every version
+def _size(settings: object, name: str, absent: int = 1) -> int:
+    return int(getattr(settings, name, absent))  # not in every version

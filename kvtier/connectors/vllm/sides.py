@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -16,7 +17,7 @@ from kvtier.config import Config
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import Geometry
-from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.connectors.scheduler import IDLE_WAIT_S, SchedulerHalf
 from kvtier.connectors.vllm.blend_parts import blender_of
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
 from kvtier.connectors.vllm.movers import movers_of, on_device
@@ -59,6 +60,7 @@ class SchedulerSide:
         stores_are_async: bool,
         events: bool,
         blend: BlendParts | None = None,
+        idle_wait_s: float = IDLE_WAIT_S,
     ) -> None:
         self.sizes = sizes
         self._arena: Arena | None = None
@@ -80,12 +82,11 @@ class SchedulerSide:
         )
         self.controller = Controller(engine, namespace=namespace, block_tokens=sizes.block_tokens, name=name)
         recorder = recorder_of(config, geometry, sizes.block_bytes)
+        more: dict[str, Any] = {"stores_are_async": stores_are_async, "blend": blend, "idle_wait_s": idle_wait_s}
         if recorder is None:
-            self.half = SchedulerHalf(engine, geometry, config.connector, stores_are_async=stores_are_async, blend=blend)
+            self.half = SchedulerHalf(engine, geometry, config.connector, **more)
         else:
-            self.half = RecordingHalf(
-                engine, geometry, config.connector, recorder=recorder, keep_events=events, stores_are_async=stores_are_async, blend=blend
-            )
+            self.half = RecordingHalf(engine, geometry, config.connector, recorder=recorder, keep_events=events, **more)
         _LOG.info("kvtier: blocks of %d tokens and %d bytes; %s", sizes.block_tokens, sizes.block_bytes, engine.num_blocks())
 
     def forget_arena_name(self) -> None:

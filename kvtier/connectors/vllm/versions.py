@@ -6,11 +6,14 @@ is :data:`kvtier.connectors.vllm.differences.DIFFERENCES`.
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from importlib import metadata
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as _base
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 
 
@@ -32,6 +35,16 @@ def hit_sources(host_tokens: int, disk_tokens: int) -> dict[Any, int]:
         return {}
     sources: dict[Enum, int] = {CacheHitSource.HOST: host_tokens, CacheHitSource.DISK: disk_tokens}
     return {source: tokens for source, tokens in sources.items() if tokens}
+
+
+def unnamed_layout(vllm_config: VllmConfig) -> str:
+    """What KV memory's layout follows from up to 0.28, where the workers alone know it: heads inside tokens, or tokens inside heads."""
+    try:
+        flashinfer = metadata.version("flashinfer-python")
+    except metadata.PackageNotFoundError:
+        flashinfer = ""
+    asked = getattr(vllm_config, "attention_config", None)
+    return f"{asked} {os.environ.get('VLLM_KV_CACHE_LAYOUT', '')} {current_platform.get_device_capability()} {flashinfer}"
 
 
 def lost_block_requests(output: SchedulerOutput) -> set[str]:
