@@ -26,12 +26,17 @@ NAMESPACE = Namespace(model="fake")
 
 
 def served(folder: Path, requests: list[tuple[list[int], int]], *, at_once: int = 1, **options: Any) -> Path:
-    """Serves requests (prompt, tokens to generate) and returns the recording. ``at_once``: so many are submitted together."""
+    """Serves requests (prompt, tokens to generate) and returns the recording. ``at_once``: so many are submitted together.
+
+    One comes each second and takes no time: a policy that learns from times must see those that the recording has.
+    """
     path = folder / "record.jsonl"
     path.unlink(missing_ok=True)
-    system = FakeSystem(folder, NAMESPACE, FakeSystemOptions(record=path, **options))
+    now = 0.0
+    system = FakeSystem(folder, NAMESPACE, FakeSystemOptions(record=path, **options), clock=lambda: now)
     try:
         for number, (prompt, max_new_tokens) in enumerate(requests):
+            now += 1
             system.engine.submit(f"r{number}", prompt, max_new_tokens)
             if number % at_once == at_once - 1:
                 system.engine.run()
