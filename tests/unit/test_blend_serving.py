@@ -313,7 +313,7 @@ def test_slots_with_other_tenants_are_lost(make: Callable[..., System]) -> None:
 def test_chunks_are_computed_when_no_prompt_waits(make: Callable[..., System]) -> None:
     """Not beside prompts, unless for long; one a step; a reset drops those that wait."""
     system = make()
-    tokens, spans = joined([document(number, 8) for number in range(3)], SYSTEM, [1, 2])
+    tokens, spans = joined([document(number, 8) for number in range(3)], SYSTEM, [1, 2] * MAX_DEFERRED_STEPS)
     system.add("first", tokens, spans=spans)
     system.half.match("first", len(tokens), 0)
     block_ids = system.blocks(len(tokens))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
-from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.connectors.slot_part import SlotPart
+from kvtier.connectors.worker import WorkerHalf
 from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.memory.arena import Arena

@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
 
 from kvtier.config import Config
+from kvtier.connectors.vllm.drafters import drafter_of, refused_method
 from kvtier.connectors.vllm.versions import vllm_version
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
@@ -56,7 +57,7 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}"),
         (_size(parallel, "decode_context_parallel_size") > 1, "decode context parallelism"),
         (_size(parallel, "prefill_context_parallel_size") > 1, "prefill context parallelism"),
-        (vllm_config.speculative_config is not None, "speculative decoding"),
+        (bool(refused_method(vllm_config)), f"speculative decoding with method {refused_method(vllm_config)}"),
         (vllm_config.model_config.is_encoder_decoder, "encoder-decoder models"),
         (bool(getattr(vllm_config.model_config, "is_diffusion", False)), "diffusion models"),
         (vllm_config.model_config.enable_sleep_mode, "enable_sleep_mode"),
@@ -71,7 +72,7 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         if is_refused:
             raise UnsupportedModelError(
                 f"kvtier does not support this yet: {what}. It supports models with one group of full-attention (or MLA) layers, "
-                "tensor parallelism, and no speculative decoding or sleep mode. Start vLLM without the kvtier connector for this model"
+                "tensor parallelism, speculative decoding, and no sleep mode. Start vLLM without the kvtier connector for this model"
             )
 
 
@@ -206,8 +207,10 @@ def _bytes_view(tensor: torch.Tensor, offset: int, shape: tuple[int, int], strid
 
 
 def _layout_name(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """What besides the shapes decides where a byte lies: the backend's choice, and on a CPU its instruction set."""
+    """What besides the shapes decides what a byte is: the backend's choice, whose layers they are, and on a CPU its instruction set."""
     named = getattr(kv_cache_config, "kv_cache_layout", None)  # since 0.29
+    if drafter_of(vllm_config):  # another drafter of the same shape would be given KV that it makes nothing of
+        named = f"{named} {drafter_of(vllm_config)}"
     if vllm_config.device_config.device_type != "cpu":
         return f"{named} {vllm_config.device_config.device_type}"
     return f"{named} cpu {platform.machine()} avx512={torch.cpu._is_avx512_supported()} amx={torch.cpu._is_amx_tile_supported()}"
