@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.engine.scenarios import counters, metrics, prompts
+from tests.engine.scenarios import prompts
 
 BLOCK_TOKENS = 32
 MAX_TOKENS = 36
@@ -28,7 +28,7 @@ def drafted(llm: Any, settings: Result) -> Result:
         first = _ask(llm, texts)
         again = _ask(llm, [[*ids, *answer["tokens"], *question] for ids, answer in zip(texts, first, strict=True)])
         rounds.append({"answers": [*first, *again], "accepted": _accepted(llm) - before})
-    return {"rounds": rounds, "metrics": metrics(llm), "counters": counters() if "kvtier" in settings else {}}
+    return {"rounds": rounds}
 
 
 def _ask(llm: Any, token_ids: list[list[int]]) -> list[Result]:

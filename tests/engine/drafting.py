@@ -31,8 +31,14 @@ class Drafter:
     method: str = "ngram"
 
     @property
-    def has_layers(self) -> bool:
-        return self.method != "ngram"
+    def layers(self) -> tuple[str, ...]:
+        """Those with KV of its own."""
+        return () if self.method == "ngram" else DRAFT_LAYERS
+
+    @property
+    def num_heads(self) -> int:
+        """Of such a layer; the model's have three."""
+        return 2 if self.method == "draft_model" else 3
 
     def configure(self, config: VllmConfig) -> None:
         """As the engine would have it with this drafter."""

@@ -29,7 +29,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_kv_cache_configs,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -40,7 +45,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from kvtier.connectors.vllm.connector import KVTierConnector
-from tests.engine.drafting import ANSWER, DRAFT_LAYERS, Drafter, Part, Sequences
+from tests.engine.drafting import ANSWER, Drafter, Part, Sequences
 
 BLOCK_TOKENS = 32
 NUM_BLOCKS = 40
@@ -109,14 +114,15 @@ def make_kv_caches(config: VllmConfig, made: KVCacheConfig) -> dict[str, torch.T
     try:
         from vllm.v1.worker.utils import allocate_kv_cache  # noqa: PLC0415 - since 0.29
     except ImportError:
-        return {layer: _own_allocation(tensor.size, made) for tensor in made.kv_cache_tensors for layer in tensor.shared_by}
+        return {layer: _own_allocation(tensor.size, made, layer) for tensor in made.kv_cache_tensors for layer in tensor.shared_by}
     caches: dict[str, torch.Tensor] = allocate_kv_cache(made, torch.device("cpu"), config.cache_config.get_resolved_kv_cache_layout())
     return caches
 
 
-def _own_allocation(num_bytes: int, made: KVCacheConfig) -> torch.Tensor:
+def _own_allocation(num_bytes: int, made: KVCacheConfig, layer: str) -> torch.Tensor:
     """As the model runner of 0.27 makes it: raw bytes for a layer, in the shape that the backend asks for."""
-    spec = made.kv_cache_groups[0].kv_cache_spec
+    group_spec = made.kv_cache_groups[0].kv_cache_spec
+    spec = getattr(group_spec, "kv_cache_specs", {layer: group_spec})[layer]
     shape = CPUAttentionBackend.get_kv_cache_shape(made.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
     return torch.zeros(num_bytes, dtype=torch.int8).view(spec.dtype).view(shape)
 
@@ -141,8 +147,9 @@ class Rig:
             self.config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         if drafter is not None:
             drafter.configure(self.config)
-        self._draft_layers = DRAFT_LAYERS if drafter is not None and drafter.has_layers else ()
-        self.cache_config = cache_config(self.config, dict.fromkeys((*LAYERS, *self._draft_layers), full_attention()))
+        draft_specs = {} if drafter is None else {layer: full_attention(num_kv_heads=drafter.num_heads) for layer in drafter.layers}
+        self._draft_layers = tuple(draft_specs)
+        self.cache_config = cache_config(self.config, {**dict.fromkeys(LAYERS, full_attention()), **draft_specs})
         self.config.cache_config.num_gpu_blocks = self.cache_config.num_blocks
         self.kv_caches = make_kv_caches(self.config, self.cache_config)
         with set_current_vllm_config(self.config):
@@ -150,7 +157,11 @@ class Rig:
             self.worker.register_kv_caches(self.kv_caches)
             kv_transfer_state._KV_CONNECTOR_AGENT = self.worker
             self.scheduler = (AsyncScheduler if runs_ahead else Scheduler)(
-                self.config, self.cache_config, StructuredOutputManager(self.config), block_size=BLOCK_TOKENS, log_stats=True
+                self.config,
+                generate_scheduler_kv_cache_config([self.cache_config]),
+                StructuredOutputManager(self.config),
+                block_size=BLOCK_TOKENS,
+                log_stats=True,
             )
         assert isinstance(self.scheduler.connector, KVTierConnector)
         self.connector = self.scheduler.connector

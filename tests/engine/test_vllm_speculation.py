@@ -31,19 +31,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[Resu
 
 
 def test_drafts_from_the_prompt(alone: list[Result], tmp_path: Path) -> None:
-    """Drafts that are taken from the prompt, some accepted and some not; from host memory, then from disk by an engine with prefix caching
-    and so little room that requests are preempted."""
+    """Drafts that are taken from the prompt, some accepted and some not; from host memory, then from disk beside prefix caching."""
     settings = host_and_disk(tmp_path / "tier")
     result = run("drafted", kvtier=settings, engine={"speculative_config": NGRAM}, num_rounds=2)
     for one in result["rounds"]:
         assert_same(alone, one["answers"])
         assert one["accepted"] > 50
     assert loaded_tokens(result["rounds"][1]["answers"])["host_tokens"] > NEARLY_ALL
-    tight = {"speculative_config": NGRAM, "enable_prefix_caching": True, "num_gpu_blocks_override": 16, "max_model_len": 448}
-    result = run("drafted", kvtier=settings, engine=tight, num_rounds=1)
+    engine = {"speculative_config": NGRAM, "enable_prefix_caching": True}
+    result = run("drafted", kvtier=settings, engine=engine, num_rounds=1)
     assert_same(alone, result["rounds"][0]["answers"])
     assert loaded_tokens(result["rounds"][0]["answers"])["disk_tokens"] > NEARLY_ALL // 2, "the others share what these load"
-    assert result["metrics"]["vllm:num_preemptions"] > 0
 
 
 @pytest.mark.every_version
@@ -58,10 +56,9 @@ def test_drafts_of_a_model(alone: list[Result]) -> None:
 
 
 @pytest.mark.every_version
-@pytest.mark.parametrize("drafts", [NGRAM, DRAFT_MODEL], ids=["prompt", "model"])
-def test_failed_loads_beside_drafts(drafts: Result) -> None:
+def test_failed_loads_beside_drafts() -> None:
     """A request whose load fails has drafted from a token that vLLM drops: it goes back and ends with the same tokens."""
-    result = run("failing", kvtier=host(connector={"layerwise": "on"}), engine={"speculative_config": drafts}, num_prompts=3)
+    result = run("failing", kvtier=host(connector={"layerwise": "on"}), engine={"speculative_config": DRAFT_MODEL}, num_prompts=3)
     for answers in result["rounds"][1:]:
         assert_same(result["rounds"][0], answers)
     assert loaded_tokens(result["rounds"][-1])["host_tokens"] > 0

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, MLAAttentionSpec
 
 from kvtier.config import Config
 from kvtier.connectors.vllm.drafters import drafter_of, refused_method
-from kvtier.connectors.vllm.versions import vllm_version
+from kvtier.connectors.vllm.versions import allocated_bytes, vllm_version
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
 from kvtier.layout import Axis, KVLayout, Segment, StrideTable
@@ -62,12 +62,14 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         (bool(getattr(vllm_config.model_config, "is_diffusion", False)), "diffusion models"),
         (vllm_config.model_config.enable_sleep_mode, "enable_sleep_mode"),
     ]
-    kinds = [type(group.kv_cache_spec) for group in groups]
+    kinds = [type(spec) for group in groups for spec in _layer_specs(group, vllm_config)]
     refusals += [(kind not in _SUPPORTED_SPECS, f"KV cache of kind {kind.__name__}") for kind in kinds]
     # vLLM computes wrong tokens where a prompt goes on from KV that is there already, and so turns its own prefix caching off.
     is_cpu = vllm_config.device_config.device_type == "cpu"
     refusals += [(is_cpu and issubclass(kind, MLAAttentionSpec), "MLA on the CPU") for kind in kinds]
-    refusals += [(_is_non_causal(group.kv_cache_spec), "attention that looks ahead (non_causal)") for group in groups]
+    refusals += [
+        (_is_non_causal(spec), "attention that looks ahead (non_causal)") for group in groups for spec in _layer_specs(group, vllm_config)
+    ]
     for is_refused, what in refusals:
         if is_refused:
             raise UnsupportedModelError(
@@ -125,9 +127,22 @@ def block_sizes_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, conf
     return BlockSizes(
         engine_block_tokens,
         block_tokens,
-        group.kv_cache_spec.page_size_bytes * len(group.layer_names),
+        _block_bytes(vllm_config, kv_cache_config),
         vllm_config.parallel_config.tensor_parallel_size,
     )
+
+
+def _block_bytes(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    if drafter_of(vllm_config):  # its layers may be of another shape, which the scheduler is not told
+        return allocated_bytes(kv_cache_config) // int(kv_cache_config.num_blocks)
+    group = kv_cache_config.kv_cache_groups[0]
+    return int(group.kv_cache_spec.page_size_bytes) * len(group.layer_names)
+
+
+def _layer_specs(group: KVCacheGroupSpec, vllm_config: VllmConfig) -> list[KVCacheSpec]:
+    """What the layers of a group need; of its own kind where it is a model's and a drafter's of other shapes."""
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return list(specs.values()) if specs and drafter_of(vllm_config) else [group.kv_cache_spec]
 
 
 def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config, sizes: BlockSizes) -> Namespace:
