@@ -40,10 +40,11 @@ class LayerPipeline:
             self._events[open_layer].order_compute()
 
     def forward_ended(self) -> bool:
-        """False where the forward pass did not wait for every layer. Then the pipeline is given up."""
-        if self._open_layers:
-            self.is_usable = False
-        return not self._open_layers
+        """False where the forward pass did not wait for every layer. Then the pipeline is given up. Said once in a step."""
+        has_all = not self._open_layers
+        self._open_layers = set()
+        self.is_usable = self.is_usable and has_all
+        return has_all
 
     def reset(self) -> None:
         """Forgets the step's load."""

@@ -178,11 +178,14 @@ class SchedulerHalf:
             request = requests.get(item.request_id)
             if request is None:
                 continue
-            num_new = item.num_computed_tokens - request.num_done_tokens
+            # With speculative decoding what was done in the step before may have been a guess: it is done again from where that was wrong.
+            num_known = len(request.token_ids)
+            first = min(request.num_done_tokens, num_known - 1)
+            num_new = item.num_computed_tokens - first
             if computing is not None:
-                computing.append((item, request.num_done_tokens if num_new > 0 else 0))
+                computing.append((item, first if num_new > 0 else 0))
             request.num_done_tokens = item.num_computed_tokens
-            if num_new == 1:
+            if num_new == 1 or first == num_known - 1:
                 tokens.num_decode += 1
             else:
                 tokens.add(num_new, item.num_computed_tokens)

@@ -10,6 +10,9 @@ Without sync loads in a step ``start_loads`` may come after the forward pass.
 With a layer loader the sync loads may overlap the forward pass: ``start_loads(by_layer=True)``, no ``wait_for_loads``, and
 ``wait_for_layer(index)`` before each layer reads its KV. With a layer storer stores may overlap it too: ``layer_computed(index)`` after
 each layer has written its KV.
+
+An engine that drafts with layers of its own may write their KV after ``report()``; with ``stores_at_end`` its stores start when it calls
+``start_stores`` behind that, and are in the report of the next step.
 """
 
 from __future__ import annotations
@@ -23,33 +26,13 @@ from kvtier.connectors.layer_pipeline import LayerPipeline
 from kvtier.connectors.layer_stores import LayerStores
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
 from kvtier.connectors.running import RunningCopy
+from kvtier.connectors.slot_part import SlotPart
 from kvtier.connectors.tenancy import Tenancy
 from kvtier.copy.base import BlockCopy, CopyEvent, Movers
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 
 _NO_ORDERS = StepMessage()
-
-
-@dataclass(frozen=True, slots=True)
-class SlotPart:
-    """One rank's part of every slot. Raises ValueError where the rank is not one of the workers."""
-
-    rank: int
-    """0 <= rank < num_workers; parts lie in the order of the ranks"""
-    num_workers: int
-    engine_block_bytes: int
-    """of one engine block on this rank"""
-    blocks_per_slot: int = 1
-    """engine blocks in one kvtier block"""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.num_workers:
-            raise ValueError(f"rank {self.rank} is not one of {self.num_workers} workers")
-
-    def offset_of(self, index: int) -> int:
-        """Where the part's ``index``-th engine block begins in a slot."""
-        return (self.rank * self.blocks_per_slot + index) * self.engine_block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +55,7 @@ class WorkerHalf:
             closed by ``close()``; a layer storer for engines that tell of each layer
         part: where this rank's bytes lie in a slot
         blender: puts prompts together from chunks, where this worker can
+        stores_at_end: ``finish`` starts no stores: what they copy may not be computed before ``start_stores`` is called
         strict: re-raise unexpected errors, except those of the copier (tests only)
     """
 
@@ -82,12 +66,14 @@ class WorkerHalf:
         part: SlotPart,
         *,
         blender: Blender | None = None,
+        stores_at_end: bool = False,
         strict: bool = False,
     ) -> None:
         self._blends = BlendSteps(blender, self._count_error)
         self.attach(arena, movers)
         self._stores_by_layer: list[RunningCopy] = []
         self._part = part
+        self._stores_at_end = stores_at_end
         self._boundary = Boundary(on_error=self._count_error, strict=strict)
         self._copying = Boundary(on_error=self._count_error)
         """around calls to the copier, which may fail in any way"""
@@ -138,6 +124,9 @@ class WorkerHalf:
 
     def begin_step(self, message: StepMessage) -> None:
         """Takes the step's orders. Nothing is copied yet."""
+        if self.has_stores_to_start:  # the engine did not come to the end of the step before
+            for job in self._orders.stores:
+                self._end(RunningCopy(job, [], None, set(range(len(job.block_ids)))))
         self._orders = message
         self._loads_started = self._stores_started = False
         self._held.update(message.held)
@@ -207,6 +196,11 @@ class WorkerHalf:
         with self._copying.at("gather by layer"):
             self._layer_stores.computed(layer)
 
+    @property
+    def has_stores_to_start(self) -> bool:
+        """Whether the step has stores that wait for ``start_stores``."""
+        return bool(self._orders.stores) and not self._stores_started
+
     def start_stores(self) -> None:
         """Starts the stores of the step; the forward pass must have been submitted. Idempotent in a step.
 
@@ -230,15 +224,19 @@ class WorkerHalf:
     def finish(self) -> Transferred:
         """Ends the step: which asynchronous transfers are over since the last call. Never waits for those.
 
-        Does what was left out of ``start_loads``, ``wait_for_loads`` and ``start_stores``.
+        Does what was left out of ``start_loads``, ``forward_ended``, ``wait_for_loads`` and ``start_stores``, which may wait with
+        ``stores_at_end``.
         """
         self.start_loads()
+        self.forward_ended()
         self.wait_for_loads()
         self._layers.reset()
-        self.start_stores()
+        if not self._stores_at_end:
+            self.start_stores()
         self._blends.store(self._orders.entries, self._report, self._orders.arena_id)
         self._report.step = self._orders.step or self._report.step
-        self._orders = _NO_ORDERS
+        if not self.has_stores_to_start:
+            self._orders = _NO_ORDERS
         loads, self._async_loads = self._async_loads, []
         for copy in loads:
             if self._is_over(copy):

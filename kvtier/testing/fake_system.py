@@ -12,7 +12,8 @@ from kvtier.config import Config
 from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
-from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.connectors.slot_part import SlotPart
+from kvtier.connectors.worker import WorkerHalf
 from kvtier.copy.base import BlockCopier, LayerLoader, Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.layered import ThreadedLayerLoader

@@ -29,7 +29,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_kv_cache_configs,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -40,14 +45,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from kvtier.connectors.vllm.connector import KVTierConnector
+from tests.engine.drafting import ANSWER, Drafter, Part, Sequences
 
 BLOCK_TOKENS = 32
 NUM_BLOCKS = 40
 LAYERS = tuple(f"model.layers.{number}.self_attn.attn" for number in range(12))
-ANSWER = 7
-"""the token that is sampled"""
-WRONG_ANSWER = 9
-"""the one that is sampled from wrong KV"""
 APPROXIMATE = 0.25
 """by how much the number differs in a block that was put together from chunks, or computed behind such a one"""
 OWN_SALT = "kvtier blend"
@@ -112,14 +114,15 @@ def make_kv_caches(config: VllmConfig, made: KVCacheConfig) -> dict[str, torch.T
     try:
         from vllm.v1.worker.utils import allocate_kv_cache  # noqa: PLC0415 - since 0.29
     except ImportError:
-        return {layer: _own_allocation(tensor.size, made) for tensor in made.kv_cache_tensors for layer in tensor.shared_by}
+        return {layer: _own_allocation(tensor.size, made, layer) for tensor in made.kv_cache_tensors for layer in tensor.shared_by}
     caches: dict[str, torch.Tensor] = allocate_kv_cache(made, torch.device("cpu"), config.cache_config.get_resolved_kv_cache_layout())
     return caches
 
 
-def _own_allocation(num_bytes: int, made: KVCacheConfig) -> torch.Tensor:
+def _own_allocation(num_bytes: int, made: KVCacheConfig, layer: str) -> torch.Tensor:
     """As the model runner of 0.27 makes it: raw bytes for a layer, in the shape that the backend asks for."""
-    spec = made.kv_cache_groups[0].kv_cache_spec
+    group_spec = made.kv_cache_groups[0].kv_cache_spec
+    spec = getattr(group_spec, "kv_cache_specs", {layer: group_spec})[layer]
     shape = CPUAttentionBackend.get_kv_cache_shape(made.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
     return torch.zeros(num_bytes, dtype=torch.int8).view(spec.dtype).view(shape)
 
@@ -137,6 +140,7 @@ class Rig:
         *,
         events: bool = False,
         runs_ahead: bool = False,
+        drafter: Drafter | None = None,
         parallel: Mapping[str, Any] | None = None,
         **engine: Any,
     ) -> None:
@@ -153,7 +157,11 @@ class Rig:
         self.config.scheduler_config.async_scheduling = runs_ahead
         if events:
             self.config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
-        self.cache_config = cache_config(self.config, dict.fromkeys(LAYERS, full_attention()))
+        if drafter is not None:
+            drafter.configure(self.config)
+        draft_specs = {} if drafter is None else {layer: full_attention(num_kv_heads=drafter.num_heads) for layer in drafter.layers}
+        self._draft_layers = tuple(draft_specs)
+        self.cache_config = cache_config(self.config, {**dict.fromkeys(LAYERS, full_attention()), **draft_specs})
         self.config.cache_config.num_gpu_blocks = self.cache_config.num_blocks
         self.kv_caches = make_kv_caches(self.config, self.cache_config)
         with set_current_vllm_config(self.config):
@@ -161,7 +169,11 @@ class Rig:
             self.worker.register_kv_caches(self.kv_caches)
             kv_transfer_state._KV_CONNECTOR_AGENT = self.worker
             self.scheduler = (AsyncScheduler if runs_ahead else Scheduler)(
-                self.config, self.cache_config, StructuredOutputManager(self.config), block_size=BLOCK_TOKENS, log_stats=True
+                self.config,
+                generate_scheduler_kv_cache_config([self.cache_config]),
+                StructuredOutputManager(self.config),
+                block_size=BLOCK_TOKENS,
+                log_stats=True,
             )
         assert isinstance(self.scheduler.connector, KVTierConnector)
         self.connector = self.scheduler.connector
@@ -176,7 +188,12 @@ class Rig:
         self._runs_ahead = runs_ahead
         self._unheard: list[tuple[SchedulerOutput, ModelRunnerOutput]] = []
         """steps that were run, and that the scheduler has not heard of"""
+        self._sequences = Sequences(self._unheard, drafter)
+        self.num_stale_drafts = 0
+        """requests that drafted in a step from KV of draft layers that is not what they computed"""
         self._newer_runner: Any = None
+        self._parts: dict[str, Part] = {}
+        """what the last step computes"""
         self._wrong: set[str] = set()
         """requests whose last step computed with wrong KV, which the scheduler must find out before it takes their tokens"""
 
@@ -247,14 +264,19 @@ class Rig:
         return output
 
     def _carry_out(self, output: SchedulerOutput, forward: Forward) -> ModelRunnerOutput:
+        self._parts = {name: self._sequences.part_of(self.scheduler.requests[name], output) for name in output.num_scheduled_tokens}
         with set_current_vllm_config(self.config), set_forward_context(None, self.config):
             if self._newer_runner is not None:
                 made = self._step_of_newer_runner(output, forward)
             elif output.total_num_scheduled_tokens:
                 self.worker.handle_preemptions(output.kv_connector_metadata)
-                with KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output) as transfers:
+                drafts = self.config.speculative_config is not None
+                with KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output, defer_finalize=drafts) as transfers:
                     forward(output)
                 made = self._runner_output(output, transfers)
+                if drafts:
+                    self._fill_draft_layers(output)
+                    KVConnectorModelRunnerMixin.finalize_kv_connector()
             else:
                 made = KVConnectorModelRunnerMixin.kv_connector_no_forward(output, self.config)
         return made
@@ -267,16 +289,19 @@ class Rig:
                 self.outputs.setdefault(one.request_id, []).append(one)
             if client_outputs.scheduler_stats is not None:
                 self.stats.append(client_outputs.scheduler_stats)
+        drafts = self._sequences.draft(made.req_ids) if not self._runs_ahead else None
+        if drafts is not None:
+            self.scheduler.update_draft_token_ids(drafts)
 
     def fill(self, output: SchedulerOutput) -> None:
         """The forward pass: writes the blocks of the tokens that are computed, wrongly where what lies before them is wrong."""
         for name, num_tokens in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
-            done = request.num_computed_tokens - num_tokens
+            part = self._parts[name]
             self.computed[name] = self.computed.get(name, 0) + num_tokens
             block_ids = self.scheduler.kv_cache_manager.get_block_ids(name)[0]
-            values = [self.value_of(request, index) for index in range(-(-(done + num_tokens) // BLOCK_TOKENS))]
-            num_before = done // BLOCK_TOKENS
+            values = self._values(request, part.tokens)
+            num_before = part.first // BLOCK_TOKENS
             found = [self.values_in(block_id) for block_id in block_ids[:num_before]]
             is_near = is_put_together(request) and any({value + APPROXIMATE} == there for value, there in zip(values, found, strict=False))
             allowed = [[{value}, {value + APPROXIMATE}] if is_near else [{value}] for value in values[:num_before]]
@@ -285,24 +310,41 @@ class Rig:
             for value, block_id in zip(values[num_before:], block_ids[num_before:], strict=False):
                 self.write(block_id, -2.0 if is_wrong else value + APPROXIMATE * is_near)
 
-    def write(self, block_id: int, value: float) -> None:
+    def _fill_draft_layers(self, output: SchedulerOutput) -> None:
+        """The drafter's pass behind the model's, in layers of its own."""
+        for name in output.num_scheduled_tokens if self._draft_layers else ():
+            request = self.scheduler.requests[name]
+            part = self._parts[name]
+            block_ids = self.scheduler.kv_cache_manager.get_block_ids(name)[0]
+            values = self._values(request, part.tokens)
+            num_before = part.first // BLOCK_TOKENS
+            found = [self.values_in(block_id, self._draft_layers) for block_id in block_ids[:num_before]]
+            self.num_stale_drafts += name not in self._wrong and found != [{value} for value in values[:num_before]]
+            for value, block_id in zip(values[num_before:], block_ids[num_before:], strict=False):
+                self.write(block_id, value, self._draft_layers)
+
+    def write(self, block_id: int, value: float, layers: Sequence[str] = LAYERS) -> None:
         """Puts a number into a block, in all layers."""
-        for layer in LAYERS:
+        for layer in layers:
             self.kv_caches[layer][block_id] = value
 
     def value_of(self, request: Request, index: int) -> float:
-        """What the block of a request holds: decided by all tokens up to its end and by what keeps requests apart."""
+        """What a full block of a request's tokens holds."""
+        return self._values(request, request.all_token_ids)[index]
+
+    def _values(self, request: Request, tokens: Sequence[int]) -> list[float]:
+        """What blocks hold: decided by all tokens up to their end and by what keeps requests apart; -1 where one is not full."""
         apart = (
             None if is_put_together(request) else request.cache_salt,
             request.lora_request and request.lora_request.lora_name,
             [f.identifier for f in request.mm_features],
         )
-        tokens = [*request.all_token_ids, *[ANSWER] * request.num_output_placeholders][: (index + 1) * BLOCK_TOKENS]
-        return float(hash((tuple(tokens), repr(apart))) % 1_000_003) if len(tokens) == (index + 1) * BLOCK_TOKENS else -1.0
+        ends = range(BLOCK_TOKENS, len(tokens) + BLOCK_TOKENS, BLOCK_TOKENS)
+        return [float(hash((tuple(tokens[:end]), repr(apart))) % 1_000_003) if end <= len(tokens) else -1.0 for end in ends]
 
-    def values_in(self, block_id: int) -> set[float]:
+    def values_in(self, block_id: int, layers: Sequence[str] = LAYERS) -> set[float]:
         """The numbers in a block, over all layers."""
-        return {float(value) for layer in LAYERS for value in self.kv_caches[layer][block_id].unique()}
+        return {float(value) for layer in layers for value in self.kv_caches[layer][block_id].unique()}
 
     def keys(self, request: Request) -> list[bytes]:
         """The keys that kvtier gives to the full blocks of a request."""
@@ -343,23 +385,19 @@ class Rig:
         takes_batch = "input_batch" in inspect.signature(hooks.pre_forward).parameters
         hooks.pre_forward(output, **({"input_batch": batch} if takes_batch else {}))
         forward(output)
+        self._fill_draft_layers(output)
         return self._runner_output(output, hooks.post_forward(output.finished_req_ids))
 
     def _runner_output(self, output: SchedulerOutput, transfers: KVConnectorOutput) -> ModelRunnerOutput:
         names = list(output.num_scheduled_tokens)
-        sampled = [self._sampled(name) for name in names]
+        if self._runs_ahead:
+            self._sequences.draft(names)
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: number for number, name in enumerate(names)},
-            sampled_token_ids=sampled,
+            sampled_token_ids=[self._parts[name].sampled(is_wrong=name in self._wrong) for name in names],
             kv_connector_output=transfers,
         )
-
-    def _sampled(self, name: str) -> list[int]:
-        """A token where the step reaches the end of what is known."""
-        request = self.scheduler.requests[name]
-        answer = WRONG_ANSWER if name in self._wrong else ANSWER
-        return [answer] if request.num_computed_tokens >= request.num_tokens else []
 
 
 def is_put_together(request: Request) -> bool:

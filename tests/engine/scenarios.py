@@ -356,9 +356,10 @@ def _run(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["scenario"] == "refusals":
         return refusals(settings)
     from tests.engine.blend_scenarios import BLEND_SCENARIOS  # noqa: PLC0415 - it uses this module
+    from tests.engine.draft_scenarios import drafted  # noqa: PLC0415 - as above
 
     llm = make_engine(settings)
-    result: dict[str, Any] = {**SCENARIOS, **BLEND_SCENARIOS}[settings["scenario"]](llm, settings)
+    result: dict[str, Any] = {**SCENARIOS, **BLEND_SCENARIOS, "drafted": drafted}[settings["scenario"]](llm, settings)
     del llm
     gc.collect()
     return result

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client import REGISTRY
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
@@ -19,12 +19,15 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from kvtier.config import Config
+from kvtier.connectors.vllm import blend_parts
 from kvtier.connectors.vllm.connector import KVTierConnector
-from kvtier.connectors.vllm.geometry import BlockSizes, block_sizes_of, layout_of, refuse_unsupported, with_safe_loads
+from kvtier.connectors.vllm.geometry import BlockSizes, block_sizes_of, layout_of, namespace_of, refuse_unsupported, with_safe_loads
 from kvtier.connectors.vllm.identity import options_of
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.cpu import NativeCopier
 from kvtier.errors import ConfigError, KVTierError, TierBusyError, UnsupportedModelError
+from kvtier.hashing import Namespace
+from tests.engine.drafting import DRAFT_LAYERS, Drafter
 from tests.engine.rig import (
     BLOCK_TOKENS,
     LAYERS,
@@ -183,14 +186,8 @@ def set_on(owner: str, name: str, value: Any) -> Callable[[VllmConfig], None]:
     return lambda config: setattr(getattr(config, owner), name, value)
 
 
-def speculate(config: VllmConfig) -> None:
-    config.speculative_config = SpeculativeConfig(
-        method="ngram",
-        num_speculative_tokens=2,
-        prompt_lookup_max=2,
-        target_model_config=config.model_config,
-        target_parallel_config=config.parallel_config,
-    )
+def speculate(method: str) -> Callable[[VllmConfig], None]:
+    return Drafter(2, lambda: True, method).configure
 
 
 def set_kind(name: str) -> Callable[[VllmConfig], None]:
@@ -219,7 +216,7 @@ def spread_over_nodes(config: VllmConfig) -> None:
         (set_on("parallel_config", "pipeline_parallel_size", 2), "pipeline_parallel_size=2"),
         (set_on("parallel_config", "decode_context_parallel_size", 2), "decode context parallelism"),
         (set_on("parallel_config", "prefill_context_parallel_size", 2), "prefill context parallelism"),
-        (speculate, "speculative decoding"),
+        (speculate("extract_hidden_states"), "speculative decoding with method extract_hidden_states"),
         (set_kind("is_encoder_decoder"), "encoder-decoder models"),
         (set_kind("is_diffusion"), "diffusion models"),
         (set_on("model_config", "enable_sleep_mode", True), "enable_sleep_mode"),
@@ -345,6 +342,41 @@ def refuses(config: VllmConfig, made: Any, role: KVConnectorRole, kind: type[KVT
         assert caught.match(text)
     engine_id = config.kv_transfer_config.engine_id
     assert [] == [path for path in set(Path("/dev/shm").glob("kvtier-*")) - before if engine_id in path.name]
+
+
+# ---- speculative decoding -----------------------------------------------------------------------------------------
+
+
+def namespace_with(method: str, model: str = "") -> Namespace:
+    """Of an engine with that drafter; empty: with none."""
+    settings = Config.from_mapping(host())
+    config = engine_config(host())
+    if method:
+        speculate(method)(config)
+        config.speculative_config.model = model
+    layers = (*LAYERS, *DRAFT_LAYERS) if model else LAYERS
+    made = cache_config(config, dict.fromkeys(layers, full_attention()))
+    return namespace_of(config, made, settings, block_sizes_of(config, made, settings))
+
+
+def test_which_drafters_share_blocks() -> None:
+    """Those without KV of their own do, also with an engine that drafts nothing; another drafter's KV is of no use."""
+    alone = namespace_with("")
+    assert [alone] * 3 == [namespace_with(method) for method in ("ngram", "suffix", "medusa")]
+    others = [namespace_with(*drafter) for drafter in (("eagle", "a"), ("eagle", "b"), ("eagle3", "a"), ("draft_model", "a"), ("new", "a"))]
+    assert 6 == len({alone.digest, *(one.digest for one in others)})
+    assert namespace_with("eagle", "a") == others[0]
+
+
+@pytest.mark.parametrize("method", ["ngram", "medusa", "eagle", "mtp", "draft_model"])
+def test_chunks_are_not_reused_where_a_drafter_needs_their_kv(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """They hold KV of the model's layers alone; the reason is named."""
+    monkeypatch.setattr(blend_parts, "_tokenizer", lambda *_: None)
+    config = engine_config(host())
+    speculate(method)(config)
+    refusal = blend_parts.blend_parts_of(config, Config.from_mapping(host(blend={"enabled": True}))).refusal
+    named = f"speculative decoding with a drafter that has KV of its own ({method} "
+    assert refusal == "" if method in ("ngram", "medusa") else named in refusal
 
 
 # ---- which requests share blocks ----------------------------------------------------------------------------------

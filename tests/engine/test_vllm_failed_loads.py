@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -12,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvtier.connectors.messages import ScheduledRequest
 from kvtier.connectors.vllm.unfilled import UnfilledBlocks
-from kvtier.copy.cpu import NativeCopier
-from tests.engine.rig import ANSWER, Rig, host, prompt
+from tests.engine.drafting import ANSWER
+from tests.engine.rig import Rig, host, prompt
+from tests.engine.switch import Switch
 
 pytestmark = [pytest.mark.engine, pytest.mark.every_version]
 STEP_TOKENS = 64
@@ -35,21 +35,6 @@ def rig_with(*, async_load: bool | None, threshold: int, step_tokens: int = STEP
         yield made
     finally:
         made.close()
-
-
-class Switch:
-    """Makes copies to the engine fail."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.is_broken = False
-        scatter = NativeCopier.scatter
-
-        def may_fail(copier: NativeCopier, *arguments: Any) -> Any:
-            if self.is_broken:
-                raise RuntimeError("injected: this copy fails")
-            return scatter(copier, *arguments)
-
-        patch.setattr(NativeCopier, "scatter", may_fail)
 
 
 @pytest.mark.parametrize("num_steps", range(9))

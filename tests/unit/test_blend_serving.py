@@ -78,6 +78,36 @@ def test_all_computed_anew_is_full_prefill(
         system_.close()
 
 
+def test_a_block_that_a_request_with_rejected_drafts_fills_is_not_there_yet(make: Callable[..., System]) -> None:
+    """Speculative decoding: the step before went beyond the block, and its drafts were wrong, so that it is filled beside the blend."""
+    system = make()
+    documents = [document(1, 9), document(2, 8)]
+    tokens, spans = joined(documents, SYSTEM, [1, 2])
+    assert 2 == system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(documents[::-1], SYSTEM, [1, 2])
+    expected = system.full(tokens)
+    block_ids = system.blocks(len(tokens))
+    other = tokens[:2]
+    system.half.add_request("other", other, num_prompt_tokens=len(other))
+    system.half.match("other", len(other), 0)
+    system.half.allocated("other", block_ids[:2], 0)
+    for end in (2, 2 + 1 + 2):
+        system.step([ScheduledRequest("other", block_ids[:2], end)])
+        other.append(tokens[len(other)])
+    assert BLOCK == len(other), "the last of them is computed next, with two drafts again"
+    system.add("second", tokens, spans=spans, ratio=1.0)
+    matched = system.half.match("second", len(tokens), BLOCK)
+    assert matched.is_blended
+    covered = BLOCK + (matched.num_tokens or 0)
+    system.half.allocated("second", block_ids, covered - BLOCK)
+    system.step([ScheduledRequest("other", block_ids[:2], 3 + 1 + 2), ScheduledRequest("second", block_ids, len(tokens))])
+    got = system.memory.read(covered, block_ids).part(BLOCK, covered)
+    torch.testing.assert_close(got.values, expected.values[:, :, BLOCK:covered], rtol=0, atol=1e-4)
+    for name in ("second", "other"):
+        system.half.request_finished(name)
+    system.close()
+
+
 def test_chunks_are_found_from_other_prompts(make: Callable[..., System]) -> None:
     """With nothing computed anew the KV is the chunks', keys moved; the counters and the request's own answer say so."""
     system = make()
@@ -314,7 +344,7 @@ def test_slots_with_other_tenants_are_lost(make: Callable[..., System]) -> None:
 def test_chunks_are_computed_when_no_prompt_waits(make: Callable[..., System]) -> None:
     """Not beside prompts, unless for long; one a step; a reset drops those that wait."""
     system = make()
-    tokens, spans = joined([document(number, 8) for number in range(3)], SYSTEM, [1, 2])
+    tokens, spans = joined([document(number, 8) for number in range(3)], SYSTEM, [1, 2] * MAX_DEFERRED_STEPS)
     system.add("first", tokens, spans=spans)
     system.half.match("first", len(tokens), 0)
     block_ids = system.blocks(len(tokens))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from kvtier.connectors.messages import MoveJob, StepMessage, WorkerReport
-from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.connectors.slot_part import SlotPart
+from kvtier.connectors.worker import WorkerHalf
 from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.memory.arena import Arena
@@ -26,7 +27,9 @@ NUM_SLOTS = 8
 class Rig:
     """Workers with KV memory and an arena of their own; block ``b`` of rank ``r`` is filled with ``100 * r + b``."""
 
-    def __init__(self, directory: Path, *, num_ranks: int = 1, blocks_per_slot: int = 1, num_polls: int = 0) -> None:
+    def __init__(
+        self, directory: Path, *, num_ranks: int = 1, blocks_per_slot: int = 1, num_polls: int = 0, stores_at_end: bool = False
+    ) -> None:
         self.arena = Arena.open(str(directory / "arena"), NUM_SLOTS * PAGE, huge_pages=False)
         self.memory = FakeKVMemory(num_ranks=num_ranks, num_layers=2, num_blocks=16, block_tokens=4)
         self.copiers = []
@@ -42,6 +45,7 @@ class Rig:
                     self.arena,
                     Movers(copier),
                     SlotPart(rank, num_ranks, self.memory.engine_block_bytes, blocks_per_slot),
+                    stores_at_end=stores_at_end,
                     strict=True,
                 )
             )
@@ -232,6 +236,32 @@ def test_finish_does_what_was_left_out(rig: Rig) -> None:
     rig.worker.begin_step(StepMessage(async_loads=(rig.job(2, (10,), (0,)),)))
     assert {"r2"} == rig.worker.finish().received
     assert {1} == rig.content(10)
+
+
+def test_stores_wait_for_what_is_computed_behind_the_report(tmp_path: Path) -> None:
+    """With ``stores_at_end``: what is in the blocks when ``start_stores`` is called is stored, and the next step reports it."""
+    rig = Rig(tmp_path, stores_at_end=True)
+    job = rig.job(1, (3,), (0,))
+    rig.worker.begin_step(StepMessage(stores=(job,), loads=(rig.job(2, (5,), (1,)),)))
+    rig.worker.finish()
+    assert {2: 1} == rig.worker.report().done, "loads do not wait"
+    has_some = [rig.worker.has_stores_to_start]
+    rig.memory.ranks[0][:, 3, :] = 77
+    rig.worker.start_stores()
+    assert [True, False] == [*has_some, rig.worker.has_stores_to_start]
+    report = rig.step(StepMessage(loads=(rig.job(3, (10,), (0,)),)))
+    assert ({1: 1, 3: 1}, {}) == (report.done, report.failed)
+    assert {77} == rig.content(10)
+
+
+def test_stores_of_a_step_that_did_not_end_have_failed(tmp_path: Path) -> None:
+    """Nobody waits for them for good, and nothing is copied later from blocks that others have by then."""
+    rig = Rig(tmp_path, stores_at_end=True)
+    rig.worker.begin_step(StepMessage(stores=(rig.job(1, (3, 4), (0, 1)),)))
+    rig.worker.finish()
+    rig.worker.report()
+    report = rig.step(StepMessage(stores=(rig.job(2, (5,), (2,)),)))
+    assert ({1: 1, 2: 1}, {1: {0, 1}}) == (report.done, report.failed)
 
 
 def test_the_first_report_says_that_the_arena_is_mapped(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvtier.connectors.worker import Transferred
 from kvtier.copy.base import BlockCopy
 from kvtier.copy.layered import ThreadedLayerLoader
 from kvtier.hashing import Namespace
@@ -56,11 +57,24 @@ def test_a_layer_that_does_not_arrive_is_computed(late: FakeSystem, bad_layer: i
     assert [] == late.problems()
 
 
-def test_an_engine_that_does_not_wait_is_found_out(late: FakeSystem) -> None:
-    """A model whose attention bypasses the hooks computes once more, with the right tokens; from then on all is loaded beforehand."""
+@pytest.mark.parametrize("says_late", [False, True])
+def test_an_engine_that_does_not_wait_is_found_out(late: FakeSystem, says_late: bool) -> None:
+    """A model whose attention bypasses the hooks computes once more, with the right tokens; from then on all is loaded beforehand.
+
+    ``says_late``: the engine says that a step was computed when it has asked what became of it, as vLLM does where it drafts.
+    """
     worker = late.workers[0]
-    asked = worker.wait_for_layer
+    asked, ended, finish = worker.wait_for_layer, worker.forward_ended, worker.finish
+
+    def finish_first() -> Transferred:
+        worker.forward_ended = ended  # type: ignore[method-assign]
+        done = finish()
+        worker.forward_ended = lambda: None  # type: ignore[method-assign]
+        return done
+
     worker.wait_for_layer = lambda layer: asked(layer) if layer == 0 else None  # type: ignore[method-assign]
+    if says_late:
+        worker.forward_ended, worker.finish = lambda: None, finish_first  # type: ignore[method-assign]
     for name in ("again", "once more"):
         late.engine.submit(name, PROMPT)
         late.settle()

@@ -15,8 +15,9 @@ from kvtier.config import Config
 from kvtier.connectors.messages import MoveJob
 from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
+from kvtier.connectors.slot_part import SlotPart
 from kvtier.connectors.tenancy import Tenancy
-from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.connectors.worker import WorkerHalf
 from kvtier.copy.base import Movers
 from kvtier.copy.cpu import NativeCopier
 from kvtier.hashing import Namespace

@@ -17,6 +17,7 @@ from kvtier.config import BlendConfig, Config
 from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.vllm.blend_model import EngineModel
+from kvtier.connectors.vllm.drafters import drafter_of
 from kvtier.connectors.vllm.geometry import BlockSizes
 from kvtier.connectors.vllm.model_access import loaded_model
 from kvtier.connectors.vllm.paged_tokens import PagedTokens
@@ -91,6 +92,8 @@ def _refusal(vllm_config: VllmConfig) -> str:
         frequencies_of(model_config.hf_text_config, model_config.get_head_size())
     except BlendRefusedError as error:
         return str(error)
+    if drafter_of(vllm_config):
+        return f"speculative decoding with a drafter that has KV of its own ({drafter_of(vllm_config)}), which chunks do not bring"
     if vllm_config.lora_config is not None:  # its layers add the adapters of the step's own tokens, whatever is computed with them
         return "enable_lora is true: with adapters the model cannot be run outside of the engine's steps"
     return ""

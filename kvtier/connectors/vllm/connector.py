@@ -23,6 +23,7 @@ from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
 from kvtier.connectors.scheduler import IDLE_WAIT_S
 from kvtier.connectors.vllm.blend_parts import blend_parts_of, keep_apart
+from kvtier.connectors.vllm.drafters import drafter_of
 from kvtier.connectors.vllm.geometry import (
     BlockSizes,
     block_sizes_of,
@@ -103,7 +104,8 @@ class KVTierConnector(KVConnectorBase_V1):
                 idle_wait_s=0.0 if vllm_config.parallel_config.data_parallel_size > 1 else IDLE_WAIT_S,  # its ranks step together
             )
         else:
-            self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks)
+            has_draft_layers = bool(drafter_of(vllm_config))
+            self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks, has_draft_layers=has_draft_layers)
 
     # ---- what kvtier is -----------------------------------------------------------------------------------------
 
@@ -226,8 +228,7 @@ class KVTierConnector(KVConnectorBase_V1):
         self._side.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
-        self._side.half.forward_ended()
-        self._side.half.start_stores()
+        self._side.step_computed()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         transferred = self._side.half.finish()
@@ -237,8 +238,7 @@ class KVTierConnector(KVConnectorBase_V1):
         return self._side.half.failed_block_ids()
 
     def build_connector_worker_meta(self) -> KVTierWorkerMetadata | None:
-        report = self._side.half.report()
-        self._side.leave_step()
+        report = self._side.report()
         return KVTierWorkerMetadata(report) if report else None
 
     # ---- both ---------------------------------------------------------------------------------------------------

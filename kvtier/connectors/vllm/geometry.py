@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, MLAAttentionSpec
 
 from kvtier.config import Config
-from kvtier.connectors.vllm.versions import unnamed_layout, vllm_version
+from kvtier.connectors.vllm.drafters import drafter_of, refused_method
+from kvtier.connectors.vllm.versions import allocated_bytes, unnamed_layout, vllm_version
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
 from kvtier.layout import Axis, KVLayout, Segment, StrideTable
@@ -57,7 +58,7 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}"),
         (_size(parallel, "decode_context_parallel_size") > 1, "decode context parallelism"),
         (_size(parallel, "prefill_context_parallel_size") > 1, "prefill context parallelism"),
-        (vllm_config.speculative_config is not None, "speculative decoding"),
+        (bool(refused_method(vllm_config)), f"speculative decoding with method {refused_method(vllm_config)}"),
         (vllm_config.model_config.is_encoder_decoder, "encoder-decoder models"),
         (bool(getattr(vllm_config.model_config, "is_diffusion", False)), "diffusion models"),
         (vllm_config.model_config.enable_sleep_mode, "enable_sleep_mode"),
@@ -68,17 +69,19 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         # Host memory is one machine's.
         (_size(parallel, "nnodes_within_dp") > 1, "tensor parallelism over several nodes"),
     ]
-    kinds = [type(group.kv_cache_spec) for group in groups]
+    kinds = [type(spec) for group in groups for spec in _layer_specs(group, vllm_config)]
     refusals += [(kind not in _SUPPORTED_SPECS, f"KV cache of kind {kind.__name__}") for kind in kinds]
     # vLLM computes wrong tokens where a prompt goes on from KV that is there already, and so turns its own prefix caching off.
     is_cpu = vllm_config.device_config.device_type == "cpu"
     refusals += [(is_cpu and issubclass(kind, MLAAttentionSpec), "MLA on the CPU") for kind in kinds]
-    refusals += [(_is_non_causal(group.kv_cache_spec), "attention that looks ahead (non_causal)") for group in groups]
+    refusals += [
+        (_is_non_causal(spec), "attention that looks ahead (non_causal)") for group in groups for spec in _layer_specs(group, vllm_config)
+    ]
     for is_refused, what in refusals:
         if is_refused:
             raise UnsupportedModelError(
                 f"kvtier does not support this yet: {what}. It supports models with one group of full-attention (or MLA) layers, "
-                "tensor parallelism, and no speculative decoding or sleep mode. Start vLLM without the kvtier connector for this model"
+                "tensor parallelism, speculative decoding, and no sleep mode. Start vLLM without the kvtier connector for this model"
             )
 
 
@@ -131,9 +134,22 @@ def block_sizes_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, conf
     return BlockSizes(
         engine_block_tokens,
         block_tokens,
-        group.kv_cache_spec.page_size_bytes * len(group.layer_names),
+        _block_bytes(vllm_config, kv_cache_config),
         vllm_config.parallel_config.tensor_parallel_size,
     )
+
+
+def _block_bytes(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    if drafter_of(vllm_config):  # its layers may be of another shape, which the scheduler is not told
+        return allocated_bytes(kv_cache_config) // int(kv_cache_config.num_blocks)
+    group = kv_cache_config.kv_cache_groups[0]
+    return int(group.kv_cache_spec.page_size_bytes) * len(group.layer_names)
+
+
+def _layer_specs(group: KVCacheGroupSpec, vllm_config: VllmConfig) -> list[KVCacheSpec]:
+    """What the layers of a group need; of its own kind where it is a model's and a drafter's of other shapes."""
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return list(specs.values()) if specs and drafter_of(vllm_config) else [group.kv_cache_spec]
 
 
 def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config, sizes: BlockSizes) -> Namespace:
@@ -227,11 +243,13 @@ def _bytes_view(tensor: torch.Tensor, offset: int, shape: tuple[int, int], strid
 
 
 def _layout_name(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """What besides the shapes decides where a byte lies: the backend's choice, and on a CPU its instruction set."""
+    """What besides the shapes decides what a byte is: the backend's choice, whose layers they are, and on a CPU its instruction set."""
     named = getattr(kv_cache_config, "kv_cache_layout", None)  # since 0.29
+    drafter = drafter_of(vllm_config)  # another one of the same shape would be given KV that it makes nothing of
     if vllm_config.device_config.device_type != "cpu":
-        return f"{named or unnamed_layout(vllm_config)} {vllm_config.device_config.device_type}"
-    return f"{named} cpu {platform.machine()} avx512={torch.cpu._is_avx512_supported()} amx={torch.cpu._is_amx_tile_supported()}"
+        return f"{named or unnamed_layout(vllm_config)} {drafter} {vllm_config.device_config.device_type}"
+    instructions = f"avx512={torch.cpu._is_avx512_supported()} amx={torch.cpu._is_amx_tile_supported()}"
+    return f"{named} {drafter} cpu {platform.machine()} {instructions}"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -15,13 +15,15 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from kvtier.cache import Cache
 from kvtier.config import Config
 from kvtier.connectors.blending import BlendParts
+from kvtier.connectors.messages import WorkerReport
 from kvtier.connectors.recording import RecordingHalf, recorder_of
 from kvtier.connectors.requests import Geometry
 from kvtier.connectors.scheduler import IDLE_WAIT_S, SchedulerHalf
+from kvtier.connectors.slot_part import SlotPart
 from kvtier.connectors.vllm.blend_parts import blender_of
 from kvtier.connectors.vllm.geometry import BlockSizes, layers_of, layout_of
 from kvtier.connectors.vllm.movers import movers_of, on_device
-from kvtier.connectors.worker import SlotPart, WorkerHalf
+from kvtier.connectors.worker import WorkerHalf
 from kvtier.controller import Controller
 from kvtier.copy.base import Movers
 from kvtier.copy.cuda_batch import tolerate_captures
@@ -140,8 +142,12 @@ def _attach(config: Config, namespace: Namespace, sizes: BlockSizes, arena_path:
 class WorkerSide:
     """Owns one rank's mapping of the arena, copier and worker half. One thread."""
 
-    def __init__(self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int) -> None:
+    def __init__(self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int, has_draft_layers: bool = False) -> None:
+        """``has_draft_layers``: blocks hold KV of layers that run behind the model's, some of them several times in a step."""
         self._sizes = sizes
+        self._has_draft_layers = has_draft_layers
+        self._has_reported = False
+        """in this step"""
         self._num_blocks = num_blocks
         self._name = os.path.basename(arena_path)
         self._arena = open_arena(arena_path, config) if config.daemon.socket is None else None
@@ -160,7 +166,7 @@ class WorkerSide:
         layout, views = layout_of(kv_caches, self._num_blocks, self._sizes)
         layers, self._layer_indices = layers_of(kv_caches, self._num_blocks)
         self._device = device = views[0].device
-        self._by_layer = self._layerwise == "on" or (self._layerwise == "auto" and device.type != "cpu")
+        self._by_layer = not self._has_draft_layers and (self._layerwise == "on" or (self._layerwise == "auto" and device.type != "cpu"))
         rank = get_tensor_model_parallel_rank()
         part = SlotPart(rank, self._sizes.num_workers, self._sizes.engine_block_bytes, self._sizes.blocks_per_slot)
         pool_bytes = pool_slots(self._config, self._sizes) * self._sizes.part_bytes
@@ -175,9 +181,9 @@ class WorkerSide:
         blender = blender_of(self._num_blocks, self._sizes, self._config.blend) if self._config.blend.enabled else None
         if self._arena is not None:
             self._movers = movers_for(self._arena)
-            self._half = WorkerHalf(self._arena, self._movers, part, blender=blender)
+            self._half = WorkerHalf(self._arena, self._movers, part, blender=blender, stores_at_end=self._has_draft_layers)
         else:
-            self._half = WorkerHalf(None, Movers(), part, blender=blender)
+            self._half = WorkerHalf(None, Movers(), part, blender=blender, stores_at_end=self._has_draft_layers)
             hello = Hello("worker", self._name, str(rank), {})
             self._served = ServedArena(self._config.daemon, hello, self, movers_for, release=lambda movers: movers.release())
 
@@ -190,13 +196,16 @@ class WorkerSide:
 
     def enter_step(self) -> None:
         """Before anything of a step: a daemon's arena may be replaced here. Idempotent in a step."""
+        self._has_reported = False
         if self._served is not None:
             self._served.enter()
 
-    def leave_step(self) -> None:
-        """After everything of a step."""
-        if self._served is not None:
-            self._served.leave()
+    def report(self) -> WorkerReport:
+        """What ended since the last call. The step is over, unless stores wait for the drafter."""
+        report = self.half.report()
+        self._has_reported = True
+        self._leave_step()
+        return report
 
     @property
     def half(self) -> WorkerHalf:
@@ -220,6 +229,18 @@ class WorkerSide:
         layer = self._layer_indices.get(name)
         if layer is not None:
             self.half.layer_computed(layer)
+
+    def step_computed(self) -> None:
+        """The engine has submitted all that computes KV in the step. It says so before or after it asks for the report."""
+        self.half.forward_ended()
+        self.half.start_stores()
+        if self._has_reported:
+            self._leave_step()
+
+    def _leave_step(self) -> None:
+        """After everything of a step: a daemon's arena may be let go of."""
+        if self._served is not None and not self.half.has_stores_to_start:
+            self._served.leave()
 
     def close(self) -> None:
         """Waits for running copies. Idempotent."""

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as _base
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
 def vllm_version() -> str:
@@ -50,6 +51,14 @@ def unnamed_layout(vllm_config: VllmConfig) -> str:
 def lost_block_requests(output: SchedulerOutput) -> set[str]:
     """Requests that lost their blocks since the last step: those that come back now, and those preempted."""
     return set(output.scheduled_cached_reqs.resumed_req_ids) | set(output.preempted_req_ids or ())
+
+
+def allocated_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """All KV memory of one rank."""
+    tensors = kv_cache_config.kv_cache_tensors
+    if hasattr(tensors[0], "layers"):  # places in one allocation, since some version after 0.28; before, each has its own
+        return int(tensors[0].size)
+    return sum(int(tensor.size) for tensor in tensors)
 
 
 WorkerMetadata = _base.KVConnectorWorkerMetadata
