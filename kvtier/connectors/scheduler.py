@@ -170,27 +170,9 @@ class SchedulerHalf:
         """
         loads = self._copying.take_new_loads()
         held, self._held = self._held, []
-        due: list[tuple[Request, ScheduledRequest]] = []
-        requests = self._requests
         tokens = StepTokens()
         computing: list[tuple[ScheduledRequest, int]] | None = [] if self._blending.has_new_blends else None
-        for item in scheduled:
-            request = requests.get(item.request_id)
-            if request is None:
-                continue
-            # With speculative decoding what was done in the step before may have been a guess: it is done again from where that was wrong.
-            num_known = len(request.token_ids)
-            first = min(request.num_done_tokens, num_known - 1)
-            num_new = item.num_computed_tokens - first
-            if computing is not None:
-                computing.append((item, first if num_new > 0 else 0))
-            request.num_done_tokens = item.num_computed_tokens
-            if num_new == 1 or first == num_known - 1:
-                tokens.num_decode += 1
-            else:
-                tokens.add(num_new, item.num_computed_tokens)
-            if item.num_computed_tokens >= request.store_at:
-                due.append((request, item))
+        due = self._note_computed(scheduled, tokens, computing)
         stores: list[MoveJob] = []
         if due:
             with self._boundary.at("build_step"):
@@ -214,6 +196,32 @@ class SchedulerHalf:
             step=step,
             is_busy=self._meter.is_computing,
         )
+
+    def _note_computed(
+        self, scheduled: Sequence[ScheduledRequest], tokens: StepTokens, computing: list[tuple[ScheduledRequest, int]] | None
+    ) -> list[tuple[Request, ScheduledRequest]]:
+        """What a step computes goes into ``tokens``, and beside the position that it begins at into ``computing``, where somebody needs
+        that.  Gives the requests that have blocks to store."""
+        due: list[tuple[Request, ScheduledRequest]] = []
+        requests = self._requests
+        for item in scheduled:
+            request = requests.get(item.request_id)
+            if request is None:
+                continue
+            # With speculative decoding what was done in the step before may have been a guess: it is done again from where that was wrong.
+            num_known = len(request.token_ids)
+            first = min(request.num_done_tokens, num_known - 1)
+            num_new = item.num_computed_tokens - first
+            if computing is not None:
+                computing.append((item, first if num_new > 0 else 0))
+            request.num_done_tokens = item.num_computed_tokens
+            if num_new == 1 or first == num_known - 1:
+                tokens.num_decode += 1
+            else:
+                tokens.add(num_new, item.num_computed_tokens)
+            if item.num_computed_tokens >= request.store_at:
+                due.append((request, item))
+        return due
 
     # ---- after the step -----------------------------------------------------------------------------------------
 

@@ -129,9 +129,7 @@ def test_any_order_of_drafts_loads_failures_and_preemptions(
             rig.ask(f"before-{number}", beginning)
         rig.scheduler.reset_prefix_cache()
         for number in range(data.draw(st.integers(1, 30))):
-            action = data.draw(
-                st.sampled_from(["add", "add", "step", "step", "step", "step", "switch", "preempt", "abort", "reset", "settle"])
-            )
+            action = data.draw(st.sampled_from(ACTIONS))
             if action == "add" and len(rig.scheduler.requests) < 5:
                 beginning = data.draw(st.sampled_from(beginnings))
                 length = data.draw(st.sampled_from([33, 60, 65, 100, 180, len(beginning)]))
