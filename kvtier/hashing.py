@@ -33,6 +33,7 @@ KEY_FORMAT = 1
 _NAMESPACE_END = b"kvtier/namespace"
 _REQUEST_END = b"kvtier/request/1"
 _CHUNK_END = b"kvtier/chunks/01"
+_SERVED_END = b"kvtier/served/01"
 _FIRST_BATCH_BLOCKS = 8
 
 
@@ -119,6 +120,16 @@ def chunk_root(root: bytes, anchor: bytes = b"") -> bytes:
     if anchor:
         _check_key("an anchor", anchor)
     return hashlib.sha256(root + _encode_bytes(anchor) + _CHUNK_END).digest()[:KEY_BYTES]
+
+
+def served_root(root: bytes) -> bytes:
+    """The root of the anchors of chunks whose KV is copied from prompts that were served: whatever else stood before it there is in it.
+
+    Raises:
+        ValueError: the root is not 16 bytes long.
+    """
+    _check_key("a root", root)
+    return hashlib.sha256(root + _SERVED_END).digest()[:KEY_BYTES]
 
 
 def whole_keys(root: bytes, token_ids: Sequence[int], block_tokens: int) -> list[BlockKey]:

@@ -53,8 +53,8 @@ class _Memory:
         layers, heads, _, head_dim = self.kv.keys.shape
         return layers, heads, head_dim
 
-    def read(self, num_tokens: int, block_ids: Sequence[int]) -> TokenKV:
-        return self.kv.part(0, num_tokens).clone()
+    def read(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
+        return self.kv.part(first, end).clone()
 
     def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
         part = self.kv.part(first_token, first_token + kv.num_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtier.hashing import chunk_root, whole_keys
+from kvtier.hashing import chunk_root, served_root, whole_keys
 from kvtier.types import BlockKey
 
 
@@ -46,6 +46,18 @@ def anchor_of(root: bytes, prefix_token_ids: Sequence[int], block_tokens: int) -
     if not prefix_token_ids:
         return NO_ANCHOR
     return Anchor(whole_keys(root, prefix_token_ids, block_tokens)[-1], len(prefix_token_ids))
+
+
+def served_anchor(root: bytes, prefix_token_ids: Sequence[int], block_tokens: int) -> Anchor:
+    """The anchor of chunks whose KV is copied from prompts that begin with these tokens, and go on with others before the chunk.
+
+    No prompt begins with it, so that KV is never taken for exact.
+
+    Raises:
+        ValueError: as :func:`kvtier.hashing.whole_keys` does.
+    """
+    parent = served_root(root)
+    return Anchor(whole_keys(parent, prefix_token_ids, block_tokens)[-1] if prefix_token_ids else parent, len(prefix_token_ids))
 
 
 def chunk_of(root: bytes, anchor: Anchor, token_ids: Sequence[int], block_tokens: int) -> Chunk:

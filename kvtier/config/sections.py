@@ -142,6 +142,14 @@ class BlendConfig(Section):
         "(`max_num_batched_tokens`).",
         ge=1,
     )
+    entries: Literal["computed", "served"] = setting(
+        "computed",
+        kind="name",
+        allowed="`computed`, `served`",
+        about="Where the KV of chunks comes from. `computed`: each chunk is computed once more, by itself behind what the prompts begin "
+        "with. `served`: it is copied from the first prompt with it that the engine computes, which costs no computing; what stood before "
+        "it in that prompt, another user's text of the same tenant perhaps, is in it.",
+    )
     primer: OptionalPath = setting(
         None,
         kind="path",

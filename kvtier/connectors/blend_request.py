@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kvtier.blend.chunks import anchor_of
+from kvtier.blend.chunks import anchor_of, served_anchor
 from kvtier.blend.finding import ChunkSpace, Span, check_spans, message_spans, separated_spans
 from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.messages import Recompute
@@ -28,6 +28,10 @@ class BlendSettings(Protocol):
     @property
     def boundaries(self) -> str:
         """Where chunks begin and end, where a request does not say."""
+
+    @property
+    def entries(self) -> str:
+        """Whether chunks are computed, or copied from prompts that were served."""
 
     @property
     def method(self) -> str:
@@ -87,10 +91,12 @@ def read_request(asked: object, prompt: Sequence[int], settings: BlendSettings, 
         if boundaries == "auto":
             num_anchor, placements = around.known.find(around.root, prompt)
             return BlendState(placements, (*prompt[:num_anchor], *around.primer), recompute, len(prompt))
-    return _placed(asked, prompt, around, recompute)
+    return _placed(asked, prompt, settings, around, recompute)
 
 
-def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surroundings, recompute: Recompute) -> BlendState:
+def _placed(
+    asked: Mapping[str, Any], prompt: Sequence[int], settings: BlendSettings, around: Surroundings, recompute: Recompute
+) -> BlendState:
     """The chunks at the places that the request gives, or its messages."""
     first, spans = _spans(asked, prompt, around.turn_markers)
     num_anchor = asked.get("anchor", first)
@@ -98,7 +104,8 @@ def _placed(asked: Mapping[str, Any], prompt: Sequence[int], around: Surrounding
         raise _bad(f"anchor is {num_anchor!r}; a number of tokens up to the first chunk, 0 to {first}, is allowed")
     prefix_ids = tuple(prompt[:num_anchor])
     anchor_ids = (*prefix_ids, *around.primer)
-    space = ChunkSpace(around.root, anchor_of(around.root, anchor_ids, around.block_tokens), around.block_tokens)
+    make_anchor = served_anchor if settings.entries == "served" else anchor_of
+    space = ChunkSpace(around.root, make_anchor(around.root, anchor_ids, around.block_tokens), around.block_tokens)
     expected = None
     if "tokens" in asked:
         texts = asked["tokens"]

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from kvtier.connectors.boundary import Boundary
-from kvtier.connectors.messages import BlendJob, EntryJob, WorkerReport
+from kvtier.connectors.messages import BlendJob, CaptureJob, EntryJob, WorkerReport
 from kvtier.copy.base import RowMover
 from kvtier.memory.arena import Arena
 
@@ -34,6 +34,10 @@ class Blender(Protocol):
 
     def store(self, job: EntryJob, arena: Arena | None) -> None:
         """Computes a chunk into its slots."""
+        ...
+
+    def capture(self, job: CaptureJob, arena: Arena | None) -> None:
+        """Copies a chunk into its slots. Alone: the other workers wait for nobody."""
         ...
 
     def prepare(self, rows: RowMover) -> None:
@@ -78,14 +82,18 @@ class BlendSteps:
                 unfilled.update(job.block_ids[num_kept:])
         return unfilled
 
-    def store(self, jobs: Sequence[EntryJob], report: WorkerReport, arena_id: str = "") -> None:
-        """Computes chunks."""
+    def store(self, captures: Sequence[CaptureJob], entries: Sequence[EntryJob], report: WorkerReport, arena_id: str = "") -> None:
+        """Copies chunks out of the blocks of requests, and computes others."""
         blender, arena = self._blender, self._arena if arena_id == self._arena_id else None
+        jobs: tuple[CaptureJob | EntryJob, ...] = (*captures, *entries)
         for job in jobs:
             is_done = False
             if blender is not None:
                 with self._boundary.at("store chunk"), contextlib.suppress(LostChunkError):
-                    blender.store(job, arena)
+                    if isinstance(job, CaptureJob):
+                        blender.capture(job, arena)
+                    else:
+                        blender.store(job, arena)
                     is_done = True
             report.done[job.job_id] = 1
             if not is_done:

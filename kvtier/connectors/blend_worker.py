@@ -17,7 +17,7 @@ from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.connectors.blend_steps import LostChunkError, UnsureError
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource, slot_view
-from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob
+from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_rows import RowPlacement
 from kvtier.memory.arena import Arena
@@ -37,8 +37,8 @@ class TokenBlocks(Protocol):
     def row_shape(self) -> tuple[int, int, int]:
         """``(layers, KV heads, head_dim)``"""
 
-    def read(self, num_tokens: int, block_ids: Sequence[int]) -> TokenKV:
-        """The KV of the first tokens of a request, in memory of its own."""
+    def read(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
+        """The KV of a request's tokens ``[first, end)``, in memory of its own."""
         ...
 
     def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
@@ -122,11 +122,26 @@ class ChunkBlender:
         first = len(job.anchor_ids)
         tokens = torch.tensor((*job.anchor_ids, *job.token_ids), device=self._model.device)
         kv, _ = full_prefill(self._model, tokens, anchor)
-        blocks = self._blocks_of(kv.part(first, kv.num_tokens))
-        _check(arena, job.slots)
-        for position, slot in zip(job.slots.positions, job.slots.slots, strict=True):
+        self._fill(job.slots, kv.part(first, kv.num_tokens), arena)
+
+    @torch.inference_mode()
+    def capture(self, job: CaptureJob, arena: Arena | None) -> None:
+        """Copies a chunk out of the engine's blocks into its slots, its keys turned back to where its anchor ends.
+
+        Raises:
+            LostChunkError: slots have other tenants, or there is no arena.
+        """
+        if arena is None:
+            raise LostChunkError("there is no arena")
+        kv = self._tokens.read(job.first, job.end, job.block_ids)
+        self._fill(job.slots, TokenKV(self._model.rotary.move(kv.keys, -job.shift), kv.values), arena)
+
+    def _fill(self, slots: ChunkSlots, kv: TokenKV, arena: Arena) -> None:
+        blocks = self._blocks_of(kv)
+        _check(arena, slots)
+        for position, slot in zip(slots.positions, slots.slots, strict=True):
             slot_view(arena, self._shape, slot).copy_(blocks[position])
-        _check(arena, job.slots)
+        _check(arena, slots)
 
     def _lack_of_room(self, num_tokens: int) -> str:
         """Why there is no memory for the KV of so many tokens beside the engine's; empty: there is.
@@ -146,7 +161,7 @@ class ChunkBlender:
 
     def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> Blended:
         layout = job.layout
-        prefix = self._tokens.read(layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
+        prefix = self._tokens.read(0, layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
         recompute = job.recompute
         method, ratio = self._methods[recompute.method](), FixedRatio(recompute.ratio)
         is_checked = recompute.min_margin > 0

@@ -15,7 +15,7 @@ from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_re
 from kvtier.connectors.chunk_entries import ChunkEntries, chunk_slots
 from kvtier.connectors.jobs import BlendRun
 from kvtier.connectors.known_chunks import KnownChunks
-from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
+from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import (
     NEVER,
     BlendPlan,
@@ -82,6 +82,7 @@ class Blending:
         self._new_blends: list[_Order] = []
         self._blends: dict[int, BlendRun] = {}
         self._entries = ChunkEntries(engine, geometry.num_workers)
+        self._captures: list[CaptureJob] = []
         self._known = KnownChunks()
         self.is_waiting = False
         """whether a request waits for chunks, since the last ``take_entries``"""
@@ -269,18 +270,45 @@ class Blending:
     # ---- storing ------------------------------------------------------------------------------------------------
 
     def _want(self, request: Request) -> None:
-        """Queues the request's chunks that no tier holds."""
+        """Sees to it that the request's chunks are stored that no tier holds: what is computed as it is anyway is copied from its blocks
+        where the settings say so, the others are queued."""
         state = request.blend
         if state is None or not request.options.store or not self._settings.store:
             return
-        for at in state.placements:
+        state.to_capture.clear()
+        copies = self._parts.settings.entries == "served"
+        for at in sorted(state.placements, key=lambda at: at.start):
             chunk = at.chunk
             if not self._entries.wants(chunk):
+                continue
+            if copies and at.end <= request.blended_from:
+                state.to_capture.append(at)
                 continue
             if chunk.anchor.num_tokens + chunk.num_tokens > self._parts.num_positions or self._parts.refusal:
                 self._engine.stats.add("blend.unstored_chunks")
                 continue
             self._entries.add(chunk, state.anchor_ids, tuple(request.token_ids[at.start : at.end]), request.tenant)
+        request.capture_at = state.to_capture[0].end if state.to_capture else NEVER
+
+    def computed(self, request: Request, item: ScheduledRequest) -> None:
+        """This step computes ``request.capture_at`` tokens of a request: has chunks copied that are full by then."""
+        state = request.blend
+        assert state is not None
+        size = self._geometry.engine_block_tokens
+        while state.to_capture and state.to_capture[0].end <= item.num_computed_tokens:
+            at = state.to_capture.popleft()
+            if not request.is_stopped and self._entries.wants(at.chunk):
+                self._captures += self._entries.capture(at, request.tenant, item.block_ids[: -(-at.end // size)])
+        request.capture_at = state.to_capture[0].end if state.to_capture else NEVER
+
+    def take_captures(self) -> list[CaptureJob]:
+        """Those ordered since the last call."""
+        captures, self._captures = self._captures, []
+        return captures
+
+    def void(self, block_ids: AbstractSet[int]) -> None:
+        """What was computed from these engine blocks is wrong."""
+        self._entries.void(block_ids)
 
     def take_entries(self, *, is_prefilling: bool) -> list[EntryJob]:
         """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""

@@ -1,15 +1,17 @@
-"""Chunks on their way into the cache: computed by the workers, one a step, and stored."""
+"""Chunks on their way into the cache: computed by the workers, one a step, or copied from the blocks of a request; and stored."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from kvtier.blend.chunks import Chunk
+from kvtier.blend.layout import Placement
 from kvtier.cache import Cache
-from kvtier.connectors.messages import ChunkSlots, EntryJob
-from kvtier.types import SlotRef
+from kvtier.connectors.messages import CaptureJob, ChunkSlots, EntryJob
+from kvtier.types import SlotRef, StorePlan
 
 MAX_WAITING_CHUNKS = 256
 """chunks that are to be computed and stored; more are not stored"""
@@ -22,9 +24,12 @@ class _Entry:
     """A chunk that is to be stored."""
 
     chunk: Chunk
-    anchor_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
     tenant: str
+    anchor_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    """of the chunk, where it is computed"""
+    read_block_ids: Sequence[int] = ()
+    """engine blocks that what is copied was computed from"""
     remaining: int = 0
     failed: bool = False
 
@@ -61,7 +66,7 @@ class ChunkEntries:
         if len(self._keys) >= MAX_WAITING_CHUNKS:
             self._engine.stats.add("blend.unstored_chunks")
             return
-        self._waiting.append(_Entry(chunk, anchor_ids, token_ids, tenant))
+        self._waiting.append(_Entry(chunk, tenant, anchor_ids, token_ids))
         self._keys.add(chunk.key)
 
     def take(self, *, is_prefilling: bool) -> list[EntryJob]:
@@ -74,18 +79,39 @@ class ChunkEntries:
         self._num_deferred_steps = 0
         entry = self._waiting.popleft()
         chunk = entry.chunk
-        plan = self._engine.begin_store(chunk.block_keys, 0, entry.tenant, pooled=False)
-        if plan.num_refused or plan.num_declined or not plan.slots:
-            if plan.slots:
-                self._engine.abort_store(plan.job_id)
-            self._keys.discard(chunk.key)
-            self._engine.stats.add("blend.unstored_chunks")
+        plan = self._begin(entry)
+        if plan is None:
             return []
-        entry.remaining = self._num_workers
-        self._running[plan.job_id] = entry
         slots = chunk_slots(plan.positions, plan.slots)
         anchor_key = chunk.anchor.key + self._num_resets.to_bytes(8, "little")
         return [EntryJob(plan.job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots)]
+
+    def capture(self, at: Placement, tenant: str, block_ids: Sequence[int]) -> list[CaptureJob]:
+        """Has a wanted chunk copied in this step. ``block_ids``: those of the request's tokens up to its end, and no others."""
+        entry = _Entry(at.chunk, tenant, read_block_ids=block_ids)
+        self._keys.add(at.chunk.key)
+        plan = self._begin(entry)
+        if plan is None:
+            return []
+        return [CaptureJob(plan.job_id, at.start, at.end, at.shift, tuple(block_ids), chunk_slots(plan.positions, plan.slots))]
+
+    def void(self, block_ids: AbstractSet[int]) -> None:
+        """What was computed from these engine blocks is wrong: chunks that are copied from there are not stored."""
+        for entry in self._running.values():
+            entry.failed = entry.failed or not block_ids.isdisjoint(entry.read_block_ids)
+
+    def _begin(self, entry: _Entry) -> StorePlan | None:
+        """Slots for all of a chunk; None where there is no room."""
+        plan = self._engine.begin_store(entry.chunk.block_keys, 0, entry.tenant, pooled=False)
+        if plan.num_refused or plan.num_declined or not plan.slots:
+            if plan.slots:
+                self._engine.abort_store(plan.job_id)
+            self._keys.discard(entry.chunk.key)
+            self._engine.stats.add("blend.unstored_chunks")
+            return None
+        entry.remaining = self._num_workers
+        self._running[plan.job_id] = entry
+        return plan
 
     def advance(self, job_id: int, count: int, *, has_failed: bool) -> None:
         """So many workers have reported a chunk."""

@@ -135,6 +135,21 @@ class EntryJob:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptureJob:
+    """A chunk whose KV is to be copied from the blocks of a request that has computed it."""
+
+    job_id: int
+    first: int
+    """position in the prompt of the chunk's first token"""
+    end: int
+    shift: int
+    """by how many positions its keys are turned back"""
+    block_ids: tuple[int, ...]
+    """engine blocks of the tokens before ``end``"""
+    slots: ChunkSlots
+
+
+@dataclass(frozen=True, slots=True)
 class StepMessage:
     """Everything the workers must do around one forward pass."""
 
@@ -152,6 +167,8 @@ class StepMessage:
     """to be finished before the forward pass of this step, and after its loads"""
     entries: tuple[EntryJob, ...] = ()
     """to be computed after the forward pass of this step"""
+    captures: tuple[CaptureJob, ...] = ()
+    """to be copied after the forward pass of this step"""
     unfilled: tuple[int, ...] = ()
     """engine blocks that this step reads and nobody has filled: reported as failed, as if their load had failed in it"""
     arena_id: str = ""

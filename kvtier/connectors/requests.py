@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from kvtier.blend.layout import Placement
@@ -176,6 +177,8 @@ class BlendState:
     """the request's ``blended_from`` before that one"""
     num_tokens: int = 0
     """taken from chunks instead of computed as a prompt"""
+    to_capture: deque[Placement] = field(default_factory=deque)
+    """chunks that are to be copied from its blocks when they are computed, in the prompt's order"""
 
     def plan_for(self, num_exact: int, end: int, placements: Sequence[Placement], num_tokens: int, block_tokens: int) -> BlendPlan:
         """What is put together of ``num_tokens`` tokens whose chunks reach up to ``end``.
@@ -223,6 +226,7 @@ class Request:
         "blended_from",
         "can_load",
         "can_store",
+        "capture_at",
         "chain",
         "deadline",
         "hit_tokens",
@@ -280,6 +284,8 @@ class Request:
         """first block that was not considered for storing"""
         self.store_at = NEVER
         """computed tokens that make the next block full"""
+        self.capture_at = NEVER
+        """computed tokens that make the next chunk full that is to be copied"""
         self.is_stopped = False
         """its blocks are not to be stored until it starts over"""
 

@@ -183,13 +183,15 @@ class SchedulerHalf:
                 self._engine.poll(self._idle_wait_s)
         blends = self._blending.take_blends(computing or ())
         entries = self._blending.take_entries(is_prefilling=tokens.num_prefill > 0 or bool(blends))
-        step = self._meter.begin(tokens, is_pure=not blends and not entries and not any(not job.is_async for job in loads))
+        captures = self._blending.take_captures()
+        step = self._meter.begin(tokens, is_pure=not blends and not entries and not captures and not any(not job.is_async for job in loads))
         return StepMessage(
             loads=tuple(job.move for job in loads if not job.is_async),
             async_loads=tuple(job.move for job in loads if job.is_async),
             stores=tuple(stores),
             blends=tuple(blends),
             entries=tuple(entries),
+            captures=tuple(captures),
             preempted=tuple(preempted),
             held=tuple(held),
             arena_id=self._engine.arena_id,
@@ -221,6 +223,9 @@ class SchedulerHalf:
                 tokens.add(num_new, item.num_computed_tokens)
             if item.num_computed_tokens >= request.store_at:
                 due.append((request, item))
+            if item.num_computed_tokens >= request.capture_at:
+                with self._boundary.at("capture"):
+                    self._blending.computed(request, item)
         return due
 
     # ---- after the step -----------------------------------------------------------------------------------------
@@ -237,6 +242,7 @@ class SchedulerHalf:
         if failed_block_ids:
             with self._boundary.at("finish_step"):
                 self._copying.void_stores(set(failed_block_ids))
+                self._blending.void(set(failed_block_ids))
         if report is not None:
             with self._boundary.at("finish_step"):
                 self._count(report)

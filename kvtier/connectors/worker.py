@@ -233,7 +233,7 @@ class WorkerHalf:
         self._layers.reset()
         if not self._stores_at_end:
             self.start_stores()
-        self._blends.store(self._orders.entries, self._report, self._orders.arena_id)
+        self._blends.store(self._orders.captures, self._orders.entries, self._report, self._orders.arena_id)
         self._report.step = self._orders.step or self._report.step
         if not self.has_stores_to_start:
             self._orders = _NO_ORDERS

@@ -218,6 +218,31 @@ def model_module(llm: Any) -> str:
     return str(module)
 
 
+def blended_as_served(llm: Any, settings: Result) -> Result:
+    """Prompts of documents in the order in which they were served before, with other questions: nothing computed anew, and nothing lost.
+
+    The prompts themselves are not stored, and chunks cannot be computed.
+    """
+    asker = Asker(llm)
+    with_kvtier = "kvtier" in settings
+    if with_kvtier:
+        for order in ([0, 2, 1], [3, 1]):
+            ids, spans = asker.prompt(order, 0)
+            asker.one(ids, {"blend": {"spans": spans}, "store_only_prefix": 0})
+    out: Result = {"answers": []}
+    for number, order in enumerate(([0, 2, 1], [0, 2], [3])):
+        ids, spans = asker.prompt(order, 70 + number)
+        options = {"blend": {"spans": spans, "ratio": 0.0, "method": "none"}, "store": False}
+        out["answers"].append(asker.one(ids, options if with_kvtier else None))
+    ids, spans = asker.prompt([1, 3, 0], 73)
+    asked = (
+        [{"blend": {"spans": spans, "ratio": ratio, "method": "epic"}, "store": False} for ratio in (1.0, 0.0)] if with_kvtier else [None]
+    )
+    out["reordered"] = [asker.one(ids, options) for options in asked]
+    out["counters"] = asker.counters()
+    return out
+
+
 def blended_in_parallel(llm: Any, settings: Result) -> Result:
     """On several workers: everything computed anew, choices by attention and by values, and one worker that cannot while others can."""
     asker = Asker(llm)
@@ -256,4 +281,5 @@ BLEND_SCENARIOS = {
     "blended_under_pressure": blended_under_pressure,
     "blended_briefly": blended_briefly,
     "blended_in_parallel": blended_in_parallel,
+    "blended_as_served": blended_as_served,
 }

@@ -20,6 +20,12 @@ from tests.engine.rig import engine_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 CACHING = {"enable_prefix_caching": True}
+PARALLEL = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 TIGHT = {"num_gpu_blocks_override": 45, "max_num_seqs": 6}
 
 
@@ -39,9 +45,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Result:
     return once(tmp_path_factory, worker_id, "blended")
 
 
-def blend(*, async_load: bool | None = None) -> Result:
+def blend(*, async_load: bool | None = None, entries: str = "computed") -> Result:
     """Settings with chunk reuse. ``async_load``: blends are done before their request starts, as on a GPU."""
-    return host(blend={"enabled": True}, connector={"async_load": async_load})
+    return host(blend={"enabled": True, "entries": entries}, connector={"async_load": async_load})
 
 
 def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
@@ -129,6 +135,35 @@ def test_chunks_outlive_the_engine(tmp_path_factory: pytest.TempPathFactory, wor
         assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in answers)
 
 
+def assert_as_served(expected: Result, result: Result) -> None:
+    """Chunks in their old order are full prefill's KV; in another one that is computed anew or an approximation."""
+    assert_same(expected["answers"], result["answers"])
+    assert all(answer["loaded"]["blend"]["tokens"] > 40 for answer in [*result["answers"], *result["reordered"]])
+    assert_same(expected["reordered"], result["reordered"][:1])
+    assert max(abs(a - b) for a, b in zip(*(one["logprobs"] for one in result["reordered"]), strict=True)) > 0.1, "an approximation"
+
+
+@pytest.mark.every_version
+@pytest.mark.parametrize("engine", [{}, {"max_num_batched_tokens": 48, "max_num_seqs": 4}, {"async_scheduling": True}])
+def test_chunks_are_copied_from_what_was_served(tmp_path_factory: pytest.TempPathFactory, worker_id: str, engine: dict[str, Any]) -> None:
+    """Without computing anything for them, whether a prompt is computed at once or in parts."""
+    expected = once(tmp_path_factory, worker_id, "blended_as_served")
+    result = run("blended_as_served", kvtier=blend(entries="served"), engine=engine)
+    assert_as_served(expected, result)
+    assert 4 == result["counters"]["blend.stored_chunks"]
+    assert not {"connector.errors", "blend.failed", "blend.unstored_chunks"} & set(result["counters"])
+
+
+@pytest.mark.timeout(900)
+def test_two_tensor_parallel_workers_copy_what_was_served(tmp_path: Path) -> None:
+    """Each its heads."""
+    environment = {"KVTIER_TEST_MODEL": str(make_tiny_model("llama", tmp_path / "tiny"))}
+    expected = run("blended_as_served", environment=environment)
+    environment |= PARALLEL
+    result = run("blended_as_served", kvtier=blend(entries="served"), engine=TWO_WORKERS, environment=environment, timeout_s=600.0)
+    assert_as_served(expected, result)
+
+
 @pytest.mark.every_version
 def test_in_processes_of_their_own(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
     """Scheduler and worker in processes of their own, which vLLM spawns on a CPU: the settings alone tell them."""
@@ -144,13 +179,8 @@ def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
     """Each with its heads of every chunk, choosing the same tokens: full prefill's answers, also where one of them has lost the chunks."""
     environment = {"KVTIER_TEST_MODEL": str(make_tiny_model("llama", tmp_path / "tiny"))}
     expected = run("blended_in_parallel", environment=environment)["answers"]
-    environment |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    }
-    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    result = run("blended_in_parallel", kvtier=blend(async_load=True), engine=engine, environment=environment, timeout_s=600.0)
+    environment |= PARALLEL
+    result = run("blended_in_parallel", kvtier=blend(async_load=True), engine=TWO_WORKERS, environment=environment, timeout_s=600.0)
     assert_same(expected, result["answers"])
     assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"]])
     assert_same(expected[:1], result["unsure"])

@@ -85,8 +85,8 @@ class Memory:
     def _places(self, first: int, end: int, block_ids: Sequence[int]) -> list[int]:
         return [block_ids[token // BLOCK] * BLOCK + token % BLOCK for token in range(first, end)]
 
-    def read(self, num_tokens: int, block_ids: Sequence[int]) -> TokenKV:
-        places = self._places(0, num_tokens, block_ids)
+    def read(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
+        places = self._places(first, end, block_ids)
         return TokenKV(self.keys[:, :, places], self.values[:, :, places])
 
     def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
@@ -145,7 +145,7 @@ class System:
         report = WorkerReport()
         steps = self.steps(None if fail else self.blender)
         steps.blend(message.blends, set(), report)
-        steps.store(message.entries, report)
+        steps.store(message.captures, message.entries, report)
         self.finish(message, report)
         return message
 

@@ -85,7 +85,7 @@ def test_ranks_agree_before_they_compute_a_chunk(system: System, case: str, monk
     with monkeypatch.context() as patch:
         if case == "no memory":
             patch.setattr(torch, "empty", run_out)
-        steps.store(message.entries, report)
+        steps.store(message.captures, message.entries, report)
     assert [case in ("fine", "another rank cannot")] == asked
     assert (case == "fine") == (not report.failed) == (system.model.num_embedded > before)
     system.finish(message, report)

@@ -65,12 +65,12 @@ def test_all_computed_anew_is_full_prefill(
         system_.half.add_request("other", tokens, num_prompt_tokens=len(tokens))
         system_.step([ScheduledRequest("second", block_ids, len(tokens)), *other])
         if matched.is_blended:
-            got = system_.memory.read(covered, block_ids).part(num_local, covered)
+            got = system_.memory.read(0, covered, block_ids).part(num_local, covered)
             torch.testing.assert_close(got.keys, expected.keys[:, :, num_local:covered], rtol=0, atol=1e-4)
             torch.testing.assert_close(got.values, expected.values[:, :, num_local:covered], rtol=0, atol=1e-4)
             assert bool(system_.memory.keys[:, :, : block_ids[0] * BLOCK].isnan().all()), "somebody else's blocks"
             if in_flight and num_local:
-                assert bool(system_.memory.read(num_local, block_ids).keys.isnan().all()), "blocks that another request fills"
+                assert bool(system_.memory.read(0, num_local, block_ids).keys.isnan().all()), "blocks that another request fills"
         for name in ("second", "other"):
             system_.half.request_finished(name)
         while system_.half.has_pending_work:
@@ -101,7 +101,7 @@ def test_a_block_that_a_request_with_rejected_drafts_fills_is_not_there_yet(make
     covered = BLOCK + (matched.num_tokens or 0)
     system.half.allocated("second", block_ids, covered - BLOCK)
     system.step([ScheduledRequest("other", block_ids[:2], 3 + 1 + 2), ScheduledRequest("second", block_ids, len(tokens))])
-    got = system.memory.read(covered, block_ids).part(BLOCK, covered)
+    got = system.memory.read(0, covered, block_ids).part(BLOCK, covered)
     torch.testing.assert_close(got.values, expected.values[:, :, BLOCK:covered], rtol=0, atol=1e-4)
     for name in ("second", "other"):
         system.half.request_finished(name)
@@ -122,7 +122,7 @@ def test_chunks_are_found_from_other_prompts(make: Callable[..., System]) -> Non
     system.half.allocated("second", block_ids, 20)
     (job,) = system.step([ScheduledRequest("second", block_ids, len(tokens))]).blends
     own = system.full([*SYSTEM, *documents[1]])
-    torch.testing.assert_close(system.memory.read(13, block_ids).values, own.values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(system.memory.read(0, 13, block_ids).values, own.values, rtol=0, atol=1e-5)
     assert {"tokens": 15} == system.half.blended("second")
     assert (1, 15, 0) == tuple(system.cache.stats[f"blend.{name}"] for name in ("requests", "tokens", "chosen_tokens"))
     assert (5, 20) == (job.layout.placements[0].start, job.end)
@@ -414,7 +414,7 @@ def test_a_reset_forgets_what_chunks_were_computed_behind(make: Callable[..., Sy
     block_ids = system.blocks(len(tokens))
     system.half.allocated("fourth", block_ids, matched.num_tokens or 0)
     system.step([ScheduledRequest("fourth", block_ids, len(tokens))])
-    torch.testing.assert_close(system.memory.read(12, block_ids).values, system.full(tokens[:12]).values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(system.memory.read(0, 12, block_ids).values, system.full(tokens[:12]).values, rtol=0, atol=1e-5)
     system.half.request_finished("fourth")
     system.close()
 
@@ -471,9 +471,14 @@ def test_tokens_are_read_where_the_backend_writes_them(dtype: torch.dtype) -> No
     kv = TokenKV(torch.randn(3, 2, 11, 8).to(dtype), torch.randn(3, 2, 11, 8).to(dtype))
     tokens.write(kv.part(0, 6), 0, [4, 1, 3])
     tokens.write(kv.part(6, 11), 6, [4, 1, 3])
-    got = tokens.read(11, [4, 1, 3])
+    got = tokens.read(0, 11, [4, 1, 3])
     assert torch.equal(kv.keys, got.keys)
     assert torch.equal(kv.values, got.values)
+    for first in range(11):
+        for end in range(first + 1, 12):
+            part = tokens.read(first, end, [4, 1, 3])
+            assert torch.equal(kv.part(first, end).keys, part.keys)
+            assert torch.equal(kv.part(first, end).values, part.values)
     assert all(not layer.kv_cache[[0, 2, 5]].any() for layer in layers)
 
 

@@ -58,14 +58,16 @@ class PagedTokens:
         for layer, attention in enumerate(self._attentions):
             self._update(attention, attention.kv_cache, kv.keys[layer], kv.values[layer], slots)
 
-    def read(self, num_tokens: int, block_ids: Sequence[int]) -> TokenKV:
-        """The KV of the first tokens of a request, in memory of its own."""
-        wanted = torch.as_tensor(block_ids[: -(-num_tokens // self.block_tokens)], device=self._places.device)
+    def read(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
+        """The KV of a request's tokens ``[first, end)``, in memory of its own."""
+        first_block = first // self.block_tokens
+        wanted = torch.as_tensor(block_ids[first_block : -(-end // self.block_tokens)], device=self._places.device)
+        skipped = first_block * self.block_tokens
         layers = []
         for attention in self._attentions:
             flat = self._by_block(attention.kv_cache)[wanted].flatten(1)
             rows = flat[:, self._places.flatten()].view(len(wanted), *self._places.shape)
-            layers.append(rows.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :num_tokens])
+            layers.append(rows.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, first - skipped : end - skipped])
         both = torch.stack(layers, 1)
         return TokenKV(both[0].contiguous(), both[1].contiguous())
 
