@@ -16,7 +16,7 @@ from kvtier.bench.blend.summary import FULL, ROUNDED
 from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Question
 from kvtier.bench.blend.variants import VARIANTS, layer_variants, with_telling_layers
 from kvtier.blend.blender import blend, extend
-from kvtier.blend.entries import full_prefill
+from kvtier.blend.entries import NO_CONTEXT, full_prefill
 from kvtier.blend.finding import Span
 from kvtier.blend.layout import lay_out
 from kvtier.blend.methods import Combined
@@ -133,6 +133,25 @@ def test_shared_work_changes_no_figure(model: Any) -> None:
         assert pytest.approx(expected, abs=2e-4) == found, row
     assert any(row["kl"] > 0.01 for row in rows), "some differ from full prefill"
     assert 0 < sum(row.get("rouge_l", 1.0) < 1 for row in rows), "some write something else"
+
+
+def test_entries_of_served_prompts_are_what_full_prefill_had_there(model: Any) -> None:
+    """Their keys moved back; of nothing is known where it stood, and none is taken for exact. Each stands behind others than here."""
+    run = SetRun(model, encode, DOCUMENTS, Primer(model, encode))
+    prefix, first, others = encode(SYSTEM), encode(DOCUMENTS.documents[1]), [encode(text) for text in DOCUMENTS.documents[::2]]
+    layout, entries = run._make_entries("again")
+    assert [False] * 3 == [at.is_exact for at in layout.placements]
+    assert [NO_CONTEXT] * 3 == [entry.context for entry in entries]
+    whole = full_prefill(model, torch.tensor([*prefix, *first, *others[0], *others[1]]))[0]
+    start = len(prefix) + len(first)
+    expected = whole.part(start, start + len(others[0]))
+    torch.testing.assert_close(expected.values, entries[0].kv.values)
+    torch.testing.assert_close(model.rotary.move(expected.keys, -len(first)), entries[0].kv.keys)
+    _, elsewhere = run._make_entries("elsewhere")
+    _, mixed = run._make_entries("mixed")
+    for entry, copied, before in zip(mixed, elsewhere, entries, strict=True):
+        torch.testing.assert_close(entry.kv.values, copied.kv.values)
+        assert (NO_CONTEXT, False) == (copied.context, torch.equal(copied.kv.values, before.kv.values))
 
 
 def test_layers_are_left_as_they_were_one_group_at_a_time(model: Any) -> None:

@@ -35,9 +35,13 @@ def test_a_target_is_met_where_the_whole_interval_is(folder: Path) -> None:
     values = iter((0.98, 0.915, 0.4, 1.05))
     tasks = {"answers retained": ("single", "hops"), "KL of plain CacheBlend's": ("hops", "prose")}
     pairs = [(name, task, interval) for name in tasks for task, interval in zip(tasks[name], intervals[name], strict=True)]
-    write(folder, "blend", [item(name, task, next(values), interval) for name, task, interval in pairs])
-    verdicts = [line.rsplit("|", 2)[1].strip() for line in chunk_reuse_page.targets().splitlines()[2:]]
-    assert ["met", "missed", "met, but not beyond doubt", "not met"] == verdicts
+    found = [item(name, task, next(values), interval) for name, task, interval in pairs]
+    others = [item(name, task, 0.5, "0.500 to 0.500", method="combined, served again") for name, task, _ in pairs]
+    write(folder, "blend", [*found, *others])
+    head, _, *rows = (line.split("|")[3:-1] for line in chunk_reuse_page.targets().splitlines())
+    assert [" primed ", " served again "] == head
+    assert ["met", "missed", "met, but not beyond doubt", "not met"] == [row[0].split(": ")[1].strip() for row in rows]
+    assert ["missed", "missed", "met", "met"] == [row[1].split(": ")[1].strip() for row in rows]
 
 
 def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from kvtier.bench.blend.summary import FULL, ROUNDED
 from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Question, make_set, neutral_document
 from kvtier.bench.blend.variants import Variant
 from kvtier.blend.blender import blend
-from kvtier.blend.chunks import Anchor, anchor_of
-from kvtier.blend.entries import ChunkEntry, capture_entries, compute_entry, full_prefill
+from kvtier.blend.chunks import Anchor, anchor_of, served_anchor
+from kvtier.blend.entries import NO_CONTEXT, ChunkEntry, capture_entries, compute_entry, full_prefill
 from kvtier.blend.finding import ChunkSpace, Span
 from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.model import BlendModel, TokenKV
@@ -183,11 +183,13 @@ class SetRun:
 
     def _make_entries(self, kind: str) -> tuple[PromptLayout, list[ChunkEntry]]:
         anchor_ids = {"alone": [], "primed": self._primer.token_ids}.get(kind, self._prefix_ids)
-        anchor = anchor_of(ROOT, anchor_ids, BLOCK_TOKENS)
+        is_copied = kind in ("again", "elsewhere")
+        anchor = (served_anchor if is_copied else anchor_of)(ROOT, anchor_ids, BLOCK_TOKENS)
         layout = self._lay_out(self._chunks, anchor, len(self._prefix_ids))
-        if kind in ("reordered", "mixed"):
+        if is_copied or kind in ("reordered", "mixed"):
             by_key = {entry.chunk.key: entry for served in self._served(kind) for entry in self._capture(served, anchor)}
-            return layout, [by_key[placement.chunk.key] for placement in layout.placements]
+            entries = [by_key[placement.chunk.key] for placement in layout.placements]
+            return layout, [replace(entry, context=NO_CONTEXT) for entry in entries] if is_copied else entries
         anchor_kv = {"alone": None, "primed": self._primer.kv}.get(kind, self._prefix)
         tokens = [torch.tensor(ids, device=self._model.device) for ids in self._chunks]
         return layout, [compute_entry(self._model, at.chunk, ids, anchor_kv) for at, ids in zip(layout.placements, tokens, strict=True)]
@@ -195,9 +197,9 @@ class SetRun:
     def _served(self, kind: str) -> list[list[list[int]]]:
         """The documents of earlier prompts, in their order."""
         even, odd = self._chunks[::2], self._chunks[1::2]
-        if kind == "reordered":
+        if kind in ("reordered", "again"):
             return [[*odd, *even]]
-        others = [self._encode(text) for text in make_set(self._documents.number + OTHERS + 1).documents]
+        others = [self._encode(text) for text in make_set(self._documents.number + OTHERS + 1, num_documents=len(self._chunks)).documents]
         pairs = zip(others, [*odd, *even], strict=True)
         mixed = [chunk for pair in pairs for chunk in pair]
         return [mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]]

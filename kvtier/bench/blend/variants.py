@@ -36,6 +36,8 @@ class Variant:
     * primed: behind the system prompt and one neutral document that is always the same and in no prompt
     * reordered: in a prompt that was served, of the same documents in another order
     * mixed: the same, each behind other documents
+    * again: as reordered, and nothing is known of what was there; as kvtier copies entries
+    * elsewhere: as mixed, in the same way
     """
     needs_question: bool = False
     is_reuse: bool = False
@@ -64,6 +66,8 @@ VARIANTS = (
     Variant("prophetkv, primed", ProphetKV(), "primed", needs_question=True),
     Variant("combined, primed", Combined(), "primed", needs_question=True),
     Variant("combined, prefix", Combined(), "prefix", needs_question=True),
+    Variant("combined, served again", Combined(), "again", needs_question=True),
+    Variant("combined, served elsewhere", Combined(), "elsewhere", needs_question=True),
 )
 
 
