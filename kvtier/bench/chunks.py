@@ -1,8 +1,8 @@
 """``kvtier bench chunks``: prompts of reused chunks in the real vLLM, in the environment where vLLM is installed.
 
 Time to first token of six cached chunks (3,000 tokens in all) in ever new orders and a new question of 60 tokens, beside full prefill
-of the same prompts in the same engine. And how long other requests take that generate while two such prompts come, beside two that
-are computed.
+of the same prompts in the same engine. How long other requests take that generate while two such prompts come, beside two that are
+computed. And how long a prompt of new documents takes whose chunks are stored, by either way to come by them (``blend.entries``).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ OTHER_RATIOS = (0.0, 0.05, 0.3, 0.5)
 UNSURE = "unsure"
 MARGINS = {"sure": 1e-9, UNSURE: 1.0}
 """what every model reaches, and none: with that method, what it takes to look"""
+ENTRIES = ("computed", "served")
 NUM_OTHERS = 4
 OTHERS_TOKENS = 48
 TIERS = [{"type": "host", "capacity": "1GiB"}]
@@ -89,6 +90,9 @@ def run(args: argparse.Namespace) -> int:
         with open_engine(args.model, directory, TIERS, blend={"enabled": True}) as ask:
             _store(ask)
             records = [*first_tokens(ask, args.rounds), *others(ask, args.rounds)]
+        for entries in ENTRIES:
+            with open_engine(args.model, directory, TIERS, blend={"enabled": True, "entries": entries}) as ask:
+                records += storing(ask, entries, args.rounds)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     publish("kvtier bench chunks", records, args.json)
@@ -140,14 +144,41 @@ def others(ask: Any, rounds: int) -> Iterator[Record]:
     yield Record("what others lose, of computing", params, loss, "ratio", 0.0, 1.0, loss)
 
 
+def storing(ask: Any, entries: str, rounds: int) -> Iterator[Record]:
+    """Prompts of new documents, with an answer that is long enough for their chunks to be stored beside it, and the same without that.
+
+    Raises RuntimeError where the chunks of the last one were not stored.
+    """
+    times: dict[bool, list[float]] = {False: [], True: []}
+    ask([_tokens("warm", CHUNK_TOKENS)], [COMPUTED])
+    for number in range(rounds):
+        for is_stored, seconds in times.items():
+            documents = f"{entries} {number} {is_stored}"
+            ids, spans = _prompt(0, documents=documents)
+            options = {
+                **COMPUTED,
+                **({"store": True, "store_only_prefix": 0, "load": True, "blend": {"spans": spans}} if is_stored else {}),
+            }
+            answer = ask([ids], [options], 4 * NUM_CHUNKS)
+            _check(answer, 0)
+            seconds.append(answer["last_s"][0])
+    ids, spans = _prompt(1, documents=documents)
+    _check(ask([ids], [_options(spans, OTHERS_METHOD)]), 1)
+    params = {"tokens": len(ids), "answer": 4 * NUM_CHUNKS, "entries": entries}
+    yield record("prompt of new documents, nothing stored", params, times[False], "ms")
+    yield record("prompt of new documents, chunks stored", params, times[True], "ms")
+    share = statistics.median(times[True]) / statistics.median(times[False]) - 1
+    yield Record("storing chunks, of computing the prompt", params, share, "ratio")
+
+
 def _store(ask: Any) -> None:
     """Serves the documents once, so that their chunks are stored, and goes on until all are."""
     ids, spans = _prompt(-1)
     ask([ids], [{"blend": {"spans": spans}}], 4 * NUM_CHUNKS)
 
 
-def _prompt(number: int) -> Prompt:
-    """The documents in the order of this number, and its question."""
+def _prompt(number: int, *, documents: str = "document") -> Prompt:
+    """The documents of this name in the order of this number, and its question."""
     order = list(range(NUM_CHUNKS))
     if number >= 0:
         random.Random(number).shuffle(order)
@@ -156,7 +187,7 @@ def _prompt(number: int) -> Prompt:
     spans = []
     for document in order:
         spans.append([len(ids), len(ids) + CHUNK_TOKENS])
-        ids += _tokens(("document", document), CHUNK_TOKENS)
+        ids += _tokens((documents, document), CHUNK_TOKENS)
     return ids + _tokens(("question", number), QUESTION_TOKENS), spans
 
 
