@@ -11,17 +11,20 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kvtier.connectors.blend_steps import LostChunkError, UnsureError
-from kvtier.connectors.messages import BlendJob, EntryJob
+from kvtier.connectors.chunk_entries import ChunkEntries
+from kvtier.connectors.messages import BlendJob, CaptureJob, EntryJob
 from kvtier.connectors.vllm import blend_parts, sides
 from kvtier.copy.base import RowMover
 from kvtier.memory.arena import Arena
 from tests.engine.rig import APPROXIMATE, BLOCK_TOKENS, Rig, host, prompt
+from tests.engine.switch import Switch
 
 pytestmark = [pytest.mark.engine, pytest.mark.every_version]
 ENDINGS = ("sure", "unsure", "lost", "error")
 SYSTEM = prompt(9, 40)
 DOCUMENTS = [prompt(number, 100) for number in range(3)]
 QUESTION = [7, 7, 7]
+SERVING = ("step", "step", "step", "switch", "preempt", "abort", "reset all")
 
 
 class NumberBlender:
@@ -31,6 +34,8 @@ class NumberBlender:
         self.rig: Rig | None = None
         self.ending: Callable[[], str] = lambda: "sure"
         self.endings: list[str] = []
+        self.captured: dict[int, bool] = {}
+        """chunks that were copied: whether that was what full prefill computes"""
 
     def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> int:
         """All tokens count as chosen."""
@@ -50,6 +55,18 @@ class NumberBlender:
 
     def store(self, job: EntryJob, arena: Arena | None) -> None:
         """What lies in the slots is nobody's concern here."""
+
+    def capture(self, job: CaptureJob, arena: Arena | None) -> None:
+        """Looks whether the blocks hold what full prefill of some request that has them would have written."""
+        assert self.rig is not None
+        found = [self.rig.values_in(block_id) for block_id in job.block_ids]
+        self.captured[job.job_id] = False
+        for name, request in self.rig.scheduler.requests.items():
+            if self.rig.scheduler.kv_cache_manager.get_block_ids(name)[0][: len(found)] == list(job.block_ids):
+                whole = job.end // BLOCK_TOKENS
+                expected = [self.rig.value_of(request, index) for index in range(len(found))]
+                is_right = [{value} for value in expected[:whole]] == found[:whole]
+                self.captured[job.job_id] |= is_right and all(there in ({-1.0}, {expected[whole]}) for there in found[whole:])
 
     def prepare(self, rows: RowMover) -> None:
         """Nothing to do."""
@@ -168,3 +185,48 @@ def test_any_order_of_blends_and_preemptions(data: st.DataObject, ahead: tuple[b
             else:
                 rig.disturb(action, data.draw)
         rig.run()
+
+
+@settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), ahead=st.sampled_from([(None, False), (True, False), (None, True)]), step_tokens=st.sampled_from([64, 160, 1024]))
+def test_only_exact_kv_is_copied_into_chunks(data: st.DataObject, ahead: tuple[bool | None, bool], step_tokens: int) -> None:
+    """Ever new chunks of the same documents; loads and blends fail, requests are preempted and aborted, caches reset under them. What is
+    copied from a request's blocks and stored is full prefill's; a few copies of other things are made, and come to nothing."""
+    blender = NumberBlender()
+    stored: list[int] = []
+    advance = ChunkEntries.advance
+
+    def noting(entries: ChunkEntries, job_id: int, count: int, *, has_failed: bool) -> None:
+        entry = entries._running[job_id]
+        advance(entries, job_id, count, has_failed=has_failed)
+        if entry.remaining == 0 and not entry.failed and entry.read_block_ids:
+            stored.append(job_id)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        rig_with(blender, async_load=ahead[0], runs_ahead=ahead[1], step_tokens=step_tokens, entries="served") as rig,
+    ):
+        patch.setattr(ChunkEntries, "advance", noting)
+        switch = Switch(patch)
+        blender.ending = lambda: data.draw(st.sampled_from(ENDINGS))
+        for scene in range(data.draw(st.integers(1, 5))):
+            rig.run()
+            rig.scheduler.reset_prefix_cache(reset_connector=data.draw(st.integers(0, 4)) == 0)
+            switch.is_broken = data.draw(st.booleans())
+            for number in range(data.draw(st.integers(1, 3))):
+                tokens, spans = joined(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3)))
+                spans = [[start + data.draw(st.integers(0, 5)), end] for start, end in spans]
+                asked = options(spans) if data.draw(st.integers(0, 3)) else None
+                rig.add(f"{scene}-{number}", tokens, max_tokens=data.draw(st.integers(1, 4)), sampling=asked)
+            for action in data.draw(st.lists(st.sampled_from(SERVING), max_size=8)):
+                if action == "step" and rig.scheduler.has_requests():
+                    rig.step()
+                elif action == "switch":
+                    switch.is_broken = not switch.is_broken
+                elif action == "reset all":
+                    with contextlib.suppress(RuntimeError):  # vLLM: not while requests wait for KV; all are preempted nevertheless
+                        rig.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=data.draw(st.booleans()))
+                else:
+                    rig.disturb(action, data.draw)
+        rig.run()
+    assert all(blender.captured[job_id] for job_id in stored), (stored, blender.captured)
