@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
     "blend-margins": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 0.15"
     ' --min-margin 0 0.03 0.05 0.1 0.2 0.3 0.5 --variants "combined, primed"',
+    "blend-served": f"kvtier bench blend {OPTIONS} --items SETS --min-margin 0 0.05 0.1 0.2 0.3 --variants \"combined, served\"",
     "blend-layers": f"kvtier bench blend {OPTIONS} --first 1000 --items SETS --questions 3 --tasks single hops border --layers 3",
 }
 """What wrote each JSON, with ``--json``; the number of sets is the JSON's."""
@@ -46,7 +47,8 @@ def chunk_reuse() -> str:
         "blend-targets": targets,
         "blend-methods": lambda: quality("blend-methods"),
         "blend-ratios": lambda: curves("blend-ratios"),
-        "blend-margins": lambda: margins("blend-margins"),
+        "blend-margins": lambda: margins("blend-margins", TARGET_METHODS[0]),
+        "blend-served": lambda: margins("blend-served", TARGET_METHODS[-1]),
         "blend-layers": lambda: layers("blend-layers"),
     }
     for name, make in makers.items():
@@ -82,12 +84,14 @@ def targets() -> str:
     head = " | ".join(method.removeprefix("combined, ") for method in methods)
     rows = [f"| At 15 % | wanted | {head} |", "| --- | --- |" + " --- |" * len(methods)]
     for what, key, wanted, is_least in TARGETS:
-        cells = [_found(found[method, *key], wanted, is_least=is_least) for method in methods]
+        cells = [_found(found.get((method, *key)), wanted, is_least=is_least) for method in methods]
         rows.append(f"| {what} | {'at least' if is_least else 'at most'} {wanted} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _found(item: Mapping[str, Any], wanted: float, *, is_least: bool) -> str:
+def _found(item: Mapping[str, Any] | None, wanted: float, *, is_least: bool) -> str:
+    if item is None:
+        return "not measured"
     low, high = (float(part) for part in item["params"]["interval"].split(" to "))
     bounds = (low, item["value"], high) if is_least else (-high, -item["value"], -low)
     verdict = VERDICTS[sum(bound >= (wanted if is_least else -wanted) for bound in bounds)]
@@ -162,13 +166,13 @@ def curves(name: str) -> str:
     return "\n".join(lines)
 
 
-def margins(name: str) -> str:
-    """Of ``combined``, by ratio and least margin: answers kept, and what that costs."""
+def margins(name: str, method: str) -> str:
+    """Of one method, by ratio and least margin: answers kept, and what that costs."""
     document = document_of(name)
     found = {
         (item["name"], item["params"]["task"], item["params"]["recompute"], item["params"].get("min_margin", 0.0)): item
         for item in document["records"]
-        if item["params"].get("method") == CURVES[0]
+        if item["params"].get("method") == method
     }
     columns = [("answers retained", "kept"), ("computed by the engine", "by the engine"), ("computed, of full prefill", "computed")]
     head = [f"{task}: {text}" for task in TASKS for figure, text in columns if (task, figure) != ("prose", "answers retained")]

@@ -183,14 +183,14 @@ class ChunkBlender:
             reads.end()
 
     def _blocks_of(self, kv: TokenKV) -> torch.Tensor:
-        """A chunk's KV as its slots hold it, in host memory: ``[blocks, layers, 2, KV heads, tokens, head_dim]``.
+        """A chunk's KV as its slots hold it: ``[blocks, layers, 2, KV heads, tokens, head_dim]``, where the model computes.
 
         Zeros behind the last token: what lay there may be somebody else's.
         """
         block_tokens = self._shape.block_tokens
         both = torch.stack((kv.keys, kv.values), 1)
         padded = F.pad(both, (0, 0, 0, -kv.num_tokens % block_tokens))
-        blocks: torch.Tensor = padded.unflatten(3, (-1, block_tokens)).movedim(3, 0).to("cpu")
+        blocks: torch.Tensor = padded.unflatten(3, (-1, block_tokens)).movedim(3, 0)
         return blocks
 
     def _anchor(self, job: EntryJob) -> TokenKV | None:

@@ -36,12 +36,12 @@ def test_a_target_is_met_where_the_whole_interval_is(folder: Path) -> None:
     tasks = {"answers retained": ("single", "hops"), "KL of plain CacheBlend's": ("hops", "prose")}
     pairs = [(name, task, interval) for name in tasks for task, interval in zip(tasks[name], intervals[name], strict=True)]
     found = [item(name, task, next(values), interval) for name, task, interval in pairs]
-    others = [item(name, task, 0.5, "0.500 to 0.500", method="combined, served again") for name, task, _ in pairs]
+    others = [item(name, task, 0.5, "0.500 to 0.500", method="combined, served again") for name, task, _ in pairs[:3]]
     write(folder, "blend", [*found, *others])
     head, _, *rows = (line.split("|")[3:-1] for line in chunk_reuse_page.targets().splitlines())
     assert [" primed ", " served again "] == head
     assert ["met", "missed", "met, but not beyond doubt", "not met"] == [row[0].split(": ")[1].strip() for row in rows]
-    assert ["missed", "missed", "met", "met"] == [row[1].split(": ")[1].strip() for row in rows]
+    assert ["missed", "missed", "met", "not measured"] == [row[1].split(": ")[-1].strip() for row in rows]
 
 
 def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_margins_stand_beside_what_they_cost(folder: Path, monkeypatch: pytest.M
     records.append(item("answers retained", "hops", 0.1, "0.000 to 0.200", method="epic, primed"))
     write(folder, "some", records)
     monkeypatch.setitem(chunk_reuse_page.COMMANDS, "some", "kvtier bench blend")
-    head, _, plain, checked = chunk_reuse_page.margins("some").splitlines()[-4:]
+    head, _, plain, checked = chunk_reuse_page.margins("some", "combined, primed").splitlines()[-4:]
     assert 11 == head.count(": ")
     assert "| 15% | 0 |  |  |  | 0.750 [0.60, 0.90] |  | 17% |  |  |  |  |  |" == plain
     assert "| 15% | 0.2 |  |  |  | 0.900 [0.80, 0.95] | 12% | 29% |  |  |  | 50% |  |" == checked
