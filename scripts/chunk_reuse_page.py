@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
     "blend-margins": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 0.15"
     ' --min-margin 0 0.03 0.05 0.1 0.2 0.3 0.5 --variants "combined, primed"',
-    "blend-served": f"kvtier bench blend {OPTIONS} --items SETS --min-margin 0 0.05 0.1 0.2 0.3 --variants \"combined, served\"",
+    "blend-served": f'kvtier bench blend {OPTIONS} --items SETS --min-margin 0 0.05 0.1 0.2 0.3 --variants "combined, served"',
     "blend-layers": f"kvtier bench blend {OPTIONS} --first 1000 --items SETS --questions 3 --tasks single hops border --layers 3",
 }
 """What wrote each JSON, with ``--json``; the number of sets is the JSON's."""

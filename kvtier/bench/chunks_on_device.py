@@ -15,13 +15,13 @@ import torch
 from kvtier.bench.report import Record, record
 from kvtier.blend.chunks import anchor_of
 from kvtier.blend.finding import ChunkSpace, Span
-from kvtier.blend.layout import PromptLayout, lay_out
+from kvtier.blend.layout import Placement, PromptLayout, lay_out
 from kvtier.blend.methods import METHODS
 from kvtier.blend.model import TokenKV
 from kvtier.blend.prefill import Rows, advance, attend, causal_groups, start
 from kvtier.blend.transformers_models import TransformersModel
 from kvtier.connectors.blend_worker import ChunkBlender
-from kvtier.connectors.messages import BlendJob, ChunkSlots, EntryJob, Recompute
+from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob, Recompute
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_copier import ArenaPlace
 from kvtier.copy.device import Device, cuda_copier
@@ -104,7 +104,8 @@ class ChunksOnDevice:
         self._stack.close()
 
     def check(self) -> None:
-        """Raises RuntimeError where ratio 1 is not full prefill, or ratio 0 is not the chunks as they were stored."""
+        """Raises RuntimeError where ratio 1 is not full prefill, ratio 0 is not the chunks as they were stored, or what is copied out of a
+        prompt is not what is there."""
         ids, layout = self.prompt()
         self.blended(ids, layout, "none", 0.0)
         for at in layout.placements:
@@ -113,6 +114,10 @@ class ChunksOnDevice:
             keys = self._model.rotary.move(kept.keys, at.shift)
             if not (torch.equal(keys, here.keys) and torch.equal(kept.values, here.values)):
                 raise RuntimeError(f"the chunk at token {at.start} is not what was stored")
+            self._copy(at)
+            copied = self._kept(at.chunk.key, at.num_tokens)
+            if not (torch.equal(self._model.rotary.move(here.keys, -at.shift), copied.keys) and torch.equal(here.values, copied.values)):
+                raise RuntimeError(f"what is copied of the chunk at token {at.start} is not what is there")
         expected, found = self._full(ids), self.blended(ids, layout, "epic", 1.0)
         self.difference = float((expected - found).abs().max() / expected.std())
         if not self.difference < TOLERANCE:
@@ -148,6 +153,22 @@ class ChunksOnDevice:
                 seconds.append(self._timed(lambda reads=reads: [reads.layer(index) for index in range(self._model.num_layers)]))  # type: ignore[misc]
         num_bytes = sum(len(chunk.slots) for chunk in job.chunks) * self._block_pages * PAGE_BYTES
         return record("chunks to the device", {"tokens": self._num_tokens, "bytes": num_bytes}, seconds[1:], "ms")
+
+    def storing(self, rounds: int) -> Record:
+        """The chunks of a prompt out of the engine's memory, as those of served prompts are copied."""
+        _, layout = self.prompt()
+
+        def copy_all() -> None:
+            for at in layout.placements:
+                self._copy(at)
+
+        seconds = [self._timed(copy_all) for _ in range(rounds + 1)]
+        num_bytes = sum(len(self._slots[at.chunk.key].slots) for at in layout.placements) * self._block_pages * PAGE_BYTES
+        return record("chunks out of a prompt", {"tokens": self._num_tokens, "bytes": num_bytes}, seconds[1:], "ms")
+
+    def _copy(self, at: Placement) -> None:
+        block_ids = tuple(range(-(-at.end // BLOCK_TOKENS)))
+        self._blender.capture(CaptureJob(1, at.start, at.end, at.shift, block_ids, self._slots[at.chunk.key]), self._arena)
 
     def attention(self, rounds: int) -> Iterator[Record]:
         """Of the rows that 15 % are, over a whole prompt, in one layer, by how many rows are taken together."""

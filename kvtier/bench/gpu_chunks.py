@@ -74,6 +74,6 @@ def run(args: argparse.Namespace) -> int:
         ChunksOnDevice(device, SHAPES[args.shape], args.tokens, args.chunk_tokens, Path(directory)) as bench,
     ):
         bench.check()
-        records = [*bench.first_tokens(args.rounds), bench.loading(args.rounds), *bench.attention(args.rounds)]
+        records = [*bench.first_tokens(args.rounds), bench.loading(args.rounds), bench.storing(args.rounds), *bench.attention(args.rounds)]
     publish("kvtier bench gpu-chunks", records, args.json)
     return 0

@@ -12,6 +12,7 @@ import torch
 from kvtier.bench.chunks_on_device import ChunksOnDevice
 from kvtier.bench.gpu_chunks import SHAPES
 from kvtier.cli import main
+from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.chunk_rows import ArenaReads
 
 SMALL = ["--shape", "tiny", "--tokens", "500", "--chunk-tokens", "90", "--rounds", "1"]
@@ -24,7 +25,7 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
     records = json.loads(path.read_text())["records"]
     names = [record["name"] for record in records]
     assert {f"of computing, {method}" for method in ("none", "epic", "cacheblend", "prophetkv", "combined")} <= set(names)
-    assert {"chunks to the device", "attention of chosen rows, one layer"} <= set(names)
+    assert {"chunks to the device", "chunks out of a prompt", "attention of chosen rows, one layer"} <= set(names)
     assert all(record["value"] > 0 for record in records)
     (bound,) = (record for record in records if record["name"].startswith("difference"))
     assert 0.1 > bound["value"]
@@ -51,6 +52,10 @@ def test_wrong_kv_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch:
             patch.setattr(ArenaReads, "layer", _one_late(ArenaReads.layer))
             with pytest.raises(RuntimeError, match="not what was stored"):
+                bench.check()
+        with monkeypatch.context() as patch:
+            patch.setattr(ChunkBlender, "capture", lambda *_: None)
+            with pytest.raises(RuntimeError, match="is not what is there"):
                 bench.check()
         bench._model.scale *= 3000
         with pytest.raises(RuntimeError, match="of their spread"):

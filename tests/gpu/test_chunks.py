@@ -26,7 +26,7 @@ def bench(tmp_path: Path) -> Iterator[ChunksOnDevice]:
 
 
 def test_chunks_arrive_as_they_were_stored(bench: ChunksOnDevice) -> None:
-    """Copied by the device's engines, to the last bit, in ever new orders; and ratio 1 is full prefill."""
+    """Copied by the device's engines, to the last bit, in ever new orders; ratio 1 is full prefill; a prompt's are copied back."""
     assert bench.rows is not None, "there is CuPy, so the device brings the chunks"
     for _ in range(ROUNDS):
         bench.check()
