@@ -19,6 +19,7 @@ from kvtier.config import BlendConfig
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.chunk_rows import slot_view
 from kvtier.connectors.messages import RequestOptions, ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.requests import NEVER
 from kvtier.hashing import request_root
 from tests.unit.blend_system import BLOCK, CAN_BLEND, HOST_BLOCKS, NAMESPACE, SYSTEM, System, document, joined
 
@@ -164,7 +165,7 @@ def test_a_chunk_where_it_was_is_not_exact(make: Callable[..., System]) -> None:
     system.close()
 
 
-def test_the_two_kinds_are_apart(make: Callable[..., System]) -> None:
+def test_the_two_kinds_are_apart() -> None:
     """One setting's chunks are not found with the other one."""
     chunks = {chunk_of(DOCUMENTS[0], before) for before in ((), SYSTEM, SYSTEM[:-1])}
     chunks |= {ChunkSpace(ROOT, anchor_of(ROOT, before, BLOCK), BLOCK).chunk(DOCUMENTS[0]) for before in ((), SYSTEM, SYSTEM[:-1])}
@@ -216,6 +217,23 @@ def test_chunks_before_a_blend_are_copied(make: Callable[..., System]) -> None:
     system.close()
 
 
+def test_a_request_that_starts_over_with_a_blend_leaves_what_was_to_be_copied(tmp_path: Path) -> None:
+    """Its first chunk is there by then, so what it computes behind that is an approximation; nor has the model positions for the second."""
+    system = System(tmp_path, BlendParts(SERVED, num_positions=17))
+    served = Served(system, "first", [0, 2], SYSTEM)
+    served.start()
+    served.step(15)
+    assert 1 == system.cache.stats["blend.stored_chunks"]
+    served.start()
+    assert served.is_blended
+    served.step(100)
+    system.half.request_finished("first")
+    drained(system)
+    assert None is kept(system, chunk_of(DOCUMENTS[2], SYSTEM))
+    assert (1, 1) == (system.cache.stats["blend.stored_chunks"], system.cache.stats["blend.unstored_chunks"])
+    system.close()
+
+
 @pytest.mark.parametrize("kind", ["store false", "worker fails", "no room", "other arena"])
 def test_nothing_is_stored(make: Callable[..., System], tmp_path: Path, kind: str) -> None:
     """Where the request does not want it, or there is no room, or the copy fails: counted, and the cache is as before."""
@@ -260,12 +278,13 @@ EVENTS = ("go on", "go on", "go on", "go on", "load fails", "preempted", "reset"
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), primer=st.sampled_from([(), PRIMER]))
-def test_what_is_stored_is_what_full_prefill_computes_there(data: st.DataObject, primer: tuple[int, ...]) -> None:
+@given(data=st.data(), primer=st.sampled_from([(), PRIMER]), num_positions=st.sampled_from([NEVER, 17]))
+def test_what_is_stored_is_what_full_prefill_computes_there(data: st.DataObject, primer: tuple[int, ...], num_positions: int) -> None:
     """Requests one after another, computed in parts, beside loads that fail, preemptions, aborts and resets behind which the model has
-    other weights: the KV of a chunk is always that of a prompt that was computed with it, or that of the chunk behind its anchor."""
+    other weights: the KV of a chunk is always that of a prompt that was computed with it, or that of the chunk behind its anchor, where
+    the model has positions enough for it to be computed there."""
     with tempfile.TemporaryDirectory() as directory:
-        system = System(Path(directory), BlendParts(SERVED, primer))
+        system = System(Path(directory), BlendParts(SERVED, primer, num_positions=num_positions))
         allowed: dict[bytes, list[TokenKV]] = {}
         for number in range(data.draw(st.integers(1, 4))):
             before = data.draw(st.sampled_from([[], SYSTEM]))
