@@ -5,6 +5,7 @@ The forward pass is a function of the test; KV memory is made by vLLM itself, in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -237,7 +238,10 @@ class Rig:
         self.scheduler._preempt_request(self.scheduler.running.pop(place), 0.0)
 
     def disturb(self, action: str, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
-        """Preempts a request, aborts one, before a step or in it, or forgets the engine's prefix cache; where there is what it takes."""
+        """Preempts a request, aborts one, before a step or in it, or forgets the engine's prefix cache; where there is what it takes.
+
+        ``reset all``: under running requests, and kvtier's as well or not.
+        """
         if action == "preempt" and self.scheduler.running:
             self.preempt(draw(st.integers(0, len(self.scheduler.running) - 1)))
         elif action == "abort" and self.scheduler.requests:
@@ -248,6 +252,9 @@ class Rig:
                 self.step(meanwhile=functools.partial(self.abort, name))
         elif action == "reset" and not self.scheduler.requests:
             self.scheduler.reset_prefix_cache()
+        elif action == "reset all":
+            with contextlib.suppress(RuntimeError):  # vLLM: not while requests wait for KV; all are preempted nevertheless
+                self.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=draw(st.booleans()))
 
     def step(self, forward: Forward | None = None, meanwhile: Callable[[], None] = lambda: None) -> SchedulerOutput:
         """One step, with the hooks in the order in which vLLM's model runner for this device calls them.

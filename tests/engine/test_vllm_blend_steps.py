@@ -223,9 +223,6 @@ def test_only_exact_kv_is_copied_into_chunks(data: st.DataObject, ahead: tuple[b
                     rig.step()
                 elif action == "switch":
                     switch.is_broken = not switch.is_broken
-                elif action == "reset all":
-                    with contextlib.suppress(RuntimeError):  # vLLM: not while requests wait for KV; all are preempted nevertheless
-                        rig.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=data.draw(st.booleans()))
                 else:
                     rig.disturb(action, data.draw)
         rig.run()
