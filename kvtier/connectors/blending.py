@@ -288,7 +288,7 @@ class Blending:
                 self._engine.stats.add("blend.unstored_chunks")
                 continue
             self._entries.add(chunk, state.anchor_ids, tuple(request.token_ids[at.start : at.end]), request.tenant)
-        request.capture_at = state.to_capture[0].end if state.to_capture else NEVER
+        request.capture_next()
 
     def computed(self, request: Request, item: ScheduledRequest) -> None:
         """This step computes ``request.capture_at`` tokens of a request: has chunks copied that are full by then."""
@@ -299,7 +299,7 @@ class Blending:
             at = state.to_capture.popleft()
             if not request.is_stopped and self._entries.wants(at.chunk):
                 self._captures += self._entries.capture(at, request.tenant, item.block_ids[: -(-at.end // size)])
-        request.capture_at = state.to_capture[0].end if state.to_capture else NEVER
+        request.capture_next()
 
     def take_captures(self) -> list[CaptureJob]:
         """Those ordered since the last call."""

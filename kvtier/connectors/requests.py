@@ -344,6 +344,11 @@ class Request:
         at = (self.store_from + 1) * block_tokens
         self.store_at = at if self.can_store and not self.is_stopped and at <= min(self.num_store_tokens, self.blended_from) else NEVER
 
+    def capture_next(self) -> None:
+        """Waits for the next chunk that is to be copied to be full."""
+        to_capture = self.blend.to_capture if self.blend is not None else ()
+        self.capture_at = to_capture[0].end if to_capture else NEVER
+
     def stop_storing(self) -> None:
         """What it has computed so far is out of date."""
         if self.is_admitted:
