@@ -155,10 +155,7 @@ def storing(ask: Any, entries: str, rounds: int) -> Iterator[Record]:
         for is_stored, seconds in times.items():
             documents = f"{entries} {number} {is_stored}"
             ids, spans = _prompt(0, documents=documents)
-            options = {
-                **COMPUTED,
-                **({"store": True, "store_only_prefix": 0, "load": True, "blend": {"spans": spans}} if is_stored else {}),
-            }
+            options = {"store_only_prefix": 0, "blend": {"spans": spans}} if is_stored else COMPUTED
             answer = ask([ids], [options], 4 * NUM_CHUNKS)
             _check(answer, 0)
             seconds.append(answer["last_s"][0])
