@@ -149,25 +149,29 @@ class Copying:
         self.stores[plan.job_id] = StoreJob(move, first + plan.positions[0], item.block_ids[: end * per_slot], self._geometry.num_workers)
         return move
 
+    def fail_loads(self, report: WorkerReport) -> set[int]:
+        """Notes what reported loads did not fill, and returns the engine blocks of it: the engine computes them itself."""
+        block_ids: set[int] = set()
+        for job_id in report.done.keys() & self.loads.keys():
+            job = self.loads[job_id]
+            job.failed |= report.failed.get(job_id, set())
+            if not (job.failed or job.move.missing):
+                continue
+            block_ids |= job.failed_block_ids()
+            request = self._requests.get(job.move.request_id)
+            if request is not None:
+                request.load_failed(job.first_failed_block(self._blocks_per_slot), self._block_tokens)
+        return block_ids
+
     def advance_load(self, job_id: int, report: WorkerReport) -> None:
-        """Workers have reported a load."""
+        """Workers have reported a load; what it did not fill is noted before."""
         job = self.loads[job_id]
         job.remaining -= report.done[job_id]
-        job.failed |= report.failed.get(job_id, set())
-        if job.failed or job.move.missing:
-            self._load_failed(job)
         if job.remaining <= 0:
             del self.loads[job_id]
             if job_id > 0:
                 per_slot = self._blocks_per_slot
                 self._engine.end_load(job_id, job.failed_slots(per_slot), partial=job.partial_slots(per_slot))
-
-    def _load_failed(self, job: LoadJob) -> None:
-        """The engine computes the failed blocks itself; nothing computed on top of them may be stored."""
-        request = self._requests.get(job.move.request_id)
-        if request is not None:
-            request.load_failed(job.first_failed_block(self._blocks_per_slot), self._block_tokens)
-        self.void_stores(job.failed_block_ids())
 
     def void_stores(self, block_ids: set[int]) -> None:
         """What was computed from these engine blocks is wrong: stores that may hold it come to nothing."""

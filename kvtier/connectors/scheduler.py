@@ -239,10 +239,11 @@ class SchedulerHalf:
         if report is not None:
             self._meter.end(report.step)
         # Failed loads first: they void stores that the same report calls done.
-        if failed_block_ids:
-            with self._boundary.at("finish_step"):
-                self._copying.void_stores(set(failed_block_ids))
-                self._blending.void(set(failed_block_ids))
+        with self._boundary.at("finish_step"):
+            bad = {*failed_block_ids, *(() if report is None else self._copying.fail_loads(report))}
+            if bad:
+                self._copying.void_stores(bad)
+                self._blending.void(bad)
         if report is not None:
             with self._boundary.at("finish_step"):
                 self._count(report)

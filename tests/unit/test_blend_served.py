@@ -326,6 +326,33 @@ def test_what_is_stored_is_what_full_prefill_computes_there(data: st.DataObject,
         system.close()
 
 
+@pytest.mark.parametrize("says", ["engine", "worker"])
+def test_a_load_that_failed_voids_the_copies_of_its_step(make: Callable[..., System], says: str) -> None:
+    """Whoever says so, the engine of its blocks or the worker of the load."""
+    system = make()
+    first = Served(system, "first", [0, 1], SYSTEM)
+    first.start()
+    keys = system.half._requests["first"].keys(2, BLOCK)
+    message = system.half.build_step([ScheduledRequest("first", first.block_ids[:2], 2 * BLOCK)])
+    system.half.finish_step(WorkerReport({job.job_id: 1 for job in message.stores}))
+    system.half.request_finished("first")
+    assert 2 == system.cache.match(keys).ready_blocks
+    second = Served(system, "second", [0, 1], SYSTEM)
+    second.start()
+    assert 2 * BLOCK == second.num_computed
+    message = system.half.build_step([ScheduledRequest("second", second.block_ids, len(second.tokens))])
+    (load,) = message.loads
+    done = {load.job_id: 1, **{job.job_id: 1 for job in message.captures}}
+    if says == "worker":
+        system.half.finish_step(WorkerReport(done, {load.job_id: {1}}))
+    else:
+        system.half.finish_step(WorkerReport(done), {load.block_ids[1]})
+    assert (2, 0) == (len(message.captures), system.cache.stats["blend.stored_chunks"])
+    system.finish(message, WorkerReport())
+    system.half.request_finished("second")
+    system.close()
+
+
 def test_all_ranks_must_have_copied_it(make: Callable[..., System]) -> None:
     """A chunk of which one rank's part is missing is not stored."""
     system = make(num_workers=2, reports=[WorkerReport(attached=2, blenders=2)])
