@@ -204,6 +204,15 @@ def test_requirements_of_a_wheel_are_split(tmp_path: Path) -> None:
     assert ["xgrammar==0.2.8", "pytest-timeout>=9999", "surely-not-installed[standard]<2,>=1"] == lists["missing"]
 
 
+def test_bytecode_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of its own, also where the caller keeps none: the tests start hundreds of processes."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    environment = run_tests.environment()
+    assert "PYTHONDONTWRITEBYTECODE" not in environment
+    assert str(run_tests.ROOT / ".cache" / "bytecode") == environment["PYTHONPYCACHEPREFIX"]
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
