@@ -10,16 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
 import statistics
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvtier.bench.engine import ENVIRONMENT, open_engine
 from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish, record
+from kvtier.bench.scratch import scratch_directory
 
 NUM_SYSTEM_TOKENS = 64
 NUM_CHUNKS = 6
@@ -85,16 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes. Returns the exit status."""
     os.environ.update(ENVIRONMENT)
-    directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-"))
-    try:
+    with scratch_directory() as directory:
         with open_engine(args.model, directory, TIERS, blend={"enabled": True}) as ask:
             _store(ask)
             records = [*first_tokens(ask, args.rounds), *others(ask, args.rounds)]
         for entries in ENTRIES:
             with open_engine(args.model, directory, TIERS, blend={"enabled": True, "entries": entries}) as ask:
                 records += storing(ask, entries, args.rounds)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     publish("kvtier bench chunks", records, args.json)
     return 0
 

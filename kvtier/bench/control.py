@@ -13,7 +13,6 @@ import mmap
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 from kvtier.bench.options import MOST_BLOCKS, add_json, add_rounds, whole, writable_directory
 from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, record, time_rounds
+from kvtier.bench.scratch import scratch_directory
 from kvtier.cache import Cache
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, WorkerReport
@@ -186,14 +186,11 @@ def disk_evictions(resident: Sequence[int], rounds: int, directory: Path | None)
     By turns, as many bytes are written to a plain file; that time is subtracted, since it is the I/O.
     """
     for count in resident:
-        path = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=directory))
-        try:
+        with scratch_directory(directory) as path:
             if shutil.disk_usage(path).free < _capacity_for(count):
                 print(f"no room for a disk tier of {count} blocks: it must be allowed {_capacity_for(count)} bytes", file=sys.stderr)
                 continue
             yield from _disk_eviction(path, count, rounds)
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _disk_eviction(path: Path, count: int, rounds: int) -> Iterator[Record]:

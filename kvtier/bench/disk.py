@@ -15,7 +15,6 @@ import mmap
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ import numpy as np
 
 from kvtier.bench.options import MOST_MIB, MOST_THREADS, add_json, add_rounds, whole, writable_directory
 from kvtier.bench.report import Record, in_turns, publish, rates
+from kvtier.bench.scratch import scratch_directory
 from kvtier.io import PAGE_BYTES, AlignedFile, address_of
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.record import payload_checksum
@@ -68,9 +68,7 @@ def measure(args: argparse.Namespace, block_bytes: int) -> Iterator[Record]:
     reads: list[list[float]] = [[], []]
     params: dict[str, object] = {}
     for _ in range(args.places):
-        directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=args.directory))
-        batch = Batch(args, block_bytes, directory)
-        try:
+        with scratch_directory(args.directory) as directory, contextlib.closing(Batch(args, block_bytes, directory)) as batch:
             batch.verify()
             limit = (Fio if shutil.which("fio") else Loop)(args, block_bytes, batch.files, batch.blocks_per_file)
             params = {"block_mib": block_bytes >> 20, "queue_depth": args.queue_depth, "io": batch.io_engine, "beside": limit.name}
@@ -79,9 +77,6 @@ def measure(args: argparse.Namespace, block_bytes: int) -> Iterator[Record]:
             batch.store()  # the other has written over it
             for all_values, values in zip(reads, in_turns([batch.load, limit.read], args.rounds), strict=True):
                 all_values.extend(values)
-        finally:
-            batch.close()
-            shutil.rmtree(directory, ignore_errors=True)
     yield rates("write", params, *writes)
     yield rates("cold read", params, *reads)
 

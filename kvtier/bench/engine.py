@@ -10,10 +10,8 @@ import argparse
 import contextlib
 import multiprocessing
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -22,6 +20,7 @@ from typing import Any
 
 from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish, record
+from kvtier.bench.scratch import scratch_directory
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -49,11 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes. Returns the exit status."""
     os.environ.update(ENVIRONMENT)
-    directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-"))
-    try:
+    with scratch_directory() as directory:
         records = [*first_tokens(args.model, args.rounds, directory), overhead(args.model, args.rounds, directory)]
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     publish("kvtier bench engine", records, args.json)
     return 0
 

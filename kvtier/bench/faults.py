@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 from kvtier.bench.engine import ENVIRONMENT, FORGET, open_engine, prompt_of
 from kvtier.bench.options import MOST_TOKENS, add_json, add_rounds, whole
 from kvtier.bench.report import Record, publish, record
+from kvtier.bench.scratch import scratch_directory
 from kvtier.testing.faults import FAULTS, FaultyValkey
 from kvtier.units import format_duration
 
@@ -55,11 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes. Returns 1 where a request was delayed by more than the deadline."""
     os.environ.update(ENVIRONMENT)
-    directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-"))
-    try:
+    with scratch_directory() as directory:
         records = list(measure(args.model, args.tokens, args.rounds, args.faults, directory))
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     publish("kvtier bench faults", records, args.json)
     return is_late(records)
 

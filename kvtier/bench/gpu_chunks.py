@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from kvtier.bench.options import add_json, add_rounds, whole
 from kvtier.bench.report import publish
+from kvtier.bench.scratch import scratch_directory
 
 MOST_TOKENS = 131_072
 MOST_CHUNK_TOKENS = 8192
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"nothing was measured: there is no device {args.device}, or no torch and transformers ({error})", file=sys.stderr)
         return 2
     with (
-        tempfile.TemporaryDirectory(prefix="kvtier-bench-", dir="/dev/shm") as directory,
+        scratch_directory(Path("/dev/shm")) as directory,
         torch.inference_mode(),
-        ChunksOnDevice(device, SHAPES[args.shape], args.tokens, args.chunk_tokens, Path(directory)) as bench,
+        ChunksOnDevice(device, SHAPES[args.shape], args.tokens, args.chunk_tokens, directory) as bench,
     ):
         bench.check()
         records = [*bench.first_tokens(args.rounds), bench.loading(args.rounds), bench.storing(args.rounds), *bench.attention(args.rounds)]

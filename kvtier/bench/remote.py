@@ -8,18 +8,17 @@ way to the server does the same in turn.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 
 from kvtier.bench.options import MOST_MIB, add_json, add_rounds, whole
 from kvtier.bench.peers import Peer
 from kvtier.bench.report import Record, in_turns, publish, rates
+from kvtier.bench.scratch import scratch_directory
 from kvtier.bench.servers import STORES, Store, start_stores
 from kvtier.tiers.remote import RemoteSettings, RemoteTier
 from kvtier.types import BlockIO, BlockKey, BlockMeta, JobKind, Outcome, TransferJob
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Starts the servers, measures, prints, writes. Returns the exit status."""
     records: list[Record] = []
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-bench-")))
+        directory = stack.enter_context(scratch_directory())
         for store in start_stores(stack, directory, args.stores):
             for block_mib in args.block_mib:
                 records += measure(store, block_mib << 20, args.batch_mib << 20, args.rounds)

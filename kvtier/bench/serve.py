@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 from kvtier.bench.control import decode_steps
 from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish, record, time_rounds
+from kvtier.bench.scratch import scratch_directory
 from kvtier.cache import Cache
 from kvtier.config import Config
 from kvtier.engine import CacheEngine
@@ -112,9 +111,9 @@ def _keys(prompt: int) -> list[BlockKey]:
 def caches() -> Iterator[Mapping[str, Cache]]:
     """Two caches of the same size: one here, one in a daemon."""
     content = {"tiers": [{"type": "host", "capacity": CAPACITY_BYTES}]}
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "socket"
-        file = Path(directory) / "kvtier.yaml"
+    with scratch_directory() as directory:
+        path = directory / "socket"
+        file = directory / "kvtier.yaml"
         file.write_text(json.dumps(content))
         embedded = CacheEngine.open(Config.from_mapping(content), namespace=Namespace(model="test"), block_bytes=BLOCK_BYTES)
         daemon = DaemonProcess(file, path)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,6 +19,7 @@ from typing import Any
 from kvtier.bench.engine import ENVIRONMENT, open_engine, prompt_of
 from kvtier.bench.options import MOST_TOKENS, add_json, add_rounds, whole
 from kvtier.bench.report import Record, publish, record
+from kvtier.bench.scratch import scratch_directory
 from kvtier.testing.daemons import DaemonProcess
 from kvtier.testing.servers import MooncakeMaster, S3Server, Server, ValkeyServer
 from kvtier.tiers.remote import Deadline
@@ -45,12 +44,9 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes. Returns the exit status."""
     os.environ.update(ENVIRONMENT)
     records: list[Record] = []
-    directory = Path(tempfile.mkdtemp(prefix="kvtier-bench-"))
-    try:
+    with scratch_directory() as directory:
         for path in args.paths:
             records += measure(path, args.model, args.tokens, args.rounds, directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     publish("kvtier bench sharing", records, args.json)
     return 0
 

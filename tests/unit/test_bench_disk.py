@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +69,21 @@ def test_tier(tmp_path: Path) -> None:
         (record["name"], record["params"]["piece_kib"]) for record in records
     ]
     assert all(record["value"] > 0 and record["limit"] > 0 for record in records)
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Whoever stops a benchmark has no gigabytes to look for, and sees by the status that it was stopped."""
+    command = [sys.executable, "-m", "kvtier", "bench", "disk", "--block-mib", "4", "--batch-mib", "16", "--rounds", "1000"]
+    with subprocess.Popen([*command, "--directory", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as bench:
+        deadline = time.monotonic() + 60
+        while not any(path.is_file() for path in tmp_path.rglob("*")):
+            assert bench.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        bench.send_signal(signal.SIGTERM)
+        _, said = bench.communicate(timeout=60)
+    assert (128 + signal.SIGTERM, "") == (bench.returncode, said)
+    assert [] == list(tmp_path.iterdir())
 
 
 def test_in_turns() -> None:
