@@ -74,7 +74,7 @@ class FakeEvidence:
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.floats(0, 1), st.sampled_from(sorted(METHODS)), st.booleans())
 def test_a_method_chooses_what_the_ratio_allows(lengths: list[int], ratio: float, name: str, first_is_exact: bool) -> None:
-    """The number of tokens, for every method and layout: none with 0, all with 1; more with more, never one less."""
+    """The number of tokens, for every method and layout: none with 0, all with 1; more with more, never one less. But for ``none``."""
     evidence = FakeEvidence(layout_of(lengths, first_is_exact=first_is_exact))
     number = len(evidence.layout.candidates)
     if not number:
@@ -83,7 +83,8 @@ def test_a_method_chooses_what_the_ratio_allows(lengths: list[int], ratio: float
     assert name == method.name
     selection = method.select(evidence, FixedRatio(ratio))
     assert (number,) == selection.chosen.shape
-    assert min(number, math.ceil(ratio * number - 1e-9)) == int(selection.chosen.sum())
+    wanted = int(ratio) * number if name == "none" else min(number, math.ceil(ratio * number - 1e-9))
+    assert wanted == int(selection.chosen.sum())
     assert not method.select(evidence, FixedRatio(0.0)).chosen.any()
     assert method.select(evidence, FixedRatio(1.0)).chosen.all()
 

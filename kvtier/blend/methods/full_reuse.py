@@ -14,12 +14,10 @@ from kvtier.blend.ratio import FixedRatio
 
 
 class FullReuse:
-    """Chooses what the ratio asks for from the beginning, which with its own ratio of 0 is nothing."""
+    """Chooses nothing, whatever the ratio; all where it is 1, as every method does."""
 
     name = "none"
 
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
-        """The first candidates."""
-        chosen = torch.zeros(len(evidence.layout.candidates), dtype=torch.bool)
-        chosen[: ratio.num_tokens(len(chosen))] = True
-        return Selection(chosen)
+        """Nothing, or all."""
+        return Selection(torch.full((len(evidence.layout.candidates),), ratio.ratio >= 1))
