@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.engine.harness import ENVIRONMENT
+from tests.engine.harness import ENVIRONMENT, run
 
 collect_ignore_glob: list[str] = []
 
@@ -21,3 +21,8 @@ else:
     def pytest_configure(config: pytest.Config) -> None:
         """The engine's libraries warn as they like, already while they are imported."""
         config.addinivalue_line("filterwarnings", "ignore")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those with engines in processes of their own first: at the end short ones are left, and no worker waits minutes for the other."""
+    items.sort(key=lambda item: getattr(getattr(item, "module", None), "run", None) is not run)
