@@ -2,7 +2,8 @@
 
 Time to first token of six cached chunks (3,000 tokens in all) in ever new orders and a new question of 60 tokens, beside full prefill
 of the same prompts in the same engine. How long other requests take that generate while two such prompts come, beside two that are
-computed. And how long a prompt of new documents takes whose chunks are stored, by either way to come by them (``blend.entries``).
+computed. How long a prompt of new documents takes whose chunks are stored, by either way to come by them (``blend.entries``). And the
+longest step that others have to wait for in an engine that computes few tokens in one, with blends over several steps and at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from kvtier.bench.engine import ENVIRONMENT, open_engine
+from kvtier.bench.engine import ARGUMENTS, ENVIRONMENT, open_engine
 from kvtier.bench.options import add_json, add_rounds
 from kvtier.bench.report import Record, publish, record
 from kvtier.bench.scratch import scratch_directory
@@ -33,6 +34,10 @@ UNSURE = "unsure"
 MARGINS = {"sure": 1e-9, UNSURE: 1.0}
 """what every model reaches, and none: with that method, what it takes to look"""
 ENTRIES = ("computed", "served")
+STEP_TOKENS = 256
+"""that an engine computes in a step, where it is to keep nobody waiting for long"""
+SPREADS = {"over steps": None, "at once": 1_000_000}
+"""``blend.max_step_tokens``"""
 NUM_OTHERS = 4
 OTHERS_TOKENS = 48
 TIERS = [{"type": "host", "capacity": "1GiB"}]
@@ -90,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
         for entries in ENTRIES:
             with open_engine(args.model, directory, TIERS, blend={"enabled": True, "entries": entries}) as ask:
                 records += storing(ask, entries, args.rounds)
+        for label, max_step_tokens in SPREADS.items():
+            arguments = {**ARGUMENTS, "max_num_batched_tokens": STEP_TOKENS}
+            blend = {"enabled": True, "max_step_tokens": max_step_tokens}
+            with open_engine(args.model, directory, TIERS, arguments=arguments, blend=blend) as ask:
+                _store(ask)
+                records += longest_steps(ask, label, args.rounds)
     publish("kvtier bench chunks", records, args.json)
     return 0
 
@@ -139,6 +150,26 @@ def others(ask: Any, rounds: int) -> Iterator[Record]:
     yield Record("what others lose, of computing", params, loss, "ratio", 0.0, 1.0, loss)
 
 
+def longest_steps(ask: Any, label: str, rounds: int) -> Iterator[Record]:
+    """The longest step of requests that generate while a prompt comes, computed and of chunks."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    first_tokens: dict[bool, list[float]] = {False: [], True: []}
+    short = [_tokens(("other", index), 40) for index in range(NUM_OTHERS)]
+    for number in range(rounds):
+        for is_blended, seconds in times.items():
+            ids, spans = _prompt(2000 + number)
+            options = _options(spans, OTHERS_METHOD) if is_blended else COMPUTED
+            answer = ask([ids, *short], [options] + [COMPUTED] * NUM_OTHERS, OTHERS_TOKENS)
+            _check(answer, int(is_blended))
+            seconds.append(answer["longest_step_s"])
+            first_tokens[is_blended].append(answer["ttft_s"])
+    params = {"others": NUM_OTHERS, "tokens": len(ids), "step tokens": STEP_TOKENS}
+    for is_blended, what in ((False, "computed"), (True, f"{OTHERS_METHOD}, {label}")):
+        more = {**params, "ratio": RATIO} if is_blended else params
+        yield record(f"longest step beside a prompt, {what}", more, times[is_blended], "ms")
+        yield record(f"its time to first token, {what}", more, first_tokens[is_blended], "ms")
+
+
 def storing(ask: Any, entries: str, rounds: int) -> Iterator[Record]:
     """Prompts of new documents, with an answer that is long enough for their chunks to be stored beside it, and the same without that.
 
@@ -166,7 +197,7 @@ def storing(ask: Any, entries: str, rounds: int) -> Iterator[Record]:
 def _store(ask: Any) -> None:
     """Serves the documents once, so that their chunks are stored, and goes on until all are."""
     ids, spans = _prompt(-1)
-    ask([ids], [{"blend": {"spans": spans}}], 4 * NUM_CHUNKS)
+    ask([ids], [{"blend": {"spans": spans}}], 10 * NUM_CHUNKS)
 
 
 def _prompt(number: int, *, documents: str = "document") -> Prompt:

@@ -19,6 +19,7 @@ from kvtier.blend.layout import Placement, PromptLayout, lay_out
 from kvtier.blend.methods import METHODS
 from kvtier.blend.model import TokenKV
 from kvtier.blend.prefill import Rows, advance, attend, causal_groups, start
+from kvtier.blend.steps import finish
 from kvtier.blend.transformers_models import TransformersModel
 from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob, Recompute
@@ -212,7 +213,7 @@ class ChunksOnDevice:
             page += count * self._block_pages
             found[chunk.key] = ChunkSlots(tuple(range(count)), slots, tuple(self._arena.bump(slot) for slot in slots))
             job = EntryJob(number, chunk.key, b"anchor", tuple(self._system), tuple(document), found[chunk.key])
-            self._blender.store(job, self._arena)
+            finish(self._blender.store(job, self._arena))
         return found
 
     def _kept(self, key: bytes, num_tokens: int) -> TokenKV:
@@ -254,10 +255,10 @@ class ChunksOnDevice:
     def blended(self, ids: list[int], layout: PromptLayout, method: str, ratio: float) -> torch.Tensor:
         """The same from chunks: the blend of a worker, and the question computed behind it."""
         job = self._job(ids, layout, method, ratio)
-        self._blender.blend(job, self._arena, self.rows)
+        finish(self._blender.blend(job, self._arena, self.rows))
         tokens = torch.tensor(ids, device=self._device)
         rows: Rows = start(self._model, tokens, torch.arange(job.end, len(ids), device=self._device))
-        advance(self._model, rows, self.memory.kv, torch.ones(len(ids), dtype=torch.bool, device=self._device))
+        finish(advance(self._model, rows, self.memory.kv, torch.ones(len(ids), dtype=torch.bool, device=self._device)))
         return self._model.logits(rows.hidden[-1:])[0]
 
     def _job(self, ids: list[int], layout: PromptLayout, method: str, ratio: float) -> BlendJob:

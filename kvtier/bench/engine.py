@@ -122,16 +122,22 @@ def prompt_of(num_tokens: int, number: int) -> list[int]:
 
 @contextlib.contextmanager
 def open_engine(
-    model: str, directory: Path, tiers: Sequence[Mapping[str, Any]] | None, dtype: str = "bfloat16", **more: Any
+    model: str,
+    directory: Path,
+    tiers: Sequence[Mapping[str, Any]] | None,
+    dtype: str = "bfloat16",
+    arguments: Mapping[str, Any] = ARGUMENTS,
+    **more: Any,
 ) -> Iterator[Any]:
     """An engine in a process of its own; yields a function from prompts, and kvtier's options of each, to what was measured.
 
     ``tiers``: kvtier's; None: without it. ``more``: other settings of kvtier. ``dtype``: with float32 the tokens, too, can be compared.
+    ``arguments``: the engine's.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     settings = None if tiers is None else {"tiers": list(tiers), **more}
-    process = context.Process(target=_serve, args=(theirs, model, directory, dtype, settings), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, model, directory, {**arguments, "dtype": dtype}, settings), daemon=True)
     process.start()
     theirs.close()
 
@@ -158,7 +164,7 @@ def open_engine(
         process.join(60.0)
 
 
-def _serve(pipe: Connection, model: str, directory: Path, dtype: str, settings: Mapping[str, Any] | None) -> None:
+def _serve(pipe: Connection, model: str, directory: Path, arguments: Mapping[str, Any], settings: Mapping[str, Any] | None) -> None:
     with (directory / "engines.log").open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -168,7 +174,8 @@ def _serve(pipe: Connection, model: str, directory: Path, dtype: str, settings: 
     from kvtier.controller import Controller  # noqa: PLC0415
 
     more = {} if settings is None else {"kv_transfer_config": KVTransferConfig(**_transfer_settings(settings))}
-    llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **ARGUMENTS, dtype=dtype, **more)
+    llm = LLM(model=model, enforce_eager=True, disable_log_stats=False, **arguments, **more)
+    clock = _StepClock(llm.llm_engine)
 
     def sampling(options: Any, max_tokens: int) -> SamplingParams:
         extra = None if options is None else {"kv_transfer_params": {"kvtier": options}}
@@ -185,8 +192,29 @@ def _serve(pipe: Connection, model: str, directory: Path, dtype: str, settings: 
         start = time.perf_counter()
         wanted = [sampling(each, max_tokens) for each in options]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
-        pipe.send({"seconds": time.perf_counter() - start, **_measured(outputs)})
+        pipe.send({"seconds": time.perf_counter() - start, "longest_step_s": clock.take(), **_measured(outputs)})
     llm.llm_engine.engine_core.shutdown()
+
+
+class _StepClock:
+    """Takes the time of the steps of an engine in this process. In a step everybody who generates gets a token, and waits for it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._step = engine.step
+        self._longest_s = 0.0
+        engine.step = self
+
+    def __call__(self) -> Any:
+        """A step."""
+        start = time.perf_counter()
+        outputs = self._step()
+        self._longest_s = max(self._longest_s, time.perf_counter() - start)
+        return outputs
+
+    def take(self) -> float:
+        """How long the longest one took since the last call, in seconds."""
+        longest_s, self._longest_s = self._longest_s, 0.0
+        return longest_s
 
 
 def _measured(outputs: Any) -> dict[str, Any]:

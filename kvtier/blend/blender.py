@@ -1,4 +1,4 @@
-"""Blends one prompt: puts the chunks' KV in place, asks the method, computes what it chose.
+"""Blends one prompt: puts the chunks' KV in place, finds out what the method asks, computes what it chose.
 
 The reference implementation: one prompt at a time, on the device where the model is, any model that implements ``BlendModel``.
 """
@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvtier.blend.entries import Context, empty_kv
+from kvtier.blend.entries import empty_kv
 from kvtier.blend.layout import PromptLayout
 from kvtier.blend.mean_shift import MeanShift
-from kvtier.blend.methods.base import Selection, SelectionMethod
+from kvtier.blend.methods.base import Asks, Evidence, Selection, SelectionMethod
 from kvtier.blend.model import BlendModel, Projected, TokenKV
 from kvtier.blend.placing import ChunkSource, PromptKV
 from kvtier.blend.prefill import LayerHook, Rows, advance, attention_mask, attention_weights, start
 from kvtier.blend.ratio import FixedRatio
+from kvtier.blend.steps import Steps, finish
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 
@@ -35,7 +36,6 @@ class Blended:
     """layers computed, summed over tokens, what the method asked for included; full prefill: tokens x layers"""
 
 
-@torch.no_grad()
 def blend(  # noqa: PLR0913 - by keyword
     model: BlendModel,
     token_ids: Sequence[int],
@@ -60,16 +60,37 @@ def blend(  # noqa: PLR0913 - by keyword
         BlendRefusedError: the source has another chunk than the layout puts there.
         ValueError: prompt, layout, source and prefix differ in length.
     """
+    return finish(blend_steps(model, token_ids, layout, source, method, ratio, prefix=prefix, end=end, needs_logits=needs_logits))
+
+
+@torch.no_grad()
+def blend_steps(  # noqa: PLR0913 - by keyword
+    model: BlendModel,
+    token_ids: Sequence[int],
+    layout: PromptLayout,
+    source: ChunkSource,
+    method: SelectionMethod,
+    ratio: FixedRatio,
+    *,
+    prefix: TokenKV | None = None,
+    end: int | None = None,
+    needs_logits: bool = True,
+) -> Steps[Blended]:
+    """As :func:`blend`, in steps."""
     _check(token_ids, layout, source, prefix)
     layout = _without_foreign_context(layout, source)
     end = layout.num_tokens if end is None else end
     reach = layout.num_tokens if needs_logits else end
     prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, source, prefix, range(end, reach))
-    selection = method.select(prompt, ratio) if len(prompt.candidates) else Selection(prompt.candidates.bool())
+    if len(prompt.candidates):
+        evidence = yield from prompt.found_out(method.asks(model.num_layers))
+        selection = method.select(evidence, ratio)
+    else:
+        selection = Selection(prompt.candidates.bool())
     chosen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=model.device)
     chosen[prompt.candidates[selection.chosen.to(model.device)]] = True
     chosen[end:] = False
-    rows = prompt.compute(chosen, selection, kv_only=not needs_logits)
+    rows = yield from prompt.compute(chosen, selection, kv_only=not needs_logits)
     prompt.fill(model.num_layers - 1)
     logits = model.logits(rows.hidden[-1:])[0] if needs_logits else None
     return Blended(prompt.kv, logits, int(chosen.sum()), prompt.num_token_layers)
@@ -95,12 +116,12 @@ def extend(model: BlendModel, kv: TokenKV, token_ids: Sequence[int]) -> tuple[To
     longer.keys[:, :, :first] = kv.keys
     longer.values[:, :, :first] = kv.values
     rows = Rows(torch.arange(first, longer.num_tokens, device=device), model.embed(torch.as_tensor(token_ids, device=device)))
-    advance(model, rows, longer, torch.ones(longer.num_tokens, dtype=torch.bool, device=device))
+    finish(advance(model, rows, longer, torch.ones(longer.num_tokens, dtype=torch.bool, device=device)))
     return longer, model.logits(rows.hidden)
 
 
 class _Prompt:
-    """One prompt's state while it is blended; what methods see of it is :class:`kvtier.blend.methods.base.Evidence`."""
+    """One prompt's state while it is blended."""
 
     def __init__(
         self,
@@ -114,7 +135,6 @@ class _Prompt:
         """``rest``: what is computed only for what comes out of it; behind it nothing is."""
         self.layout = layout
         self.num_token_layers = 0
-        self.num_layers = model.num_layers
         self._model = model
         self._tokens = token_ids
         self._source = source
@@ -137,10 +157,10 @@ class _Prompt:
         self.fill = PromptKV(self.kv, layout, source, model.rotary).fill
         self._begun: Rows | None = None
 
-    def advance(self, rows: Rows, end_layer: int | None = None, hook: LayerHook | None = None, *, kv_only: bool = False) -> None:
+    def _advance(self, rows: Rows, end_layer: int | None = None, hook: LayerHook | None = None, *, kv_only: bool = False) -> Steps[None]:
         end = self._model.num_layers if end_layer is None else end_layer
         self.num_token_layers += len(rows.positions) * (end - rows.next_layer)
-        advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=self._filling(hook), kv_only=kv_only)
+        return advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=self._filling(hook), kv_only=kv_only)
 
     def _filling(self, hook: LayerHook | None) -> LayerHook:
         """A hook that puts the chunks in place in a layer before ``hook`` sees it; the rows' projections need none of them."""
@@ -152,7 +172,7 @@ class _Prompt:
 
         return fill
 
-    def compute(self, chosen: torch.Tensor, selection: Selection, *, kv_only: bool) -> Rows:
+    def compute(self, chosen: torch.Tensor, selection: Selection, *, kv_only: bool) -> Steps[Rows]:
         """Computes what was chosen, and all that nobody has. The rows that were computed."""
         rows = self._rows_of(chosen)
         if not len(rows.positions):
@@ -160,7 +180,7 @@ class _Prompt:
         hook = None
         if selection.shift_weight:
             hook = MeanShift(self.kv, self.layout, rows.positions, chosen, selection.shift_weight)
-        self.advance(rows, hook=hook, kv_only=kv_only)
+        yield from self._advance(rows, hook=hook, kv_only=kv_only)
         return rows
 
     def _rows_of(self, chosen: torch.Tensor) -> Rows:
@@ -170,20 +190,29 @@ class _Prompt:
             return self._begun.narrow(wanted)
         return start(self._model, self._tokens, wanted.nonzero()[:, 0])
 
-    def value_deviation(self, layer: int) -> torch.Tensor:
-        if self._begun is None:
-            known = self._fresh & self._wanted
-            known[self.candidates] = True
-            self._begun = start(self._model, self._tokens, known.nonzero()[:, 0])
-        layer = min(layer, self._model.num_layers - 1)
-        self.advance(self._begun, end_layer=layer)
+    def found_out(self, asks: Asks) -> Steps[Evidence]:
+        """What a method asks."""
+        evidence = Evidence(self.layout, self._source.contexts)
+        if asks.attention_layers:
+            attention = yield from self._question_attention(asks.attention_layers)
+            evidence = replace(evidence, question_attention=attention)
+        if asks.deviation_layer is not None:
+            deviation = yield from self._value_deviation(asks.deviation_layer)
+            evidence = replace(evidence, value_deviation=deviation)
+        return evidence
+
+    def _value_deviation(self, layer: int) -> Steps[torch.Tensor]:
+        known = self._fresh & self._wanted
+        known[self.candidates] = True
+        self._begun = start(self._model, self._tokens, known.nonzero()[:, 0])
+        yield from self._advance(self._begun, end_layer=layer)
         self.fill(layer)
         is_candidate = torch.isin(self._begun.positions, self.candidates)
         projected = self._model.project(layer, self._begun.hidden[is_candidate], self._begun.positions[is_candidate])
         difference = (projected.values - self.kv.values[layer][:, self.candidates]).float()
         return self._model.mean_over_ranks(difference.square().sum((0, 2)))
 
-    def question_attention(self, layers: range) -> torch.Tensor:
+    def _question_attention(self, layers: range) -> Steps[torch.Tensor]:
         model, layout = self._model, self.layout
         rows = start(model, self._tokens, self._fresh.nonzero()[:, 0])
         asks = rows.positions >= layout.question[0]
@@ -197,12 +226,8 @@ class _Prompt:
             keys[:, rows.positions] = projected.keys
             total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / len(layers))
 
-        self.num_token_layers += len(rows.positions) * layers.stop
-        advance(model, rows, self.kv, self._writable, end_layer=layers.stop, hook=self._filling(look), kv_only=True)
+        yield from self._advance(rows, layers.stop, look, kv_only=True)
         return model.mean_over_ranks(total[self.candidates])
-
-    def contexts(self) -> Sequence[Context]:
-        return self._source.contexts
 
 
 def _without_foreign_context(layout: PromptLayout, source: ChunkSource) -> PromptLayout:

@@ -11,6 +11,7 @@ from kvtier.blend.chunks import Chunk
 from kvtier.blend.layout import PromptLayout
 from kvtier.blend.model import BlendModel, Projected, TokenKV
 from kvtier.blend.prefill import Rows, advance, attention_mask, attention_weights, start
+from kvtier.blend.steps import Steps, finish
 from kvtier.types import BlockKey
 
 
@@ -46,9 +47,14 @@ def empty_kv(model: BlendModel, num_tokens: int, like: torch.Tensor) -> TokenKV:
     return TokenKV(like.new_zeros(shape), like.new_zeros(shape))
 
 
-@torch.no_grad()
 def full_prefill(model: BlendModel, token_ids: torch.Tensor, prefix: TokenKV | None = None) -> tuple[TokenKV, Rows]:
     """KV of all tokens, and the rows behind the last layer. ``prefix``: KV of the first tokens, which are not computed again."""
+    return finish(prefill_steps(model, token_ids, prefix))
+
+
+@torch.no_grad()
+def prefill_steps(model: BlendModel, token_ids: torch.Tensor, prefix: TokenKV | None = None) -> Steps[tuple[TokenKV, Rows]]:
+    """As :func:`full_prefill`, in steps."""
     first = 0 if prefix is None else prefix.num_tokens
     rows = start(model, token_ids, torch.arange(first, len(token_ids), device=token_ids.device))
     like = model.project(0, rows.hidden[:1], rows.positions[:1]).keys
@@ -56,7 +62,7 @@ def full_prefill(model: BlendModel, token_ids: torch.Tensor, prefix: TokenKV | N
     if prefix is not None:
         kv.keys[:, :, :first] = prefix.keys
         kv.values[:, :, :first] = prefix.values
-    advance(model, rows, kv, torch.ones(len(token_ids), dtype=torch.bool, device=token_ids.device))
+    yield from advance(model, rows, kv, torch.ones(len(token_ids), dtype=torch.bool, device=token_ids.device))
     return kv, rows
 
 
@@ -94,7 +100,7 @@ def capture_entries(model: BlendModel, token_ids: Sequence[int], layout: PromptL
         for index, placement in enumerate(layout.placements):
             total[:, index] += weights[:, placement.start : placement.end].sum(1) / model.num_layers
 
-    advance(model, rows, kv, torch.ones(len(tokens), dtype=torch.bool, device=model.device), hook=look)
+    finish(advance(model, rows, kv, torch.ones(len(tokens), dtype=torch.bool, device=model.device), hook=look))
     entries = []
     for index, placement in enumerate(layout.placements):
         part = kv.part(placement.start, placement.end).clone()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
 from kvtier.blend.model import BlendModel, Projected, TokenKV
+from kvtier.blend.steps import Steps
 
 GROUP_ROWS = {"cpu": 64}
 """rows whose attention is computed together, by the type of device"""
@@ -51,7 +52,7 @@ def advance(
     end_layer: int | None = None,
     hook: LayerHook | None = None,
     kv_only: bool = False,
-) -> None:
+) -> Steps[None]:
     """Computes ``rows`` up to ``end_layer`` (default: all), writing their KV where ``writable`` is true (a mask over positions).
 
     ``kv_only``: nobody needs what comes out of the last of these layers.
@@ -68,10 +69,10 @@ def advance(
         kv.keys[layer][:, targets] = projected.keys[:, written]
         kv.values[layer][:, targets] = projected.values[:, written]
         rows.next_layer += 1
-        if kv_only and rows.next_layer == end:
-            return
-        attended = attend(projected.queries, kv.keys[layer], kv.values[layer], groups, model.scale)
-        rows.hidden = model.finish(layer, rows.hidden, attended)
+        if not kv_only or rows.next_layer < end:
+            attended = attend(projected.queries, kv.keys[layer], kv.values[layer], groups, model.scale)
+            rows.hidden = model.finish(layer, rows.hidden, attended)
+        yield len(rows.positions)
 
 
 def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:

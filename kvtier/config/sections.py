@@ -138,8 +138,8 @@ class BlendConfig(Section):
         kind="integer",
         allowed="null, or a whole number from 1",
         about="How many tokens the blends of one step may compute; further prompts from chunks wait for the next one, so that those who "
-        "generate get their tokens in between. A prompt that needs more has a step of its own. null: what the engine computes in a step "
-        "(`max_num_batched_tokens`).",
+        "generate get their tokens in between. What needs more, a prompt or a chunk that is to be stored, is spread over steps, layer by "
+        "layer. null: what the engine computes in a step (`max_num_batched_tokens`).",
         ge=1,
     )
     entries: Literal["computed", "served"] = setting(

@@ -1,16 +1,27 @@
-"""The blends and entries of a worker's steps: whatever goes wrong in one is reported as failed, and the engine computes."""
+"""The blends and entries of a worker's steps: whatever goes wrong in one is reported as failed, and the engine computes.
+
+A large one is spread over steps: it is left alone when it has had a step's share, and goes on in the next one.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeAlias, TypeVar
 
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.messages import BlendJob, CaptureJob, EntryJob, WorkerReport
 from kvtier.copy.base import RowMover
 from kvtier.memory.arena import Arena
+
+T = TypeVar("T")
+NO_MODEL = "this worker has no model"
+
+Shares: TypeAlias = Generator[None, bool, T]
+"""work that yields where it has had a step's share, and is told then whether to go on; returns what came of it"""
 
 
 class LostChunkError(Exception):
@@ -22,18 +33,18 @@ class UnsureError(Exception):
 
 
 class Blender(Protocol):
-    """Puts prompts together from chunks and computes chunks; both are done on return, or raise. Both errors above are expected.
+    """Puts prompts together from chunks and computes chunks. Both errors above are expected.
 
     ``arena``: where the job's slots lie; nothing of it is kept. None: this worker cannot do the job, and the others must not wait for it.
-    ``rows``: brings it to the device.
+    ``rows``: brings it to the device. While work is left alone nothing reads or writes the arena.
     """
 
-    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> int:
-        """Returns how many tokens of chunks it computed anew."""
+    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> Shares[int]:
+        """Returns how many tokens of chunks it computed anew. Writes into the engine's blocks at the end only."""
         ...
 
-    def store(self, job: EntryJob, arena: Arena | None) -> None:
-        """Computes a chunk into its slots."""
+    def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
+        """Computes a chunk into its slots. Returns how many tokens it has."""
         ...
 
     def capture(self, job: CaptureJob, arena: Arena | None) -> None:
@@ -45,6 +56,25 @@ class Blender(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Work:
+    """A job and how far it is."""
+
+    job: BlendJob | EntryJob
+    begin: Callable[[], Shares[int]]
+    shares: Shares[int] | None = None
+    """once it has been begun"""
+    may_go_on: bool = True
+
+    def go_on(self) -> None:
+        """One share of it. Raises what comes of it: StopIteration at its end."""
+        if self.shares is None:
+            self.shares = self.begin()
+            next(self.shares)
+        else:
+            self.shares.send(self.may_go_on)
+
+
 class BlendSteps:
     """Carries out what the scheduler half ordered. Without a ``blender``, or for another arena than the one attached, everything fails."""
 
@@ -52,10 +82,17 @@ class BlendSteps:
         self._blender = blender
         self._boundary = Boundary(on_error=on_error)
         """around the blender, which runs the engine's model and may fail in any way"""
+        self._blends: list[_Work] = []
+        """spread over steps, and left alone"""
+        self._entries: list[_Work] = []
+        """the same"""
+        self._received: set[str] = set()
         self.attach(None, "")
 
     def attach(self, arena: Arena | None, arena_id: str, rows: RowMover | None = None) -> None:
-        """Slots are in this arena from now on, which orders call ``arena_id``."""
+        """Slots are in this arena from now on, which orders call ``arena_id``. What was begun with another one fails in the next step."""
+        for work in (*self._blends, *self._entries):
+            work.may_go_on = False
         self._arena = arena
         self._rows = rows
         self._arena_id = arena_id
@@ -63,45 +100,95 @@ class BlendSteps:
             with self._boundary.at("prepare blends"):
                 self._blender.prepare(rows)
 
-    def blend(self, jobs: Sequence[BlendJob], failed_block_ids: AbstractSet[int], report: WorkerReport, arena_id: str = "") -> set[int]:
-        """Puts prompts together; one whose prefix is among ``failed_block_ids`` fails. Returns the engine blocks that were not filled."""
+    @property
+    def has_blends(self) -> bool:
+        """Whether blends of earlier steps are to go on."""
+        return bool(self._blends)
+
+    def blend(
+        self,
+        jobs: Sequence[BlendJob],
+        failed_block_ids: AbstractSet[int],
+        report: WorkerReport,
+        arena_id: str = "",
+        abandoned: Collection[int] = (),
+    ) -> set[int]:
+        """Puts prompts together, after those that are left of earlier steps; one whose prefix is among ``failed_block_ids`` fails, and
+        so do those that are ``abandoned``. Returns the engine blocks that were not filled.
+        """
         unfilled: set[int] = set()
-        blender, arena = self._blender, self._arena if arena_id == self._arena_id else None
+        works, self._blends = self._blends, []
+        arena = self._arena_of(arena_id)
         for job in jobs:
-            is_done = False
-            if blender is not None:
-                with self._boundary.at("blend"), contextlib.suppress(LostChunkError), _noting(job, report):
-                    has_prefix = failed_block_ids.isdisjoint(job.block_ids)
-                    report.num_chosen[job.job_id] = blender.blend(job, arena if has_prefix else None, self._rows)
-                    is_done = True
-            report.done[job.job_id] = 1
-            if not is_done:
-                if job.job_id not in report.unsure:
-                    report.failed[job.job_id] = {0}
-                num_kept = job.first * len(job.block_ids) // job.end
-                unfilled.update(job.block_ids[num_kept:])
+            has_prefix = failed_block_ids.isdisjoint(job.block_ids)
+            works.append(_Work(job, partial(self._begin_blend, job, arena if has_prefix else None)))
+        for work in works:
+            work.may_go_on = work.may_go_on and work.job.job_id not in abandoned
+            if not self._is_over("blend", work, report):
+                self._blends.append(work)
+            elif isinstance(work.job, BlendJob):
+                unfilled.update(self._end_blend(work.job, report))
         return unfilled
+
+    def _end_blend(self, job: BlendJob, report: WorkerReport) -> Sequence[int]:
+        """The engine blocks that were not filled."""
+        if job.is_async:
+            self._received.add(job.request_id)
+        return () if job.job_id in report.num_chosen else job.block_ids[job.first * len(job.block_ids) // job.end :]
+
+    def take_received(self) -> set[str]:
+        """Requests whose asynchronous blends have ended since the last call."""
+        received, self._received = self._received, set()
+        return received
 
     def store(self, captures: Sequence[CaptureJob], entries: Sequence[EntryJob], report: WorkerReport, arena_id: str = "") -> None:
         """Copies chunks out of the blocks of requests, and computes others."""
-        blender, arena = self._blender, self._arena if arena_id == self._arena_id else None
-        jobs: tuple[CaptureJob | EntryJob, ...] = (*captures, *entries)
-        for job in jobs:
+        blender, arena = self._blender, self._arena_of(arena_id)
+        for job in captures:
             is_done = False
             if blender is not None:
                 with self._boundary.at("store chunk"), contextlib.suppress(LostChunkError):
-                    if isinstance(job, CaptureJob):
-                        blender.capture(job, arena)
-                    else:
-                        blender.store(job, arena)
+                    blender.capture(job, arena)
                     is_done = True
             report.done[job.job_id] = 1
             if not is_done:
                 report.failed[job.job_id] = {0}
+        works = [*self._entries, *(_Work(job, partial(self._begin_entry, job, arena)) for job in entries)]
+        self._entries = [work for work in works if not self._is_over("store chunk", work, report)]
+
+    def _begin_blend(self, job: BlendJob, arena: Arena | None) -> Shares[int]:
+        if self._blender is None:
+            raise LostChunkError(NO_MODEL)
+        return self._blender.blend(job, arena, self._rows)
+
+    def _begin_entry(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
+        if self._blender is None:
+            raise LostChunkError(NO_MODEL)
+        return self._blender.store(job, arena)
+
+    def _arena_of(self, arena_id: str) -> Arena | None:
+        return self._arena if arena_id == self._arena_id else None
+
+    def _is_over(self, place: str, work: _Work, report: WorkerReport) -> bool:
+        """Does a step's share of it, and reports it where it has ended."""
+        job, is_done = work.job, False
+        with self._boundary.at(place), contextlib.suppress(LostChunkError), _noting(job, report):
+            try:
+                work.go_on()
+            except StopIteration as end:
+                is_done = True
+                if isinstance(job, BlendJob):
+                    report.num_chosen[job.job_id] = end.value
+            else:
+                return False
+        report.done[job.job_id] = 1
+        if not is_done and job.job_id not in report.unsure:
+            report.failed[job.job_id] = {0}
+        return True
 
 
 @contextlib.contextmanager
-def _noting(job: BlendJob, report: WorkerReport) -> Iterator[None]:
+def _noting(job: BlendJob | EntryJob, report: WorkerReport) -> Iterator[None]:
     """Tells the scheduler half that the model was not sure enough."""
     try:
         yield

@@ -5,24 +5,28 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
-from kvtier.blend.blender import Blended, blend, margin
-from kvtier.blend.entries import full_prefill
+from kvtier.blend.blender import Blended, blend_steps, margin
+from kvtier.blend.entries import prefill_steps
 from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.ratio import FixedRatio
-from kvtier.connectors.blend_steps import LostChunkError, UnsureError
+from kvtier.blend.steps import Steps
+from kvtier.connectors.blend_steps import LostChunkError, Shares, UnsureError
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource, slot_view
 from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_rows import RowPlacement
 from kvtier.memory.arena import Arena
 
+T = TypeVar("T")
 ANOTHER_TENANT = "a slot has another tenant"
+ANOTHER_RANK = "another rank cannot"
 MAX_ANCHORS = 4
 """whose KV is remembered"""
 
@@ -46,11 +50,21 @@ class TokenBlocks(Protocol):
         ...
 
 
-class ChunkBlender:
-    """Blends and entries of one worker. One thread; a call returns when its work is done.
+@dataclass(frozen=True)
+class _Room:
+    """Memory for what is being computed."""
 
-    Workers that share the model's heads make the same calls in the same order, and compute together: before they begin they agree that
-    all of them can, since one that gave up alone would keep the others waiting for good.
+    problem: str
+    """why there is none; empty: there is"""
+    is_lasting: bool
+    """the engine's own steps need none of it"""
+
+
+class ChunkBlender:
+    """Blends and entries of one worker. One thread.
+
+    Workers that share the model's heads make the same calls in the same order, and compute together: before they begin, and whenever they
+    go on, they agree that all of them can, since one that gave up alone would keep the others waiting for good.
 
     Args:
         part_offset: of this rank's part of a slot, in bytes
@@ -90,39 +104,42 @@ class ChunkBlender:
         rows.place_rows(nothing, pairs=self._model.rotary.pairs, storage=STORAGE_OF[self._shape.dtype])
 
     @torch.inference_mode()
-    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None = None) -> int:
-        """Fills the engine's blocks of the tokens from ``job.first`` to ``job.end``.
+    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None = None) -> Shares[int]:
+        """Fills the engine's blocks of the tokens from ``job.first`` to ``job.end``, all of them at the end.
 
         Returns how many tokens of chunks were computed anew.
 
         Raises:
-            LostChunkError: chunks have gone, here or on another rank.
+            LostChunkError: chunks have gone, or it is not to go on, here or on another rank.
             UnsureError: the first token's margin is less than the job asks for.
         """
-        problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job) or self._lack_of_room(len(job.token_ids))
+        room = self._room_for(len(job.token_ids))
+        problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job) or room.problem
         if not self._agree(not problem) or arena is None:
-            raise LostChunkError(problem or "another rank cannot")
-        made = self._blended(job, arena, rows)
+            raise LostChunkError(problem or ANOTHER_RANK)
+        share = self._share(job.step_tokens, room)
+        made = yield from self._blended(job, arena, rows, share)
         if made.logits is not None and not margin(made.logits) >= job.recompute.min_margin:  # NaN is not sure of anything
             raise UnsureError
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
         return made.num_chosen
 
     @torch.inference_mode()
-    def store(self, job: EntryJob, arena: Arena | None) -> None:
-        """Computes a chunk behind its anchor into its slots.
+    def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
+        """Computes a chunk behind its anchor into its slots. Returns how many tokens it has.
 
         Raises:
-            LostChunkError: slots have other tenants, or some rank cannot.
+            LostChunkError: slots have other tenants, or some rank cannot begin or go on.
         """
-        problem = "there is no arena" if arena is None else self._lack_of_room(len(job.anchor_ids) + len(job.token_ids))
+        room = self._room_for(len(job.anchor_ids) + len(job.token_ids))
+        problem = "there is no arena" if arena is None else room.problem
         if not self._agree(not problem) or arena is None:
-            raise LostChunkError(problem or "another rank cannot")
-        anchor = self._anchor(job)
+            raise LostChunkError(problem or ANOTHER_RANK)
+        share = self._share(job.step_tokens, room)
+        kv = yield from self._shared_out(self._entry_steps(job), share)
         first = len(job.anchor_ids)
-        tokens = torch.tensor((*job.anchor_ids, *job.token_ids), device=self._model.device)
-        kv, _ = full_prefill(self._model, tokens, anchor)
         self._fill(job.slots, kv.part(first, kv.num_tokens), arena)
+        return len(job.token_ids)
 
     @torch.inference_mode()
     def capture(self, job: CaptureJob, arena: Arena | None) -> None:
@@ -143,8 +160,28 @@ class ChunkBlender:
             slot_view(arena, self._shape, slot).copy_(blocks[position])
         _check(arena, slots)
 
-    def _lack_of_room(self, num_tokens: int) -> str:
-        """Why there is no memory for the KV of so many tokens beside the engine's; empty: there is.
+    def _shared_out(self, steps: Steps[T], share: int, rest: Callable[[], None] = lambda: None) -> Shares[T]:
+        """Leaves off behind every ``share`` token-layers, after ``rest``; 0: never."""
+        num_done = 0
+        while True:
+            try:
+                num_done += next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if share and num_done >= share:
+                num_done = 0
+                rest()
+                may_go_on = yield
+                if not self._agree(may_go_on):
+                    raise LostChunkError(ANOTHER_RANK if may_go_on else "it is not to go on")
+
+    def _share(self, step_tokens: int, room: _Room) -> int:
+        """How many token-layers of a job are a step's; 0: all. Where a rank has no room to keep it over steps, all of it."""
+        return step_tokens * self._shape.num_layers if step_tokens and self._agree(room.is_lasting) else 0
+
+    def _room_for(self, num_tokens: int) -> _Room:
+        """Whether there is memory for the KV of so many tokens beside the engine's.
 
         Found out before the ranks agree: one that ran out of it in between would keep the others waiting.
         """
@@ -153,13 +190,16 @@ class ChunkBlender:
             num_tokens * (shape.block_bytes // shape.block_tokens)
             + (LAYERS_AHEAD + 1) * num_tokens * shape.layer_bytes // shape.block_tokens
         )
+        device = self._model.device
+        # What torch keeps for the engine's forward passes may be used in a step, and must be given back behind it.
+        is_lasting = device.type == "cpu" or torch.cuda.mem_get_info(device)[0] >= num_bytes
         try:
-            torch.empty(num_bytes, dtype=torch.uint8, device=self._model.device)  # given back to torch, which has it for what follows
+            torch.empty(num_bytes, dtype=torch.uint8, device=device)  # given back to torch, which has it for what follows
         except torch.OutOfMemoryError:
-            return f"{num_bytes} bytes do not fit into the device's memory"
-        return ""
+            return _Room(f"{num_bytes} bytes do not fit into the device's memory", is_lasting)
+        return _Room("", is_lasting)
 
-    def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> Blended:
+    def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None, share: int) -> Shares[Blended]:
         layout = job.layout
         prefix = self._tokens.read(0, layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
         recompute = job.recompute
@@ -167,7 +207,10 @@ class ChunkBlender:
         is_checked = recompute.min_margin > 0
         with self.reading(job, arena, rows) as reads:
             source = SlotSource([at.chunk for at in layout.placements], reads, self._shape, rows)
-            made = blend(self._model, job.token_ids, layout, source, method, ratio, prefix=prefix, end=job.end, needs_logits=is_checked)
+            steps = blend_steps(
+                self._model, job.token_ids, layout, source, method, ratio, prefix=prefix, end=job.end, needs_logits=is_checked
+            )
+            made = yield from self._shared_out(steps, share, reads.rest)
         _check(arena, *job.chunks)  # what was read while a slot changed hands may be anything
         return made
 
@@ -193,12 +236,18 @@ class ChunkBlender:
         blocks: torch.Tensor = padded.unflatten(3, (-1, block_tokens)).movedim(3, 0)
         return blocks
 
-    def _anchor(self, job: EntryJob) -> TokenKV | None:
+    def _entry_steps(self, job: EntryJob) -> Steps[TokenKV]:
+        """Of a chunk's KV, with its anchor's before it."""
+        anchor = yield from self._anchor(job)
+        kv, _ = yield from prefill_steps(self._model, torch.tensor((*job.anchor_ids, *job.token_ids), device=self._model.device), anchor)
+        return kv
+
+    def _anchor(self, job: EntryJob) -> Steps[TokenKV | None]:
         if not job.anchor_ids:
             return None
         kv = self._anchors.pop(job.anchor_key, None)
         if kv is None:
-            kv, _ = full_prefill(self._model, torch.tensor(job.anchor_ids, device=self._model.device))
+            kv, _ = yield from prefill_steps(self._model, torch.tensor(job.anchor_ids, device=self._model.device))
         self._anchors[job.anchor_key] = kv
         while len(self._anchors) > MAX_ANCHORS:
             self._anchors.popitem(last=False)

@@ -48,7 +48,7 @@ class BlendParts:
     num_positions: int = NEVER
     """how many the model knows"""
     max_step_tokens: int = NEVER
-    """as many tokens may the blends of a step compute; one alone may compute more"""
+    """as many tokens may the blends of a step compute, and a chunk that is to be stored; what needs more is spread over steps"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ class Blending:
         self._num_attached = 0
         self._new_blends: list[_Order] = []
         self._blends: dict[int, BlendRun] = {}
-        self._entries = ChunkEntries(engine, geometry.num_workers)
+        self._abandoned: set[int] = set()
+        self._entries = ChunkEntries(engine, geometry.num_workers, parts.max_step_tokens)
         self._captures: list[CaptureJob] = []
         self._known = KnownChunks()
         self.is_waiting = False
@@ -140,10 +141,10 @@ class Blending:
             self._engine.stats.add("blend.too_few")
             state.is_over = True
             return exact
-        if self._new_blends and self._num_new_tokens + plan.num_computed > self._parts.max_step_tokens:
+        if not self._has_room_for(plan):
             return _LATER
         state.plan = plan
-        return Matched(plan.end - request.num_computed_tokens, bool(self._settings.async_load), is_blended=True)
+        return Matched(plan.end - request.num_computed_tokens, self._is_async(plan), is_blended=True)
 
     def num_exact_tokens(self, request: Request, num_external_tokens: int) -> int:
         """How many of the tokens that the engine was promised are loaded as they are."""
@@ -172,10 +173,30 @@ class Blending:
         """Whether every worker can."""
         return self._num_blenders >= self._geometry.num_workers
 
+    def _has_room_for(self, plan: BlendPlan) -> bool:
+        """Whether a blend may be begun in this step. One that is spread over steps has them to itself."""
+        if self._is_spreading:
+            return False
+        num_tokens = sum(order.plan.num_computed for order in self._new_blends)
+        return not self._new_blends or num_tokens + plan.num_computed <= self._parts.max_step_tokens
+
+    def _is_spread(self, plan: BlendPlan) -> bool:
+        """Whether a blend needs more than a step, so that those who generate get their tokens in between."""
+        return plan.num_computed > self._parts.max_step_tokens
+
+    def _is_async(self, plan: BlendPlan) -> bool:
+        """Whether the request waits for its blend outside of the batch."""
+        return bool(self._settings.async_load) or self._is_spread(plan)
+
     @property
-    def _num_new_tokens(self) -> int:
-        """Tokens that they compute."""
-        return sum(order.plan.num_computed for order in self._new_blends)
+    def is_spread(self) -> bool:
+        """Whether workers may go on in this step with what an earlier one began."""
+        return self._entries.is_spread or self._is_spreading
+
+    @property
+    def _is_spreading(self) -> bool:
+        """Whether they may go on with a blend."""
+        return any(blend.is_spread for blend in self._blends.values())
 
     def take_blends(self, scheduled: Iterable[tuple[ScheduledRequest, int]]) -> list[BlendJob]:
         """Those ordered since the last call. ``scheduled``: who computes in this step, and the first token that each computes.
@@ -209,7 +230,8 @@ class Blending:
             plan.end,
             plan.recompute,
             order.block_ids,
-            bool(self._settings.async_load),
+            self._is_async(plan),
+            self._parts.max_step_tokens if self._is_spread(plan) else 0,
         )
 
     def _is_ready(self, chunk: Chunk) -> bool:
@@ -262,7 +284,7 @@ class Blending:
             self._engine.touch(keys)
         num_blocks = plan.end // self._geometry.engine_block_tokens
         self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
-        self._blends[load_ids[0]] = BlendRun(request, load_ids, plan.num_reused, self._geometry.num_workers)
+        self._blends[load_ids[0]] = BlendRun(request, load_ids, plan.num_reused, self._geometry.num_workers, self._is_spread(plan))
         request.begin_blend(load_ids[0], plan)
         self._engine.stats.add("blend.requests")
         self._engine.stats.add("blend.hit_chunks", len(plan.placements))
@@ -313,7 +335,7 @@ class Blending:
     def take_entries(self, *, is_prefilling: bool) -> list[EntryJob]:
         """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""
         self.is_waiting = False
-        return self._entries.take(is_prefilling=is_prefilling) if self._can_blend else []
+        return self._entries.take(is_prefilling=is_prefilling or self._is_spreading) if self._can_blend else []
 
     # ---- what became of it --------------------------------------------------------------------------------------
 
@@ -330,8 +352,19 @@ class Blending:
             elif job_id in self._entries:
                 self._entries.advance(job_id, count, has_failed=job_id in report.failed)
 
+    def abandon(self, request: Request | None = None) -> None:
+        """Nobody wants what the workers are putting together over several steps, for a request or for any."""
+        self._abandoned.update(job_id for job_id, blend in self._blends.items() if blend.is_spread and request in (None, blend.request))
+
+    def take_abandoned(self) -> tuple[int, ...]:
+        """The blends that are to end, of those that were ordered in earlier steps."""
+        abandoned, self._abandoned = self._abandoned, set()
+        return tuple(sorted(abandoned & self._blends.keys()))
+
     def forget(self) -> None:
-        """The cache is being reset: chunks that wait are not stored, and later ones need their anchor computed anew."""
+        """The cache is being reset: what was begun is not gone on with, chunks that wait are not stored, and later ones need their anchor
+        computed anew."""
+        self.abandon()
         self._entries.reset()
 
     def _advance_blend(self, job_id: int, report: WorkerReport) -> None:

@@ -32,13 +32,17 @@ class _Entry:
     """engine blocks that what is copied was computed from"""
     remaining: int = 0
     failed: bool = False
+    is_spread: bool = False
+    """over several steps"""
 
 
 class ChunkEntries:
     """Queues chunks that no tier holds, orders them one by one, and takes in what became of them. One thread, the scheduler half's."""
 
-    def __init__(self, engine: Cache, num_workers: int) -> None:
+    def __init__(self, engine: Cache, num_workers: int, step_tokens: int) -> None:
+        """``step_tokens``: one that is longer with what it is computed behind is spread over steps, so many tokens in each."""
         self._engine = engine
+        self._step_tokens = step_tokens
         self._num_workers = num_workers
         self._waiting: deque[_Entry] = deque()
         self._running: dict[int, _Entry] = {}
@@ -52,6 +56,11 @@ class ChunkEntries:
     def has_work(self) -> bool:
         """Whether workers compute chunks, or are going to."""
         return bool(self._running or self._waiting)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the workers may still be computing a chunk that needs several steps."""
+        return any(entry.is_spread for entry in self._running.values())
 
     def __contains__(self, job_id: int) -> bool:
         """Whether the workers have not all reported this one."""
@@ -70,8 +79,9 @@ class ChunkEntries:
         self._keys.add(chunk.key)
 
     def take(self, *, is_prefilling: bool) -> list[EntryJob]:
-        """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""
-        if not self._waiting:
+        """The chunk that this step begins to compute: at most one, none beside prompts unless it has waited for long, and none beside
+        one that needs several steps."""
+        if not self._waiting or self.is_spread:
             return []
         if is_prefilling and self._num_deferred_steps < MAX_DEFERRED_STEPS:
             self._num_deferred_steps += 1
@@ -84,7 +94,9 @@ class ChunkEntries:
             return []
         slots = chunk_slots(plan.positions, plan.slots)
         anchor_key = chunk.anchor.key + self._num_resets.to_bytes(8, "little")
-        return [EntryJob(plan.job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots)]
+        entry.is_spread = len(entry.anchor_ids) + len(entry.token_ids) > self._step_tokens
+        step_tokens = self._step_tokens if entry.is_spread else 0
+        return [EntryJob(plan.job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots, step_tokens)]
 
     def capture(self, at: Placement, tenant: str, block_ids: Sequence[int]) -> list[CaptureJob]:
         """Has a wanted chunk copied in this step. ``block_ids``: those of the request's tokens up to its end, and no others."""

@@ -70,6 +70,10 @@ class LayerReads(Protocol):
         """``[slots, 2, KV heads, tokens, head_dim]`` on the model's device. For every layer in order; the next call may overwrite it."""
         ...
 
+    def rest(self) -> None:
+        """Returns when nothing reads the arena until the next call of ``layer``. Raises what a copy raised."""
+        ...
+
     def end(self) -> None:
         """Returns when nothing reads the arena any more. Raises what a copy raised."""
         ...
@@ -85,6 +89,9 @@ class ArenaReads:
     def layer(self, index: int) -> torch.Tensor:
         """As :class:`LayerReads` says."""
         return torch.stack([block[index] for block in self._blocks]).to(self._device)
+
+    def rest(self) -> None:
+        """As :class:`LayerReads` says."""
 
     def end(self) -> None:
         """As :class:`LayerReads` says."""
@@ -111,10 +118,14 @@ class DeviceReads:
         self._events[index].order_compute()
         return self._ring[index % len(self._ring)]
 
-    def end(self) -> None:
+    def rest(self) -> None:
         """As :class:`LayerReads` says."""
         if self._events:
             self._events[-1].wait()
+
+    def end(self) -> None:
+        """As :class:`LayerReads` says."""
+        self.rest()
 
     def _submit(self) -> None:
         layer = len(self._events)

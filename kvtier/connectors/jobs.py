@@ -85,6 +85,8 @@ class BlendRun:
     """taken from chunks"""
     remaining: int
     """workers that have not reported it"""
+    is_spread: bool = False
+    """over several steps"""
     failed: bool = False
     is_unsure: bool = False
     num_chosen: int = 0

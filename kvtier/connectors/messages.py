@@ -119,6 +119,8 @@ class BlendJob:
     """engine blocks of the tokens before ``end``"""
     is_async: bool = False
     """reported as received when it is done, or has failed; the request is not in the batch of this step"""
+    step_tokens: int = 0
+    """as many tokens through all layers is a step's share of it, and it goes on in the next one; 0: all of it in this step"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ class EntryJob:
     anchor_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     slots: ChunkSlots
+    step_tokens: int = 0
+    """as in :class:`BlendJob`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +168,11 @@ class StepMessage:
     held: tuple[str, ...] = ()
     """finished requests whose blocks the engine holds until every worker has reported them as sent"""
     blends: tuple[BlendJob, ...] = ()
-    """to be finished before the forward pass of this step, and after its loads"""
+    """to be begun before the forward pass of this step, and after its loads; finished there, but for what is spread over steps"""
     entries: tuple[EntryJob, ...] = ()
     """to be computed after the forward pass of this step"""
+    abandoned: tuple[int, ...] = ()
+    """of blends that are spread over steps: those that nobody wants any more, which end as failed"""
     captures: tuple[CaptureJob, ...] = ()
     """to be copied after the forward pass of this step"""
     unfilled: tuple[int, ...] = ()

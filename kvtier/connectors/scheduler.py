@@ -177,14 +177,15 @@ class SchedulerHalf:
         if due:
             with self._boundary.at("build_step"):
                 stores = self._copying.plan_stores(due)
-        is_idle = not scheduled and not loads and not self._meter.is_computing
+        is_idle = not scheduled and not loads and not self._meter.is_computing and not self._blending.is_spread
         if is_idle and (self._matcher.num_waiting or self._blending.is_waiting or self._engine.busy):
             with self._boundary.at("poll"):
                 self._engine.poll(self._idle_wait_s)
         blends = self._blending.take_blends(computing or ())
         entries = self._blending.take_entries(is_prefilling=tokens.num_prefill > 0 or bool(blends))
         captures = self._blending.take_captures()
-        step = self._meter.begin(tokens, is_pure=not blends and not entries and not captures and not any(not job.is_async for job in loads))
+        is_moving = bool(blends or entries or captures) or self._blending.is_spread or any(not job.is_async for job in loads)
+        step = self._meter.begin(tokens, is_pure=not is_moving)
         return StepMessage(
             loads=tuple(job.move for job in loads if not job.is_async),
             async_loads=tuple(job.move for job in loads if job.is_async),
@@ -192,6 +193,7 @@ class SchedulerHalf:
             blends=tuple(blends),
             entries=tuple(entries),
             captures=tuple(captures),
+            abandoned=self._blending.take_abandoned(),
             preempted=tuple(preempted),
             held=tuple(held),
             arena_id=self._engine.arena_id,
@@ -238,9 +240,8 @@ class SchedulerHalf:
         """
         if report is not None:
             self._meter.end(report.step)
-        # Failed loads first: they void stores that the same report calls done.
-        with self._boundary.at("finish_step"):
-            bad = {*failed_block_ids, *(() if report is None else self._copying.fail_loads(report))}
+        with self._boundary.at("finish_step"):  # first: they void stores that the same report calls done
+            bad = set(failed_block_ids) if report is None else self._copying.fail_loads(report).union(failed_block_ids)
             if bad:
                 self._copying.void_stores(bad)
                 self._blending.void(bad)
@@ -270,6 +271,7 @@ class SchedulerHalf:
         if request is not None:
             with self._boundary.at("request_finished"):
                 self._matcher.release(request)
+                self._blending.abandon(request)
             if request.is_admitted:
                 with self._boundary.at("hint"):
                     self._hint(request)

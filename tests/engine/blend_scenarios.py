@@ -197,6 +197,31 @@ def blended_under_pressure(llm: Any, settings: Result) -> Result:
     return out
 
 
+def blended_beside(llm: Any, settings: Result) -> Result:
+    """A prompt is put together while another request generates: both answers, and how many tokens the other one got before its first."""
+    asker = Asker(llm)
+    with_kvtier = "kvtier" in settings
+    if with_kvtier:
+        asker.store()
+    ids, spans = asker.prompt([2, 0, 1, 3, 0], 80)
+    options = {"blend": {"spans": spans, "ratio": 1.0}, "store": False} if with_kvtier else None
+    engine = llm.llm_engine
+    got: dict[str, list[int]] = {"beside": [], "blended": []}
+    engine.add_request(
+        "beside", {"prompt_token_ids": asker.prompt([1], 81)[0]}, asker.sampling({"store": False} if with_kvtier else None, 60)
+    )
+    num_between = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            got[output.request_id] = list(output.outputs[0].token_ids)
+        if len(got["beside"]) == 4 and not num_between:
+            num_between = -1
+            engine.add_request("blended", {"prompt_token_ids": ids}, asker.sampling(options, 10))
+        if num_between < 0 and got["blended"]:
+            num_between = len(got["beside"]) - 4
+    return {**got, "num_between": num_between, "num_tokens": len(ids), "counters": asker.counters()}
+
+
 def blended_briefly(llm: Any, settings: Result) -> Result:
     """Two blended prompts, with chunks that are stored by this engine or were by an earlier one."""
     asker = Asker(llm)
@@ -279,6 +304,7 @@ def lose_chunks_on_the_second_rank(worker: Any) -> None:
 BLEND_SCENARIOS = {
     "blended": blended,
     "blended_under_pressure": blended_under_pressure,
+    "blended_beside": blended_beside,
     "blended_briefly": blended_briefly,
     "blended_in_parallel": blended_in_parallel,
     "blended_as_served": blended_as_served,

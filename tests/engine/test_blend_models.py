@@ -29,7 +29,7 @@ from kvtier.blend.blender import Blended, blend, extend
 from kvtier.blend.entries import capture_entries, full_prefill
 from kvtier.blend.finding import Span
 from kvtier.blend.layout import PromptLayout, lay_out
-from kvtier.blend.methods import METHODS, Evidence, FullReuse, Selection
+from kvtier.blend.methods import METHODS, Asks, Evidence, FullReuse, Selection
 from kvtier.blend.placing import EntrySource
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.transformers_models import TransformersModel
@@ -178,15 +178,19 @@ def test_what_combined_chooses_is_computed_in_every_layer() -> None:
 
 @dataclass
 class Asking:
-    """Asks for the question's attention in several ranges of layers, and chooses nothing."""
+    """Asks for the question's attention in some layers, and chooses nothing."""
 
-    ranges: list[range]
+    layers: range
     name: str = "asking"
-    answers: list[torch.Tensor] = field(default_factory=list)
+    answer: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def asks(self, num_layers: int) -> Asks:
+        """What it was told to."""
+        return Asks(attention_layers=self.layers)
 
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """Nothing."""
-        self.answers = [evidence.question_attention(layers) for layers in self.ranges]
+        self.answer = evidence.question_attention
         return Selection(torch.zeros(len(evidence.layout.candidates), dtype=torch.bool))
 
 
@@ -196,12 +200,13 @@ def test_attention_is_that_of_the_layers_asked_for() -> None:
     ids = [*tokens(2, 40), *tokens(3, 40), *tokens(77, 6)]
     store = Store(model, [])
     layout = lay_out(len(ids), 0, store.space.place(ids, [Span(0, 40), Span(40, 80)]))
-    asking = Asking([range(NUM_LAYERS), range(1), range(1, NUM_LAYERS)])
-    blend(model, ids, layout, EntrySource(store.entries(ids, layout)), asking, FixedRatio(0.5))
-    every, first, others = asking.answers
+    methods = [Asking(layers) for layers in (range(NUM_LAYERS), range(1), range(1, NUM_LAYERS))]
+    for asking in methods:
+        blend(model, ids, layout, EntrySource(store.entries(ids, layout)), asking, FixedRatio(0.5))
+    every, first, others = (asking.answer for asking in methods)
     torch.testing.assert_close(NUM_LAYERS * every, first + (NUM_LAYERS - 1) * others)
     assert not torch.allclose(first, others, rtol=0.1)
-    assert all(0 < float(answer.sum()) < 1 for answer in asking.answers), "what is left to 1 goes to other tokens"
+    assert all(0 < float(asking.answer.sum()) < 1 for asking in methods), "what is left to 1 goes to other tokens"
 
 
 def test_a_last_token_that_a_chunk_has_is_computed_to_the_end() -> None:

@@ -123,6 +123,20 @@ def test_preemption_and_failures(tmp_path_factory: pytest.TempPathFactory, worke
     assert result["counters"]["connector.errors"] == result["counters"]["blend.failed"]
 
 
+@pytest.mark.every_version
+@pytest.mark.parametrize("engine", [{}, {"async_scheduling": True}])
+def test_others_get_their_tokens_in_between(tmp_path_factory: pytest.TempPathFactory, worker_id: str, engine: dict[str, Any]) -> None:
+    """A blend that is too large for a step is spread over many, each of which gives who generates a token. So are stored chunks."""
+    expected = once(tmp_path_factory, worker_id, "blended_beside")
+    settings = blend()
+    settings["blend"]["max_step_tokens"] = 40
+    result = run("blended_beside", kvtier=settings, engine=engine)
+    assert (expected["blended"], expected["beside"]) == (result["blended"], result["beside"])
+    assert result["num_between"] >= result["num_tokens"] // 60 > 5
+    assert 4 == result["counters"]["blend.stored_chunks"]
+    assert not {"connector.errors", "blend.failed"} & set(result["counters"])
+
+
 def test_chunks_outlive_the_engine(tmp_path_factory: pytest.TempPathFactory, worker_id: str, tmp_path: Path) -> None:
     """Chunks go to the disk as any block does, and the next engine takes them from there."""
     expected = once(tmp_path_factory, worker_id, "blended_briefly")["answers"]
@@ -176,11 +190,14 @@ def test_in_processes_of_their_own(tmp_path_factory: pytest.TempPathFactory, wor
 
 @pytest.mark.timeout(900)
 def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
-    """Each with its heads of every chunk, choosing the same tokens: full prefill's answers, also where one of them has lost the chunks."""
+    """Each with its heads of every chunk, choosing the same tokens, over several steps: full prefill's answers, also where one of them
+    has lost the chunks."""
     environment = {"KVTIER_TEST_MODEL": str(make_tiny_model("llama", tmp_path / "tiny"))}
     expected = run("blended_in_parallel", environment=environment)["answers"]
     environment |= PARALLEL
-    result = run("blended_in_parallel", kvtier=blend(async_load=True), engine=TWO_WORKERS, environment=environment, timeout_s=600.0)
+    settings = blend(async_load=True)
+    settings["blend"]["max_step_tokens"] = 60
+    result = run("blended_in_parallel", kvtier=settings, engine=TWO_WORKERS, environment=environment, timeout_s=600.0)
     assert_same(expected, result["answers"])
     assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in [*result["answers"], *result["chosen"]])
     assert_same(expected[:1], result["unsure"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from kvtier.connectors.blend_steps import LostChunkError, UnsureError
+from kvtier.connectors.blend_steps import LostChunkError, Shares, UnsureError
 from kvtier.connectors.chunk_entries import ChunkEntries
 from kvtier.connectors.messages import BlendJob, CaptureJob, EntryJob
 from kvtier.connectors.vllm import blend_parts, sides
@@ -37,10 +38,15 @@ class NumberBlender:
         self.captured: dict[int, bool] = {}
         """chunks that were copied: whether that was what full prefill computes"""
 
-    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> int:
-        """All tokens count as chosen."""
+    def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> Shares[int]:
+        """All tokens count as chosen. A job for several steps is done in three."""
         assert self.rig is not None
         ending = "lost" if arena is None else self.ending()
+        for _ in range(2 if job.step_tokens and arena is not None else 0):
+            may_go_on = yield
+            ending = ending if may_go_on else "lost"
+            if ending == "lost":
+                break
         self.endings.append(ending)
         if ending == "unsure":
             raise UnsureError
@@ -53,8 +59,11 @@ class NumberBlender:
             self.rig.write(job.block_ids[index], self.rig.value_of(request, index) + APPROXIMATE)
         return job.end - job.first
 
-    def store(self, job: EntryJob, arena: Arena | None) -> None:
+    def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
         """What lies in the slots is nobody's concern here."""
+        if job.step_tokens and arena is not None and not (yield):
+            raise LostChunkError
+        return len(job.token_ids)
 
     def capture(self, job: CaptureJob, arena: Arena | None) -> None:
         """Looks whether the blocks hold what full prefill of some request that has them would have written."""
@@ -122,12 +131,15 @@ def ask(rig: Rig, name: str, tokens: list[int], spans: list[list[int]], **more: 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("min_margin", [0.0, 0.5])
+@pytest.mark.parametrize("max_step_tokens", [None, 20])
 @pytest.mark.parametrize(("async_load", "runs_ahead"), [(None, False), (True, False), (None, True)])
-def test_every_ending_gives_the_right_tokens(async_load: bool | None, runs_ahead: bool, min_margin: float, ending: str) -> None:
+def test_every_ending_gives_the_right_tokens(
+    async_load: bool | None, runs_ahead: bool, max_step_tokens: int | None, min_margin: float, ending: str
+) -> None:
     """Sure: chunks are taken. Else the engine computes, and what it computes is found by the next one with the same prompt, as it is by
-    one that asks for no reuse; what was put together is found by nobody."""
+    one that asks for no reuse; what was put together is found by nobody. In one step or in three."""
     blender = NumberBlender()
-    with rig_with(blender, async_load=async_load, runs_ahead=runs_ahead) as rig:
+    with rig_with(blender, async_load=async_load, runs_ahead=runs_ahead, max_step_tokens=max_step_tokens) as rig:
         tokens, spans = joined([2, 0, 1])
         num_full = (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         blender.ending = lambda: ending
@@ -145,21 +157,38 @@ def test_every_ending_gives_the_right_tokens(async_load: bool | None, runs_ahead
         assert [ending] == blender.endings
 
 
-@pytest.mark.parametrize(("max_step_tokens", "expected"), [(1, [1, 1, 1]), (78, [1, 1, 1]), (79, [2, 1]), (None, [3])])
+@pytest.mark.parametrize(
+    ("max_step_tokens", "ended", "apart", "ahead"),
+    [
+        (1, [1, 1, 1], [3, 3], [4, 4]),
+        (49, [1, 1, 1], [3, 3], [3, 4]),
+        (78, [1, 1, 1], [1, 1], [1, 1]),
+        (79, [2, 1], [1], [1]),
+        (None, [3], [], []),
+    ],
+)
 @pytest.mark.parametrize(("async_load", "runs_ahead"), [(None, False), (True, False), (None, True)])
-def test_blends_are_spread_over_steps(async_load: bool | None, runs_ahead: bool, max_step_tokens: int | None, expected: list[int]) -> None:
-    """Three at once, of which 29, 50 and 50 tokens are computed: 15 % of chunks, and what lies before them, unless it is there as it is."""
+def test_blends_are_spread_over_steps(
+    async_load: bool | None, runs_ahead: bool, max_step_tokens: int | None, ended: list[int], apart: list[int], ahead: list[int]
+) -> None:
+    """Three at once, of which 29, 50 and 50 tokens are computed: 15 % of chunks, and what lies before them, unless it is there as it is.
+    Those that are too large for a step are done in three, one after the other; in between those who are there get their tokens. An engine
+    that runs ahead knows a step later that one has ended."""
     blender = NumberBlender()
     with rig_with(blender, async_load=async_load, runs_ahead=runs_ahead, max_step_tokens=max_step_tokens) as rig:
         for number in range(3):
             tokens, spans = joined([number, (number + 2) % 3, (number + 1) % 3])
             rig.add(f"{number}", tokens, max_tokens=3, sampling=options(spans))
-        num_blends = []
-        while rig.scheduler.has_unfinished_requests():
+        rig.add("beside", QUESTION, max_tokens=30)
+        num_blends: list[int] = []
+        while sum(num_blends) < 3:
             before = len(blender.endings)
             rig.step()
             num_blends.append(len(blender.endings) - before)
-        assert expected == [number for number in num_blends if number]
+        ends = [index for index, number in enumerate(num_blends) if number]
+        assert ended == [num_blends[index] for index in ends]
+        assert (ahead if runs_ahead else apart) == [later - end for end, later in itertools.pairwise(ends)]
+        assert len(rig.outputs.get("beside", [])) >= len(num_blends) - 1 - runs_ahead, "a token a step"
         rig.run()
         assert [3, 3, 3] == [sum(len(one.new_token_ids) for one in rig.outputs[f"{number}"]) for number in range(3)]
 
@@ -167,10 +196,11 @@ def test_blends_are_spread_over_steps(async_load: bool | None, runs_ahead: bool,
 @settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), ahead=st.sampled_from([(None, False), (True, False), (None, True)]), step_tokens=st.sampled_from([64, 1024]))
 def test_any_order_of_blends_and_preemptions(data: st.DataObject, ahead: tuple[bool | None, bool], step_tokens: int) -> None:
-    """Requests with and without reuse over the same documents, preempted, aborted; blends end in any way. Nobody computes with KV that was
-    not loaded, and only who asked for it with an approximation."""
+    """Requests with and without reuse over the same documents, preempted, aborted; blends end in any way, some over several steps. Nobody
+    computes with KV that was not loaded, and only who asked for it with an approximation."""
     blender = NumberBlender()
-    with rig_with(blender, async_load=ahead[0], runs_ahead=ahead[1], step_tokens=step_tokens) as rig:
+    most = data.draw(st.sampled_from([None, 25, 1]))
+    with rig_with(blender, async_load=ahead[0], runs_ahead=ahead[1], step_tokens=step_tokens, max_step_tokens=most) as rig:
         blender.ending = lambda: data.draw(st.sampled_from(ENDINGS))
         for number in range(data.draw(st.integers(1, 16))):
             action = data.draw(st.sampled_from(["reuse", "reuse", "plain", "step", "step", "step", "preempt", "abort", "reset", "settle"]))
@@ -193,6 +223,7 @@ def test_only_exact_kv_is_copied_into_chunks(data: st.DataObject, ahead: tuple[b
     """Ever new chunks of the same documents; loads and blends fail, requests are preempted and aborted, caches reset under them. What is
     copied from a request's blocks and stored is full prefill's; a few copies of other things are made, and come to nothing."""
     blender = NumberBlender()
+    most = data.draw(st.sampled_from([None, 25, 1]))
     stored: list[int] = []
     advance = ChunkEntries.advance
 
@@ -204,7 +235,7 @@ def test_only_exact_kv_is_copied_into_chunks(data: st.DataObject, ahead: tuple[b
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        rig_with(blender, async_load=ahead[0], runs_ahead=ahead[1], step_tokens=step_tokens, entries="served") as rig,
+        rig_with(blender, async_load=ahead[0], runs_ahead=ahead[1], step_tokens=step_tokens, entries="served", max_step_tokens=most) as rig,
     ):
         patch.setattr(ChunkEntries, "advance", noting)
         switch = Switch(patch)

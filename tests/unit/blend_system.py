@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvtier.blend.chunks import Chunk
 from kvtier.blend.entries import full_prefill
 from kvtier.blend.methods import METHODS
 from kvtier.blend.model import Projected, Rotary, TokenKV
@@ -15,6 +16,7 @@ from kvtier.config import BlendConfig, Config
 from kvtier.connectors.blend_steps import BlendSteps
 from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.blending import BlendParts
+from kvtier.connectors.chunk_rows import slot_view
 from kvtier.connectors.messages import RequestOptions, ScheduledRequest, StepMessage, WorkerReport
 from kvtier.connectors.requests import DefaultSettings, Geometry
 from kvtier.connectors.scheduler import SchedulerHalf
@@ -47,6 +49,8 @@ class SmallModel:
         self._out = torch.randn(LAYERS, 2 * DIM, 16, generator=chance) / 4
         self.num_embedded = 0
         """tokens that it began to compute"""
+        self.num_projected = 0
+        """layers of tokens that it computed"""
 
     def change(self) -> None:
         """Other weights."""
@@ -57,6 +61,7 @@ class SmallModel:
         return self._embedding[token_ids]
 
     def project(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
+        self.num_projected += len(positions)
         parts = (hidden @ self._weights[layer]).view(-1, 4, DIM).transpose(0, 1)
         turned = torch.stack([self.rotary.move(parts[:3, row], int(at)) for row, at in enumerate(positions)], 1)
         return Projected(turned[:2], turned[2:], parts[3:])
@@ -143,8 +148,8 @@ class System:
         """A step; what concerns chunks is done, stores of prompts fail."""
         message = self.half.build_step(scheduled)
         report = WorkerReport()
-        steps = self.steps(None if fail else self.blender)
-        steps.blend(message.blends, set(), report)
+        steps = self.steps(None) if fail else self.blend_steps
+        steps.blend(message.blends, set(), report, abandoned=message.abandoned)
         steps.store(message.captures, message.entries, report)
         self.finish(message, report)
         return message
@@ -179,6 +184,21 @@ class System:
         assert {} == {name: count for name, count in self.cache.leftovers().items() if count}
         assert [] == self.cache.check()
         self.half.close()
+
+
+def kept(system: System, chunk: Chunk) -> TokenKV | None:
+    """The KV that is stored of a chunk; None: it is not, or not all of it."""
+    if system.cache.match(chunk.block_keys).ready_blocks < len(chunk.block_keys):
+        return None
+    leased = system.cache.begin_load(chunk.block_keys, pooled=False)
+    rows = [slot_view(system.arena, system.blender._shape, ref.slot).clone() for ref in leased.slots]
+    system.cache.end_load(leased.job_id)
+    both = torch.cat(rows, 3)[:, :, :, : chunk.num_tokens]
+    return TokenKV(both[:, 0], both[:, 1])
+
+
+def is_same(one: TokenKV, other: TokenKV) -> bool:
+    return torch.allclose(one.keys, other.keys, atol=1e-4) and torch.allclose(one.values, other.values, atol=1e-4)
 
 
 def document(number: int, length: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from kvtier.blend.entries import NO_CONTEXT, Context
 from kvtier.blend.finding import ChunkSpace
 from kvtier.blend.layout import Placement, PromptLayout
 from kvtier.blend.mean_shift import MIN_CHOSEN_TOKENS, MIN_CHUNK_TOKENS, MeanShift
-from kvtier.blend.methods import METHODS, CacheBlend, CacheCraft, Combined, Epic, ProphetKV, methods_with
+from kvtier.blend.methods import METHODS, Asks, CacheBlend, CacheCraft, Combined, Epic, Evidence, ProphetKV, methods_with
 from kvtier.blend.methods.base import share_out, top
 from kvtier.blend.methods.cachecraft import context_impact, prefix_overlap
 from kvtier.blend.model import Projected, Rotary, TokenKV
@@ -42,40 +42,19 @@ def layout_of(lengths: Sequence[int], *, first_is_exact: bool = False) -> Prompt
     return PromptLayout(position + 3, 0, tuple(placements))
 
 
-@dataclass
-class FakeEvidence:
-    """Answers that a test wrote down."""
-
-    layout: PromptLayout
-    deviation: list[float] = field(default_factory=list)
-    attention: list[float] = field(default_factory=list)
-    remembered: list[Context] = field(default_factory=list)
-    num_layers: int = 10
-    asked_layers: range = range(0)
-
-    def value_deviation(self, layer: int) -> torch.Tensor:
-        """Written down."""
-        return self._scores(self.deviation)
-
-    def question_attention(self, layers: range) -> torch.Tensor:
-        """Written down."""
-        self.asked_layers = layers
-        return self._scores(self.attention)
-
-    def contexts(self) -> Sequence[Context]:
-        """Written down."""
-        return self.remembered or [NO_CONTEXT] * len(self.layout.placements)
-
-    def _scores(self, written: list[float]) -> torch.Tensor:
-        if written:
-            return torch.tensor(written)
-        return torch.rand(len(self.layout.candidates), generator=torch.Generator().manual_seed(3))
+def evidence_of(
+    layout: PromptLayout, *, deviation: list[float] | None = None, attention: list[float] | None = None, remembered: Sequence[Context] = ()
+) -> Evidence:
+    """Answers that a test wrote down; others are drawn at random."""
+    drawn = torch.rand(len(layout.candidates), generator=torch.Generator().manual_seed(3))
+    attention_, deviation_ = (drawn if written is None else torch.tensor(written) for written in (attention, deviation))
+    return Evidence(layout, remembered or [NO_CONTEXT] * len(layout.placements), attention_, deviation_)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.floats(0, 1), st.sampled_from(sorted(METHODS)), st.booleans())
 def test_a_method_chooses_what_the_ratio_allows(lengths: list[int], ratio: float, name: str, first_is_exact: bool) -> None:
     """The number of tokens, for every method and layout: none with 0, all with 1; more with more, never one less. But for ``none``."""
-    evidence = FakeEvidence(layout_of(lengths, first_is_exact=first_is_exact))
+    evidence = evidence_of(layout_of(lengths, first_is_exact=first_is_exact))
     number = len(evidence.layout.candidates)
     if not number:
         return
@@ -89,7 +68,7 @@ def test_a_method_chooses_what_the_ratio_allows(lengths: list[int], ratio: float
     assert method.select(evidence, FixedRatio(1.0)).chosen.all()
 
 
-def chosen_by(method: CacheBlend | CacheCraft | Combined | Epic | ProphetKV, evidence: FakeEvidence, ratio: float) -> list[int]:
+def chosen_by(method: CacheBlend | CacheCraft | Combined | Epic | ProphetKV, evidence: Evidence, ratio: float) -> list[int]:
     """Positions in the prompt."""
     chosen = method.select(evidence, FixedRatio(ratio)).chosen.tolist()
     return [position for position, is_chosen in zip(evidence.layout.candidates, chosen, strict=True) if is_chosen]
@@ -99,25 +78,28 @@ def test_each_method_takes_what_its_paper_says() -> None:
     """Deviation, heads, the question's attention, both; an exact chunk needs nothing."""
     layout = layout_of([10, 10], first_is_exact=True)
     scores = [0.0, 1.0, 0.0, 0.0, 5.0, 0.0, 0.0, 4.0, 3.0, 0.0]
-    evidence = FakeEvidence(layout, deviation=scores, attention=scores[::-1])
+    evidence = evidence_of(layout, deviation=scores, attention=scores[::-1])
     assert [14, 17, 18] == chosen_by(CacheBlend(), evidence, 0.3)
     assert [11, 12, 15] == chosen_by(ProphetKV(), evidence, 0.3)
     assert [10, 11, 12] == chosen_by(Epic(), evidence, 0.3)
+    assert (Asks(deviation_layer=1), Asks(attention_layers=range(10)), Asks()) == tuple(
+        method.asks(10) for method in (CacheBlend(), ProphetKV(), Epic())
+    )
+    assert Asks(attention_layers=range(4, 10)) == Combined(telling_layers=(0.4, 1.0)).asks(10)
     assert [10, 11, 12, 15] == chosen_by(Combined(context_share=0.25, telling_layers=(0.4, 1.0)), evidence, 0.4)
-    assert range(4, 10) == evidence.asked_layers
     looked = Context((layout.placements[0].chunk.key,), (1.0,), 9.0, torch.tensor([0.0] * 8 + [0.5, 0.5]))
-    evidence.remembered = [NO_CONTEXT, looked]
+    evidence = replace(evidence, contexts=[NO_CONTEXT, looked])
     assert [12, 15, 18, 19] == chosen_by(Combined(context_share=0.5, telling_layers=(0.0, 1.0)), evidence, 0.4)
-    two = FakeEvidence(layout_of([4, 10]))
+    two = evidence_of(layout_of([4, 10]))
     assert [0, 1, 2, 3, *range(4, 10)] == chosen_by(Epic(), two, 10 / 14)
 
 
 def test_combined_looks_where_it_is_told_to() -> None:
     """In the configuration's layers; by default from two to four fifths of the depth. Heads of chunks are chosen in any case."""
-    evidence = FakeEvidence(layout_of([40, 40]))
+    evidence = evidence_of(layout_of([40, 40]))
     for method, layers in ((METHODS["combined"], range(4, 8)), (methods_with(0.1, 0.55)["combined"], range(1, 6))):
         selection = method().select(evidence, FixedRatio(0.25))
-        assert layers == evidence.asked_layers
+        assert Asks(attention_layers=layers) == method().asks(10)
         assert selection.chosen[[0, 1, 40]].all()
         assert 0.5 == selection.shift_weight
     assert METHODS["epic"] is methods_with(0.1, 0.55)["epic"]
@@ -131,7 +113,7 @@ def test_cachecraft_spends_where_the_old_surroundings_are_gone() -> None:
     kept = Context((first,), (2.0,), 2.0, looked)
     lost = Context((third,), (2.0,), 2.0, looked)
     alone = Context((), (), 4.0, torch.zeros(4))
-    evidence = FakeEvidence(layout, remembered=[alone, kept, lost])
+    evidence = evidence_of(layout, remembered=[alone, kept, lost])
     assert 0.5 == context_impact(alone) < context_impact(kept) < 1
     assert (0, 1, 0) == tuple(prefix_overlap(context, [first, second]) for context in (alone, kept, lost))
     assert not {4, 5, 6, 7} & set(chosen_by(CacheCraft(), evidence, 4 / 12))

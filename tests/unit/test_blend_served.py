@@ -17,11 +17,10 @@ from kvtier.blend.finding import ChunkSpace
 from kvtier.blend.model import TokenKV
 from kvtier.config import BlendConfig
 from kvtier.connectors.blending import BlendParts
-from kvtier.connectors.chunk_rows import slot_view
 from kvtier.connectors.messages import RequestOptions, ScheduledRequest, StepMessage, WorkerReport
 from kvtier.connectors.requests import NEVER
 from kvtier.hashing import request_root
-from tests.unit.blend_system import BLOCK, CAN_BLEND, HOST_BLOCKS, NAMESPACE, SYSTEM, System, document, joined
+from tests.unit.blend_system import BLOCK, CAN_BLEND, HOST_BLOCKS, NAMESPACE, SYSTEM, System, document, is_same, joined, kept
 
 SERVED = BlendConfig(enabled=True, entries="served")
 PRIMER = (40, 41, 42)
@@ -31,21 +30,6 @@ ROOT = request_root(NAMESPACE.digest)
 
 def chunk_of(tokens: Sequence[int], before: Sequence[int], primer: Sequence[int] = ()) -> Chunk:
     return ChunkSpace(ROOT, served_anchor(ROOT, [*before, *primer], BLOCK), BLOCK).chunk(tokens)
-
-
-def kept(system: System, chunk: Chunk) -> TokenKV | None:
-    """The KV that is stored of a chunk; None: it is not, or not all of it."""
-    if system.cache.match(chunk.block_keys).ready_blocks < len(chunk.block_keys):
-        return None
-    leased = system.cache.begin_load(chunk.block_keys, pooled=False)
-    rows = [slot_view(system.arena, system.blender._shape, ref.slot).clone() for ref in leased.slots]
-    system.cache.end_load(leased.job_id)
-    both = torch.cat(rows, 3)[:, :, :, : chunk.num_tokens]
-    return TokenKV(both[:, 0], both[:, 1])
-
-
-def is_same(one: TokenKV, other: TokenKV) -> bool:
-    return torch.allclose(one.keys, other.keys, atol=1e-4) and torch.allclose(one.values, other.values, atol=1e-4)
 
 
 def turned_back(system: System, kv: TokenKV, start: int, end: int, num_anchor: int) -> TokenKV:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.blend.model import TokenKV
+from kvtier.blend.steps import finish
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_steps import LostChunkError
 from kvtier.connectors.blending import BlendParts
@@ -21,7 +22,7 @@ from kvtier.connectors.messages import BlendJob, RequestOptions, ScheduledReques
 from kvtier.connectors.requests import RequestIdentity
 from kvtier.connectors.vllm.paged_tokens import PagedTokens
 from kvtier.errors import BlendRefusedError
-from tests.unit.blend_system import BLOCK, SYSTEM, System, begun_blend, document, joined
+from tests.unit.blend_system import BLOCK, LAYERS, SYSTEM, System, begun_blend, document, joined
 
 
 @pytest.fixture
@@ -335,7 +336,7 @@ def test_slots_with_other_tenants_are_lost(make: Callable[..., System]) -> None:
         }
     )
     with pytest.raises(LostChunkError, match="tenant"):
-        system.blender.blend(stale, system.arena)
+        finish(system.blender.blend(stale, system.arena))
     system.finish(message, WorkerReport({job.job_id: 1}))
     system.half.request_finished("second")
     system.close()
@@ -367,7 +368,8 @@ def test_chunks_are_computed_when_no_prompt_waits(make: Callable[..., System]) -
     max_step_tokens=st.integers(1, 60),
 )
 def test_the_blends_of_a_step_compute_no_more_than_they_may(orders: list[list[int]], ratio: float, max_step_tokens: int) -> None:
-    """Those that would wait for another step, in the order in which they came; one that is too large for any goes alone."""
+    """Those that would wait for another step, in the order in which they came; one that is too large for any is spread over steps, and
+    goes alone. A step computes a share and what is left of a layer, and the beginning of a prompt for its shape."""
     documents = [document(number, 8 + number) for number in range(4)]
     parts = BlendParts(BlendConfig(enabled=True), max_step_tokens=max_step_tokens)
     with tempfile.TemporaryDirectory() as directory:
@@ -378,23 +380,34 @@ def test_the_blends_of_a_step_compute_no_more_than_they_may(orders: list[list[in
         for number, order in enumerate(orders):
             waiting[f"{number}"], spans = joined([documents[place] for place in order], SYSTEM, [1, 2, 3])
             system.add(f"{number}", waiting[f"{number}"], spans=spans, ratio=ratio, method="epic")
-        while waiting:
+        spread: set[str] = set()
+        while waiting or spread:
             begun = []
-            before = system.model.num_embedded
+            is_spread = bool(spread)
+            before = system.model.num_projected
             for name, tokens in waiting.items():
                 matched = system.half.match(name, len(tokens), 0)
                 if matched.num_tokens is not None:
                     assert matched.is_blended
                     block_ids = system.blocks(len(tokens))
                     system.half.allocated(name, block_ids, matched.num_tokens)
+                    spread |= {name} if matched.is_async else set()
                     begun.append(ScheduledRequest(name, block_ids, len(tokens)))
-            assert begun, "somebody goes on in each step"
-            assert next(iter(waiting)) == begun[0].request_id, "who came first is not passed"
-            blends = system.step(begun).blends
-            assert len(blends) == 1 or system.model.num_embedded - before <= max_step_tokens
+            assert bool(begun) != is_spread, "somebody goes on in each step, and nobody begins beside one that is spread"
+            assert not begun or next(iter(waiting)) == begun[0].request_id, "who came first is not passed"
+            blends = system.step([item for item in begun if item.request_id not in spread]).blends
+            assert [0 if item.request_id not in spread else max_step_tokens for item in begun] == [job.step_tokens for job in blends]
+            assert len(begun) <= 1 or not spread
+            num_rows = max((len(waiting[item.request_id]) for item in begun), default=max(map(len, orders)) * 12 + 8)
+            assert system.model.num_projected - before <= LAYERS * max_step_tokens + num_rows + len(begun)
+            received = system.blend_steps.take_received()
+            assert received <= spread
+            spread -= received
             for item in begun:
                 del waiting[item.request_id]
-                system.half.request_finished(item.request_id)
+            for name in {*received, *(item.request_id for item in begun)} - spread:
+                system.half.request_finished(name)
+        assert not system.cache.stats["blend.failed"]
         system.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from kvtier.memory.arena_file import PAGE_BYTES
 from kvtier.testing.simulated_cuda import RaceError, SimulatedCuda
 from tests.cuda_on_cpu import KernelsOnCpu
 
-from .blend_system import LAYERS, SYSTEM, System, document, joined
+from .blend_system import LAYERS, SYSTEM, System, begun_blend, document, joined
 
 CPU = torch.device("cpu")
 NUM_SLOTS = 24
@@ -166,9 +167,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelsOnCpu:
     return KernelsOnCpu(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
-def simulated(kernels: KernelsOnCpu) -> SimulatedCuda:
+def simulated(kernels: KernelsOnCpu, seed: int = 0) -> SimulatedCuda:
     """A device that runs the kernels' own text."""
-    return SimulatedCuda(kernels=lambda launch: kernels.place_rows(launch.kernel, launch.params))
+    return SimulatedCuda(seed=seed, kernels=lambda launch: kernels.place_rows(launch.kernel, launch.params))
 
 
 def served_system(directory: Path) -> System:
@@ -217,6 +218,27 @@ def test_blends_are_the_same_on_a_device(tmp_path: Path, method: str, kernels: K
         system.close()
     assert found[0] == found[1]
     assert LAYERS * 17 == rows.num_placed
+
+
+def test_nothing_is_read_between_two_steps(tmp_path: Path, kernels: KernelsOnCpu) -> None:
+    """Of a blend that is spread over them: the arena may go away. What was brought stays."""
+    system = System(tmp_path)
+    message, _ = begun_blend(system, num_computed_tokens=0)
+    (whole,) = message.blends
+    for seed in range(10):  # in which order the device happens to work
+        device = simulated(kernels, seed)
+        system.blend_steps.attach(system.arena, "", _Waiting(copier_of(device, system.arena), device))
+        report = WorkerReport()
+        num_steps = 0
+        while not report.done:
+            system.blend_steps.blend([] if num_steps else [replace(whole, step_tokens=1)], set(), report)
+            assert not any(queue.waiting for queue in device.streams)
+            num_steps += 1
+        assert num_steps > LAYERS
+        assert not report.failed
+    system.finish(message, report)
+    system.half.request_finished("second")
+    system.close()
 
 
 @pytest.mark.parametrize("fail_at", range(6))

@@ -6,12 +6,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvtier.blend.methods import CacheBlend, CacheCraft, Combined, Epic, Evidence, FullReuse, ProphetKV, Selection, SelectionMethod
-from kvtier.blend.methods.base import top
+from kvtier.blend.methods import (
+    CacheBlend,
+    CacheCraft,
+    Combined,
+    Epic,
+    Evidence,
+    FullReuse,
+    ProphetKV,
+    Selection,
+    SelectionMethod,
+)
+from kvtier.blend.methods.base import AsksNothing, top
 from kvtier.blend.ratio import FixedRatio
 
 
-class Random:
+class Random(AsksNothing):
     """Tokens drawn at random: what a method must beat to be worth its name."""
 
     name = "random"

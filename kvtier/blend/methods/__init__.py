@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from kvtier.blend.methods.base import Evidence, Selection, SelectionMethod
+from kvtier.blend.methods.base import Asks, Evidence, Selection, SelectionMethod
 from kvtier.blend.methods.cacheblend import CacheBlend
 from kvtier.blend.methods.cachecraft import CacheCraft
 from kvtier.blend.methods.combined import Combined
@@ -31,6 +31,7 @@ def methods_with(first_layer: float, last_layer: float) -> Mapping[str, Callable
 
 __all__ = [
     "METHODS",
+    "Asks",
     "CacheBlend",
     "CacheCraft",
     "Combined",

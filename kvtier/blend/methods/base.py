@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,26 +14,30 @@ from kvtier.blend.layout import PromptLayout
 from kvtier.blend.ratio import FixedRatio
 
 
-class Evidence(Protocol):
-    """What may be asked about one prompt before its tokens are chosen. Answers cost computation, which counts, and are remembered.
+@dataclass(frozen=True)
+class Asks:
+    """What a method wants to know of a prompt. All of it costs computation, which counts."""
 
-    Scores are fp32, one for each of ``layout.candidates``, in their order.
+    attention_layers: range = range(0)
+    """the layers of ``question_attention``; the question is computed once more, up to the last of them"""
+    deviation_layer: int | None = None
+    """the layer of ``value_deviation``; all tokens are computed up to there"""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one prompt before its tokens are chosen.
+
+    Scores are fp32, one for each of ``layout.candidates``, in their order; empty where nobody asked.
     """
 
     layout: PromptLayout
-    num_layers: int
-
-    def value_deviation(self, layer: int) -> torch.Tensor:
-        """Squared distance between the values kept and those of full prefill in ``layer``. Computes all tokens up to there."""
-        ...
-
-    def question_attention(self, layers: range) -> torch.Tensor:
-        """How much the question's tokens look at each candidate, mean over these layers and all heads. Computes the question once more."""
-        ...
-
-    def contexts(self) -> Sequence[Context]:
-        """Of each placement: where its KV was computed."""
-        ...
+    contexts: Sequence[Context]
+    """of each placement: where its KV was computed"""
+    question_attention: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    """how much the question's tokens look at each candidate, mean over the layers asked for and all heads"""
+    value_deviation: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    """squared distance between the values kept and those of full prefill in the layer asked for"""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,21 @@ class SelectionMethod(Protocol):
         """Under which requests ask for it."""
         ...
 
+    def asks(self, num_layers: int) -> Asks:
+        """What it chooses by, in a model of so many layers."""
+        ...
+
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """The choice for one prompt. Called only where there are candidates."""
         ...
+
+
+class AsksNothing:
+    """A method that chooses by where chunks lie, and by what their entries remember."""
+
+    def asks(self, num_layers: int) -> Asks:
+        """Nothing."""
+        return Asks()
 
 
 def top(scores: torch.Tensor, number: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvtier.blend.methods.base import Evidence, Selection, top
+from kvtier.blend.methods.base import Asks, Evidence, Selection, top
 from kvtier.blend.ratio import FixedRatio
 
 
@@ -21,7 +21,11 @@ class CacheBlend:
     check_layer: int = 1
     name: str = "cacheblend"
 
+    def asks(self, num_layers: int) -> Asks:
+        """The deviation of values in one layer."""
+        return Asks(deviation_layer=min(self.check_layer, num_layers - 1))
+
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """By deviation alone, across chunks."""
-        scores = evidence.value_deviation(self.check_layer)
+        scores = evidence.value_deviation
         return Selection(top(scores, ratio.num_tokens(len(scores))))

@@ -15,19 +15,19 @@ from collections.abc import Sequence
 import torch
 
 from kvtier.blend.entries import Context
-from kvtier.blend.methods.base import Evidence, Selection, chunk_slices, share_out, top
+from kvtier.blend.methods.base import AsksNothing, Evidence, Selection, chunk_slices, share_out, top
 from kvtier.blend.ratio import FixedRatio
 from kvtier.types import BlockKey
 
 
-class CacheCraft:
+class CacheCraft(AsksNothing):
     """Shares by recompute overhead, tokens by what they looked at."""
 
     name = "cachecraft"
 
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """By the entries' contexts; no extra pass."""
-        layout, contexts = evidence.layout, evidence.contexts()
+        layout, contexts = evidence.layout, evidence.contexts
         slices = chunk_slices(layout)
         rooms = [part.stop - part.start for _, part in slices]
         weights = []

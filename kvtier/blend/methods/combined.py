@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtier.blend.methods.base import Evidence, Selection, chunk_slices, heads_of_chunks, share_out, top
+from kvtier.blend.methods.base import Asks, Evidence, Selection, chunk_slices, heads_of_chunks, share_out, top
 from kvtier.blend.ratio import FixedRatio
 
 
@@ -29,11 +29,15 @@ class Combined:
     """from where to where, as shares of the model's depth, the layers lie whose KV has to be right; ``kvtier bench blend --layers``"""
     name: str = "combined"
 
+    def asks(self, num_layers: int) -> Asks:
+        """The question's attention in the telling layers."""
+        first, last = (round(share * num_layers) for share in self.telling_layers)
+        last = max(1, last)
+        return Asks(attention_layers=range(min(first, last - 1), last))
+
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """Context first, then attention."""
-        first, last = (round(share * evidence.num_layers) for share in self.telling_layers)
-        last = max(1, last)
-        scores = evidence.question_attention(range(min(first, last - 1), last))
+        scores = evidence.question_attention
         number = ratio.num_tokens(len(scores))
         dependent = _dependent(evidence, int(self.context_share * number)).to(scores.device)
         return Selection(top(scores.masked_fill(dependent, float("inf")), number), self.shift_weight)
@@ -42,7 +46,7 @@ class Combined:
 def _dependent(evidence: Evidence, number: int) -> torch.Tensor:
     """A mask of the tokens that looked at other chunks most; where nobody remembers, of the chunks' heads."""
     slices = chunk_slices(evidence.layout)
-    contexts = evidence.contexts()
+    contexts = evidence.contexts
     mass = torch.zeros(len(evidence.layout.candidates))
     for index, part in slices:
         if len(contexts[index].token_mass):

@@ -8,11 +8,11 @@ a chunk, and has less to mend where chunks were computed behind a shared prefix.
 
 from __future__ import annotations
 
-from kvtier.blend.methods.base import Evidence, Selection, chunk_slices, heads_of_chunks, share_out
+from kvtier.blend.methods.base import AsksNothing, Evidence, Selection, chunk_slices, heads_of_chunks, share_out
 from kvtier.blend.ratio import FixedRatio
 
 
-class Epic:
+class Epic(AsksNothing):
     """The same number of tokens of every chunk; what a short one cannot use goes to the others."""
 
     name = "epic"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from kvtier.blend.methods.base import Evidence, Selection
+from kvtier.blend.methods.base import AsksNothing, Evidence, Selection
 from kvtier.blend.ratio import FixedRatio
 
 
-class FullReuse:
+class FullReuse(AsksNothing):
     """Chooses nothing, whatever the ratio; all where it is 1, as every method does."""
 
     name = "none"

@@ -8,7 +8,7 @@ only.
 
 from __future__ import annotations
 
-from kvtier.blend.methods.base import Evidence, Selection, top
+from kvtier.blend.methods.base import Asks, Evidence, Selection, top
 from kvtier.blend.ratio import FixedRatio
 
 
@@ -17,7 +17,11 @@ class ProphetKV:
 
     name = "prophetkv"
 
+    def asks(self, num_layers: int) -> Asks:
+        """The question's attention in all layers."""
+        return Asks(attention_layers=range(num_layers))
+
     def select(self, evidence: Evidence, ratio: FixedRatio) -> Selection:
         """By the question's attention alone."""
-        scores = evidence.question_attention(range(evidence.num_layers))
+        scores = evidence.question_attention
         return Selection(top(scores, ratio.num_tokens(len(scores))))
