@@ -139,7 +139,7 @@ class BlendConfig(Section):
         allowed="null, or a whole number from 1",
         about="How many tokens the blends of one step may compute; further prompts from chunks wait for the next one, so that those who "
         "generate get their tokens in between. What needs more, a prompt or a chunk that is to be stored, is spread over steps, layer by "
-        "layer. null: what the engine computes in a step (`max_num_batched_tokens`).",
+        "layer, in what the engine's own tokens leave of each. null: what the engine computes in a step (`max_num_batched_tokens`).",
         ge=1,
     )
     entries: Literal["computed", "served"] = setting(

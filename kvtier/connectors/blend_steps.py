@@ -20,8 +20,9 @@ from kvtier.memory.arena import Arena
 T = TypeVar("T")
 NO_MODEL = "this worker has no model"
 
-Shares: TypeAlias = Generator[None, bool, T]
-"""work that yields where it has had a step's share, and is told then whether to go on; returns what came of it"""
+Shares: TypeAlias = Generator[None, int | None, T]
+"""work that yields before each step's share, and is told how much that is: so many tokens through all layers; None: all that is left; 0: it
+is not to go on. Returns what came of it."""
 
 
 class LostChunkError(Exception):
@@ -66,13 +67,13 @@ class _Work:
     """once it has been begun"""
     may_go_on: bool = True
 
-    def go_on(self) -> None:
+    def go_on(self, share_tokens: int) -> None:
         """One share of it. Raises what comes of it: StopIteration at its end."""
         if self.shares is None:
             self.shares = self.begin()
             next(self.shares)
-        else:
-            self.shares.send(self.may_go_on)
+        share = share_tokens if self.job.is_spread else None
+        self.shares.send(share if self.may_go_on else 0)
 
 
 class BlendSteps:
@@ -112,6 +113,7 @@ class BlendSteps:
         report: WorkerReport,
         arena_id: str = "",
         abandoned: Collection[int] = (),
+        share_tokens: int = 0,
     ) -> set[int]:
         """Puts prompts together, after those that are left of earlier steps; one whose prefix is among ``failed_block_ids`` fails, and
         so do those that are ``abandoned``. Returns the engine blocks that were not filled.
@@ -124,7 +126,7 @@ class BlendSteps:
             works.append(_Work(job, partial(self._begin_blend, job, arena if has_prefix else None)))
         for work in works:
             work.may_go_on = work.may_go_on and work.job.job_id not in abandoned
-            if not self._is_over("blend", work, report):
+            if not self._is_over("blend", work, report, share_tokens):
                 self._blends.append(work)
             elif isinstance(work.job, BlendJob):
                 unfilled.update(self._end_blend(work.job, report))
@@ -141,8 +143,15 @@ class BlendSteps:
         received, self._received = self._received, set()
         return received
 
-    def store(self, captures: Sequence[CaptureJob], entries: Sequence[EntryJob], report: WorkerReport, arena_id: str = "") -> None:
-        """Copies chunks out of the blocks of requests, and computes others."""
+    def store(
+        self,
+        captures: Sequence[CaptureJob],
+        entries: Sequence[EntryJob],
+        report: WorkerReport,
+        arena_id: str = "",
+        share_tokens: int = 0,
+    ) -> None:
+        """Copies chunks out of the blocks of requests, and computes others, but not while a blend goes on."""
         blender, arena = self._blender, self._arena_of(arena_id)
         for job in captures:
             is_done = False
@@ -153,8 +162,9 @@ class BlendSteps:
             report.done[job.job_id] = 1
             if not is_done:
                 report.failed[job.job_id] = {0}
-        works = [*self._entries, *(_Work(job, partial(self._begin_entry, job, arena)) for job in entries)]
-        self._entries = [work for work in works if not self._is_over("store chunk", work, report)]
+        self._entries += [_Work(job, partial(self._begin_entry, job, arena)) for job in entries]
+        if not self._blends:
+            self._entries = [work for work in self._entries if not self._is_over("store chunk", work, report, share_tokens)]
 
     def _begin_blend(self, job: BlendJob, arena: Arena | None) -> Shares[int]:
         if self._blender is None:
@@ -169,12 +179,14 @@ class BlendSteps:
     def _arena_of(self, arena_id: str) -> Arena | None:
         return self._arena if arena_id == self._arena_id else None
 
-    def _is_over(self, place: str, work: _Work, report: WorkerReport) -> bool:
-        """Does a step's share of it, and reports it where it has ended."""
+    def _is_over(self, place: str, work: _Work, report: WorkerReport, share_tokens: int) -> bool:
+        """Does a step's share of it, if there is one, and reports it where it has ended."""
         job, is_done = work.job, False
+        if job.is_spread and work.may_go_on and not share_tokens:
+            return False
         with self._boundary.at(place), contextlib.suppress(LostChunkError), _noting(job, report):
             try:
-                work.go_on()
+                work.go_on(share_tokens)
             except StopIteration as end:
                 is_done = True
                 if isinstance(job, BlendJob):

@@ -27,6 +27,7 @@ from kvtier.memory.arena import Arena
 T = TypeVar("T")
 ANOTHER_TENANT = "a slot has another tenant"
 ANOTHER_RANK = "another rank cannot"
+NOT_WANTED = "nobody wants it any more"
 MAX_ANCHORS = 4
 """whose KV is remembered"""
 
@@ -113,12 +114,13 @@ class ChunkBlender:
             LostChunkError: chunks have gone, or it is not to go on, here or on another rank.
             UnsureError: the first token's margin is less than the job asks for.
         """
+        share = yield
         room = self._room_for(len(job.token_ids))
         problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job) or room.problem
+        problem = NOT_WANTED if share == 0 else problem
         if not self._agree(not problem) or arena is None:
             raise LostChunkError(problem or ANOTHER_RANK)
-        share = self._share(job.step_tokens, room)
-        made = yield from self._blended(job, arena, rows, share)
+        made = yield from self._blended(job, arena, rows, self._bounded(share, room))
         if made.logits is not None and not margin(made.logits) >= job.recompute.min_margin:  # NaN is not sure of anything
             raise UnsureError
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
@@ -131,12 +133,13 @@ class ChunkBlender:
         Raises:
             LostChunkError: slots have other tenants, or some rank cannot begin or go on.
         """
+        share = yield
         room = self._room_for(len(job.anchor_ids) + len(job.token_ids))
         problem = "there is no arena" if arena is None else room.problem
+        problem = NOT_WANTED if share == 0 else problem
         if not self._agree(not problem) or arena is None:
             raise LostChunkError(problem or ANOTHER_RANK)
-        share = self._share(job.step_tokens, room)
-        kv = yield from self._shared_out(self._entry_steps(job), share)
+        kv = yield from self._shared_out(self._entry_steps(job), self._bounded(share, room))
         first = len(job.anchor_ids)
         self._fill(job.slots, kv.part(first, kv.num_tokens), arena)
         return len(job.token_ids)
@@ -160,8 +163,8 @@ class ChunkBlender:
             slot_view(arena, self._shape, slot).copy_(blocks[position])
         _check(arena, slots)
 
-    def _shared_out(self, steps: Steps[T], share: int, rest: Callable[[], None] = lambda: None) -> Shares[T]:
-        """Leaves off behind every ``share`` token-layers, after ``rest``; 0: never."""
+    def _shared_out(self, steps: Steps[T], share: int | None, rest: Callable[[], None] = lambda: None) -> Shares[T]:
+        """Leaves off where it has done its share, after ``rest``; None: never."""
         num_done = 0
         while True:
             try:
@@ -169,16 +172,16 @@ class ChunkBlender:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            if share and num_done >= share:
+            if share is not None and num_done >= share * self._shape.num_layers:
                 num_done = 0
                 rest()
-                may_go_on = yield
-                if not self._agree(may_go_on):
-                    raise LostChunkError(ANOTHER_RANK if may_go_on else "it is not to go on")
+                share = yield
+                if not self._agree(share != 0):
+                    raise LostChunkError(ANOTHER_RANK if share else NOT_WANTED)
 
-    def _share(self, step_tokens: int, room: _Room) -> int:
-        """How many token-layers of a job are a step's; 0: all. Where a rank has no room to keep it over steps, all of it."""
-        return step_tokens * self._shape.num_layers if step_tokens and self._agree(room.is_lasting) else 0
+    def _bounded(self, share: int | None, room: _Room) -> int | None:
+        """The first share of a job. Where a rank has no room to keep it over steps, all of it."""
+        return share if share is not None and self._agree(room.is_lasting) else None
 
     def _room_for(self, num_tokens: int) -> _Room:
         """Whether there is memory for the KV of so many tokens beside the engine's.
@@ -199,7 +202,7 @@ class ChunkBlender:
             return _Room(f"{num_bytes} bytes do not fit into the device's memory", is_lasting)
         return _Room("", is_lasting)
 
-    def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None, share: int) -> Shares[Blended]:
+    def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None, share: int | None) -> Shares[Blended]:
         layout = job.layout
         prefix = self._tokens.read(0, layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
         recompute = job.recompute

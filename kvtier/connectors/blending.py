@@ -32,6 +32,8 @@ from kvtier.hashing import request_root
 
 _LOG = logging.getLogger(__name__)
 _LATER = Matched(None)
+LEAST_SHARE = 4
+"""one in so many of a step's tokens goes to what is spread, however much the engine computes beside"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,11 @@ class Blending:
         """Whether the request waits for its blend outside of the batch."""
         return bool(self._settings.async_load) or self._is_spread(plan)
 
+    def share_tokens(self, num_tokens: int) -> int:
+        """What is spread over steps may compute so many tokens in a step in which the engine computes ``num_tokens``: what these leave."""
+        most = self._parts.max_step_tokens
+        return max(most - num_tokens, most // LEAST_SHARE, 1) if self.is_spread else 0
+
     @property
     def is_spread(self) -> bool:
         """Whether workers may go on in this step with what an earlier one began."""
@@ -231,7 +238,7 @@ class Blending:
             plan.recompute,
             order.block_ids,
             self._is_async(plan),
-            self._parts.max_step_tokens if self._is_spread(plan) else 0,
+            self._is_spread(plan),
         )
 
     def _is_ready(self, chunk: Chunk) -> bool:

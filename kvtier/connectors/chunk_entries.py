@@ -40,7 +40,7 @@ class ChunkEntries:
     """Queues chunks that no tier holds, orders them one by one, and takes in what became of them. One thread, the scheduler half's."""
 
     def __init__(self, engine: Cache, num_workers: int, step_tokens: int) -> None:
-        """``step_tokens``: one that is longer with what it is computed behind is spread over steps, so many tokens in each."""
+        """``step_tokens``: one that is longer with what it is computed behind is spread over steps, so many tokens in each at most."""
         self._engine = engine
         self._step_tokens = step_tokens
         self._num_workers = num_workers
@@ -95,8 +95,7 @@ class ChunkEntries:
         slots = chunk_slots(plan.positions, plan.slots)
         anchor_key = chunk.anchor.key + self._num_resets.to_bytes(8, "little")
         entry.is_spread = len(entry.anchor_ids) + len(entry.token_ids) > self._step_tokens
-        step_tokens = self._step_tokens if entry.is_spread else 0
-        return [EntryJob(plan.job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots, step_tokens)]
+        return [EntryJob(plan.job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots, entry.is_spread)]
 
     def capture(self, at: Placement, tenant: str, block_ids: Sequence[int]) -> list[CaptureJob]:
         """Has a wanted chunk copied in this step. ``block_ids``: those of the request's tokens up to its end, and no others."""

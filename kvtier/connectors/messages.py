@@ -119,8 +119,8 @@ class BlendJob:
     """engine blocks of the tokens before ``end``"""
     is_async: bool = False
     """reported as received when it is done, or has failed; the request is not in the batch of this step"""
-    step_tokens: int = 0
-    """as many tokens through all layers is a step's share of it, and it goes on in the next one; 0: all of it in this step"""
+    is_spread: bool = False
+    """each step does a share of it; else it is done in this one"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class EntryJob:
     anchor_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     slots: ChunkSlots
-    step_tokens: int = 0
+    is_spread: bool = False
     """as in :class:`BlendJob`"""
 
 
@@ -173,6 +173,8 @@ class StepMessage:
     """to be computed after the forward pass of this step"""
     abandoned: tuple[int, ...] = ()
     """of blends that are spread over steps: those that nobody wants any more, which end as failed"""
+    share_tokens: int = 0
+    """this step's share of what is spread: as many tokens through all layers, and what is left of a layer"""
     captures: tuple[CaptureJob, ...] = ()
     """to be copied after the forward pass of this step"""
     unfilled: tuple[int, ...] = ()

@@ -194,6 +194,7 @@ class SchedulerHalf:
             entries=tuple(entries),
             captures=tuple(captures),
             abandoned=self._blending.take_abandoned(),
+            share_tokens=self._blending.share_tokens(tokens.num_prefill + tokens.num_decode),
             preempted=tuple(preempted),
             held=tuple(held),
             arena_id=self._engine.arena_id,

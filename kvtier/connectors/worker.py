@@ -232,7 +232,8 @@ class WorkerHalf:
         self._layers.reset()
         if not self._stores_at_end:
             self.start_stores()
-        self._blends.store(self._orders.captures, self._orders.entries, self._report, self._orders.arena_id)
+        orders = self._orders
+        self._blends.store(orders.captures, orders.entries, self._report, orders.arena_id, orders.share_tokens)
         self._report.step = self._orders.step or self._report.step
         if not self.has_stores_to_start:
             self._orders = _NO_ORDERS
@@ -274,7 +275,9 @@ class WorkerHalf:
     def _blend(self, orders: StepMessage) -> None:
         """The blends of the step, and its share of those that earlier steps began."""
         failed = self._failed_block_ids
-        self._failed_block_ids = failed | self._blends.blend(orders.blends, failed, self._report, orders.arena_id, orders.abandoned)
+        self._failed_block_ids = failed | self._blends.blend(
+            orders.blends, failed, self._report, orders.arena_id, orders.abandoned, orders.share_tokens
+        )
         self._received |= self._blends.take_received()
 
     # ---- one job ------------------------------------------------------------------------------------------------

@@ -41,12 +41,13 @@ class NumberBlender:
     def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> Shares[int]:
         """All tokens count as chosen. A job for several steps is done in three."""
         assert self.rig is not None
-        ending = "lost" if arena is None else self.ending()
-        for _ in range(2 if job.step_tokens and arena is not None else 0):
-            may_go_on = yield
-            ending = ending if may_go_on else "lost"
+        share = yield
+        ending = "lost" if arena is None or share == 0 else self.ending()
+        for _ in range(2 if job.is_spread and arena is not None else 0):
             if ending == "lost":
                 break
+            share = yield
+            ending = ending if share else "lost"
         self.endings.append(ending)
         if ending == "unsure":
             raise UnsureError
@@ -61,8 +62,9 @@ class NumberBlender:
 
     def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
         """What lies in the slots is nobody's concern here."""
-        if job.step_tokens and arena is not None and not (yield):
-            raise LostChunkError
+        for _ in range(3 if job.is_spread and arena is not None else 1):
+            if (yield) == 0:
+                raise LostChunkError
         return len(job.token_ids)
 
     def capture(self, job: CaptureJob, arena: Arena | None) -> None:

@@ -149,8 +149,8 @@ class System:
         message = self.half.build_step(scheduled)
         report = WorkerReport()
         steps = self.steps(None) if fail else self.blend_steps
-        steps.blend(message.blends, set(), report, abandoned=message.abandoned)
-        steps.store(message.captures, message.entries, report)
+        steps.blend(message.blends, set(), report, "", message.abandoned, message.share_tokens)
+        steps.store(message.captures, message.entries, report, "", message.share_tokens)
         self.finish(message, report)
         return message
 

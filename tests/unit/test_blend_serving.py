@@ -396,7 +396,7 @@ def test_the_blends_of_a_step_compute_no_more_than_they_may(orders: list[list[in
             assert bool(begun) != is_spread, "somebody goes on in each step, and nobody begins beside one that is spread"
             assert not begun or next(iter(waiting)) == begun[0].request_id, "who came first is not passed"
             blends = system.step([item for item in begun if item.request_id not in spread]).blends
-            assert [0 if item.request_id not in spread else max_step_tokens for item in begun] == [job.step_tokens for job in blends]
+            assert [item.request_id in spread for item in begun] == [job.is_spread for job in blends]
             assert len(begun) <= 1 or not spread
             num_rows = max((len(waiting[item.request_id]) for item in begun), default=max(map(len, orders)) * 12 + 8)
             assert system.model.num_projected - before <= LAYERS * max_step_tokens + num_rows + len(begun)

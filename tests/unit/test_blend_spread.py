@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,12 @@ def make(tmp_path: Path) -> Callable[[int], System]:
 
 
 def begun(
-    system: System, *, name: str = "second", method: str = "epic", ratio: float = 0.5, min_margin: float = 0.0
+    system: System,
+    *,
+    name: str = "second",
+    method: str = "epic",
+    ratio: float = 0.5,
+    min_margin: float = 0.0,
 ) -> tuple[BlendJob, list[int], list[int]]:
     """The order to put a prompt of the same documents together, its tokens and its blocks. Nothing is done yet."""
     tokens, spans = joined(DOCUMENTS, SYSTEM, [1, 2])
@@ -65,28 +71,31 @@ def is_written(system: System, job: BlendJob) -> bool:
     method=st.sampled_from(sorted(METHODS)),
     ratio=st.sampled_from([0.0, 0.3, 1.0]),
     min_margin=st.sampled_from([0.0, 1e-6]),
-    max_step_tokens=st.integers(1, 12),
+    shares=st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(any),
 )
 def test_what_is_spread_comes_to_the_same(
-    tmp_path_factory: pytest.TempPathFactory, method: str, ratio: float, min_margin: float, max_step_tokens: int
+    tmp_path_factory: pytest.TempPathFactory, method: str, ratio: float, min_margin: float, shares: list[int]
 ) -> None:
     """Bit for bit that of one step, for every method; each step has a share and what is left of a layer. Nothing is written before."""
     if method == "none" or not ratio:
-        max_step_tokens = min(max_step_tokens, 3)  # little is computed
-    system = System(tmp_path_factory.mktemp("spread"), parts(max_step_tokens))
+        shares = [min(share, 1) for share in shares]  # little is computed
+    system = System(tmp_path_factory.mktemp("spread"), parts(3))
     job, tokens, _ = begun(system, method=method, ratio=ratio, min_margin=min_margin)
-    assert max_step_tokens == job.step_tokens
-    at_once = replace(job, step_tokens=0, block_ids=tuple(system.blocks(len(tokens))))
+    assert job.is_spread
+    at_once = replace(job, block_ids=tuple(system.blocks(len(tokens))))
     finish(system.blender.blend(at_once, system.arena))
     report = WorkerReport()
     num_steps = 0
-    while not report.done:
+    for share in itertools.cycle(shares):
         before = system.model.num_projected
-        assert not system.blend_steps.blend([] if num_steps else [job], set(), report)
-        assert system.model.num_projected - before <= LAYERS * max_step_tokens + 2 * len(tokens), "the share, a layer, a look at one"
+        assert not system.blend_steps.blend([] if num_steps else [job], set(), report, share_tokens=share)
+        num_computed = system.model.num_projected - before
+        assert num_computed <= LAYERS * share + 2 * len(tokens) if share else not num_computed, "the share, a layer, a look at one"
         assert set() == system.blend_steps.take_received() or report.done
         assert is_written(system, job) == bool(report.done)
         num_steps += 1
+        if report.done:
+            break
     assert num_steps > 1
     made, expected = (system.memory.read(one.first, one.end, one.block_ids) for one in (job, at_once))
     assert torch.equal(made.keys, expected.keys)
@@ -118,7 +127,7 @@ def test_the_request_is_told_at_the_end(make: Callable[[int], System]) -> None:
         assert system.half.has_pending_work, "an idle engine goes on"
         message = system.half.build_step([])
         assert () == message.blends
-        system.blend_steps.blend([] if num_steps else [job], set(), report)
+        system.blend_steps.blend([] if num_steps else [job], set(), report, share_tokens=message.share_tokens)
         num_steps += 1
         assert system.blend_steps.has_blends == (not report.done)
     assert num_steps > 2
@@ -157,7 +166,7 @@ def test_the_engine_is_kept_from_nothing_else(make: Callable[[int], System], mon
         report = WorkerReport()
         while not report.done:
             assert () == system.half.build_step([]).entries
-            system.blend_steps.blend([] if waits or measured[1:] else [job], set(), report)
+            system.blend_steps.blend([] if measured[1:] else [job], set(), report, share_tokens=5)
         assert [] == waits
         assert {False} == set(measured)
         system.half.finish_step(report)
@@ -185,7 +194,7 @@ def test_what_nobody_wants_ends_in_the_next_step(make: Callable[[int], System], 
     steps = system.steps(blender)
     report = WorkerReport()
     for jobs in ([job], []):
-        assert not steps.blend(jobs, set(), report)
+        assert not steps.blend(jobs, set(), report, share_tokens=5)
     if why == "abort":
         assert not system.half.request_finished("second")
     elif why == "reset":
@@ -197,7 +206,7 @@ def test_what_nobody_wants_ends_in_the_next_step(make: Callable[[int], System], 
     before = system.model.num_projected
     message = system.half.build_step([])
     assert ((job.job_id,) if why in ("abort", "reset") else ()) == message.abandoned
-    unfilled = steps.blend(message.blends, set(), report, message.arena_id, message.abandoned)
+    unfilled = steps.blend(message.blends, set(), report, message.arena_id, message.abandoned, message.share_tokens)
     assert set(block_ids[job.first // BLOCK : job.end // BLOCK]) == unfilled
     assert before == system.model.num_projected
     assert not is_written(system, job)
@@ -209,12 +218,13 @@ def test_what_nobody_wants_ends_in_the_next_step(make: Callable[[int], System], 
 
 
 def test_one_that_is_abandoned_as_it_is_ordered_ends(make: Callable[[int], System]) -> None:
-    """Its first share is done, nothing more."""
+    """Nothing is computed of it."""
     system = make(5)
     job, _, block_ids = begun(system)
     report = WorkerReport()
-    assert not system.blend_steps.blend([job], set(), report, abandoned=[job.job_id])
-    assert set(block_ids[: job.end // BLOCK]) == system.blend_steps.blend([], set(), report)
+    before = system.model.num_projected
+    assert set(block_ids[: job.end // BLOCK]) == system.blend_steps.blend([job], set(), report, "", [job.job_id], 5)
+    assert before == system.model.num_projected
     ended(system, report, failed=True)
 
 
@@ -226,14 +236,14 @@ def test_an_error_in_a_later_share_fails_it(make: Callable[[int], System], monke
     errors: list[int] = []
     steps = BlendSteps(system.blender, lambda: errors.append(1))
     steps.attach(system.arena, "")
-    steps.blend([job], set(), report)
+    steps.blend([job], set(), report, share_tokens=5)
 
     def fail(*_: object) -> None:
         raise RuntimeError("injected")
 
     monkeypatch.setattr(system.model, "finish", fail)
     monkeypatch.setattr(system.model, "project", fail)
-    assert set(block_ids[: job.end // BLOCK]) == steps.blend([], set(), report)
+    assert set(block_ids[: job.end // BLOCK]) == steps.blend([], set(), report, share_tokens=5)
     assert [1] == errors
     ended(system, report, failed=True)
 
@@ -243,11 +253,11 @@ def test_a_slot_that_changes_hands_in_between_fails_it(make: Callable[[int], Sys
     system = make(5)
     job, _, block_ids = begun(system)
     report = WorkerReport()
-    system.blend_steps.blend([job], set(), report)
+    system.blend_steps.blend([job], set(), report, share_tokens=5)
     system.arena.bump(job.chunks[0].slots[0])
     unfilled: set[int] = set()
     while not report.done:
-        unfilled = system.blend_steps.blend([], set(), report)
+        unfilled = system.blend_steps.blend([], set(), report, share_tokens=5)
     assert set(block_ids[: job.end // BLOCK]) == unfilled
     assert not is_written(system, job)
     system.half.finish_step(report)
@@ -270,7 +280,7 @@ def test_without_room_between_steps_it_is_done_in_one(make: Callable[[int], Syst
         room = replace(blender._room_for(len(job.token_ids)), is_lasting=own)
         monkeypatch.setattr(blender, "_room_for", lambda _, room=room: room)
         report = WorkerReport()
-        system.steps(blender).blend([job], set(), report)
+        system.steps(blender).blend([job], set(), report, share_tokens=1)
         assert [True, own] == asked
         assert ({job.job_id: 1}, {}) == (report.done, report.failed)
     ended(system, report)
@@ -307,9 +317,7 @@ def test_chunks_are_computed_in_shares(make: Callable[[int], System], max_step_t
     messages = stored(system, step=step)
     assert 3 == system.cache.stats["blend.stored_chunks"] == sum(len(message.entries) for message in messages)
     sizes = [len(job.anchor_ids) + len(job.token_ids) for message in messages for job in message.entries]
-    assert [max_step_tokens if size > max_step_tokens else 0 for size in sizes] == [
-        job.step_tokens for message in messages for job in message.entries
-    ]
+    assert [size > max_step_tokens for size in sizes] == [job.is_spread for message in messages for job in message.entries]
     assert (len(messages) > 3) == (max_step_tokens < max(sizes))
     if max_step_tokens < max(sizes):
         assert most <= LAYERS * max_step_tokens + max(sizes) + 2
@@ -337,14 +345,53 @@ def test_a_chunk_that_cannot_go_on_is_not_stored(make: Callable[[int], System]) 
     system.close()
 
 
-def test_a_job_of_one_step_never_leaves_off(make: Callable[[int], System]) -> None:
-    """Where nobody set a share."""
+@pytest.mark.parametrize(("num_beside", "share"), [(0, 20), (1, 19), (12, 8), (15, 5), (200, 5)])
+def test_a_share_is_what_the_engine_leaves(make: Callable[[int], System], num_beside: int, share: int) -> None:
+    """Of a step's tokens, but no less than a fourth of them. While nothing is spread there is none."""
+    system = make(20)
+    assert 0 == system.half.build_step([]).share_tokens
+    begun(system, ratio=1.0)
+    beside = [7] * max(num_beside, 1)
+    system.half.add_request("beside", beside, num_prompt_tokens=len(beside))
+    block_ids = system.blocks(len(beside))
+    system.half.match("beside", len(beside), 0)
+    system.half.allocated("beside", block_ids, 0)
+    assert share == system.half.build_step([ScheduledRequest("beside", block_ids, num_beside)] if num_beside else []).share_tokens
+
+
+def test_chunks_wait_while_a_blend_goes_on(make: Callable[[int], System]) -> None:
+    """The blend was first, or is worth more: a request waits for it."""
+    system = make(4)
+    tokens, spans = joined([document(7, 9)], SYSTEM, [1])
+    job, _, _ = begun(system)
+    system.half.finish_step(WorkerReport({job.job_id: 1}))
+    system.add("third", tokens, spans=spans)
+    assert not system.half.match("third", len(tokens), 0).is_blended
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("third", block_ids, 0)
+    system.step([ScheduledRequest("third", block_ids, len(tokens))])
+    (entry,) = system.half.build_step([]).entries
+    report = WorkerReport()
+    system.blend_steps.store([], [entry], report, share_tokens=1)
+    system.blend_steps.blend([job], set(), report, share_tokens=1)
+    while job.job_id not in report.done:
+        before = system.model.num_projected
+        system.blend_steps.store([], [], report, share_tokens=1)
+        assert before == system.model.num_projected
+        system.blend_steps.blend([], set(), report, share_tokens=1)
+    assert entry.job_id not in report.done
+    while entry.job_id not in report.done:
+        system.blend_steps.store([], [], report, share_tokens=1)
+    assert {} == report.failed
+    del report.done[job.job_id]
+    system.half.request_finished("third")
+    ended(system, report)
+
+
+def test_without_an_arena_nothing_is_begun(make: Callable[[int], System]) -> None:
+    """The blender says so at once."""
     system = make(5)
     job, _, _ = begun(system)
-    shares = system.blender.blend(replace(job, step_tokens=0), system.arena)
-    with pytest.raises(StopIteration):
-        next(shares)
     with pytest.raises(LostChunkError):
-        next(system.blender.blend(job, None))
-    system.half.finish_step(WorkerReport({job.job_id: 1}))
-    ended(system, WorkerReport())
+        finish(system.blender.blend(job, None))
+    ended(system, WorkerReport({job.job_id: 1}))

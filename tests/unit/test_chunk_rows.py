@@ -231,7 +231,7 @@ def test_nothing_is_read_between_two_steps(tmp_path: Path, kernels: KernelsOnCpu
         report = WorkerReport()
         num_steps = 0
         while not report.done:
-            system.blend_steps.blend([] if num_steps else [replace(whole, step_tokens=1)], set(), report)
+            system.blend_steps.blend([] if num_steps else [replace(whole, is_spread=True)], set(), report, share_tokens=1)
             assert not any(queue.waiting for queue in device.streams)
             num_steps += 1
         assert num_steps > LAYERS
