@@ -76,7 +76,7 @@ def is_written(system: System, job: BlendJob) -> bool:
 def test_what_is_spread_comes_to_the_same(
     tmp_path_factory: pytest.TempPathFactory, method: str, ratio: float, min_margin: float, shares: list[int]
 ) -> None:
-    """Bit for bit that of one step, for every method; each step has a share and what is left of a layer. Nothing is written before."""
+    """Bit for bit that of one step, for every method; each step has its share and what is left of a layer. Nothing is written before."""
     if method == "none" or not ratio:
         shares = [min(share, 1) for share in shares]  # little is computed
     system = System(tmp_path_factory.mktemp("spread"), parts(3))
@@ -91,6 +91,7 @@ def test_what_is_spread_comes_to_the_same(
         assert not system.blend_steps.blend([] if num_steps else [job], set(), report, share_tokens=share)
         num_computed = system.model.num_projected - before
         assert num_computed <= LAYERS * share + 2 * len(tokens) if share else not num_computed, "the share, a layer, a look at one"
+        assert report.done or num_computed >= LAYERS * share
         assert set() == system.blend_steps.take_received() or report.done
         assert is_written(system, job) == bool(report.done)
         num_steps += 1
