@@ -164,7 +164,7 @@ def longest_steps(ask: Any, label: str, rounds: int) -> Iterator[Record]:
             seconds.append(answer["longest_step_s"])
             first_tokens[is_blended].append(answer["ttft_s"])
     params = {"others": NUM_OTHERS, "tokens": len(ids), "step tokens": STEP_TOKENS}
-    for is_blended, what in ((False, "computed"), (True, f"{OTHERS_METHOD}, {label}")):
+    for is_blended, what in ((False, f"computed, blends {label}"), (True, f"{OTHERS_METHOD}, {label}")):
         more = {**params, "ratio": RATIO} if is_blended else params
         yield record(f"longest step beside a prompt, {what}", more, times[is_blended], "ms")
         yield record(f"its time to first token, {what}", more, first_tokens[is_blended], "ms")

@@ -252,10 +252,22 @@ class ChunksOnDevice:
         logits: torch.Tensor = self._lm(tokens, use_cache=True, logits_to_keep=1).logits[0, -1].float()
         return logits
 
-    def blended(self, ids: list[int], layout: PromptLayout, method: str, ratio: float) -> torch.Tensor:
-        """The same from chunks: the blend of a worker, and the question computed behind it."""
+    def blended(
+        self, ids: list[int], layout: PromptLayout, method: str, ratio: float, between: Callable[[], int] | None = None
+    ) -> torch.Tensor:
+        """The same from chunks: the blend of a worker, and the question computed behind it.
+
+        ``between``: called before each share of the blend, and says how many tokens it has; None: it is all done at once.
+        """
         job = self._job(ids, layout, method, ratio)
-        finish(self._blender.blend(job, self._arena, self.rows))
+        shares = self._blender.blend(job, self._arena, self.rows)
+        if between is None:
+            finish(shares)
+        else:
+            next(shares)
+            with contextlib.suppress(StopIteration):
+                while True:
+                    shares.send(between())
         tokens = torch.tensor(ids, device=self._device)
         rows: Rows = start(self._model, tokens, torch.arange(job.end, len(ids), device=self._device))
         finish(advance(self._model, rows, self.memory.kv, torch.ones(len(ids), dtype=torch.bool, device=self._device)))

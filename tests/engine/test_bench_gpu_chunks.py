@@ -62,5 +62,25 @@ def test_wrong_kv_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             bench.check()
 
 
+@pytest.mark.parametrize("method", ["none", "epic", "cacheblend", "combined"])
+def test_blends_over_steps_are_those_at_once(tmp_path: Path, method: str) -> None:
+    """To the last bit, whatever is put together in between; as ``tests/gpu`` looks at it on a GPU."""
+    with torch.inference_mode(), ChunksOnDevice(torch.device("cpu"), SHAPES["tiny"], 500, 90, tmp_path) as bench:
+        prompt, other = bench.prompt(), bench.prompt()
+        expected = bench.blended(*prompt, method, 0.5)
+        kv = bench.memory.kv.clone()
+        shares: list[int] = []
+
+        def between() -> int:
+            bench.blended(*other, "none", 0.0)
+            shares.append(40)
+            return shares[-1]
+
+        found = bench.blended(*prompt, method, 0.5, between)
+        for left, right in ((expected, found), (kv.keys, bench.memory.kv.keys), (kv.values, bench.memory.kv.values)):
+            assert torch.equal(left, right)
+        assert len(shares) > 1 or method == "none"
+
+
 def _one_late(layer: Any) -> Any:
     return lambda self, index: layer(self, max(0, index - 1))

@@ -33,6 +33,29 @@ def test_chunks_arrive_as_they_were_stored(bench: ChunksOnDevice) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_blends_over_steps_are_those_at_once(bench: ChunksOnDevice, method: str) -> None:
+    """With other work between the shares."""
+    square = torch.rand(2048, 2048, device="cuda:0")
+    shares: list[int] = []
+
+    def between() -> int:
+        nonlocal square
+        square = (square @ square).clamp(0, 1)
+        shares.append(40)
+        return shares[-1]
+
+    for _ in range(ROUNDS):
+        prompt = bench.prompt()
+        expected = bench.blended(*prompt, method, 0.5)
+        kv = bench.memory.kv.clone()
+        bench.blended(*bench.prompt(), "none", 0.0)
+        found = bench.blended(*prompt, method, 0.5, between)
+        for left, right in ((expected, found), (kv.keys, bench.memory.kv.keys), (kv.values, bench.memory.kv.values)):
+            torch.testing.assert_close(left, right, rtol=0, atol=0 if method == "none" else 1e-2)
+    assert len(shares) > ROUNDS or method == "none"
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_device_and_the_cpu_bring_the_same(bench: ChunksOnDevice, method: str) -> None:
     """Whole blends, beside work that keeps the engine's stream busy, so that a copy that is not waited for comes too late."""
     rows = bench.rows
