@@ -36,6 +36,7 @@ class Blended:
     """layers computed, summed over tokens, what the method asked for included; full prefill: tokens x layers"""
 
 
+@torch.no_grad()
 def blend(  # noqa: PLR0913 - by keyword
     model: BlendModel,
     token_ids: Sequence[int],
@@ -47,8 +48,8 @@ def blend(  # noqa: PLR0913 - by keyword
     prefix: TokenKV | None = None,
     end: int | None = None,
     needs_logits: bool = True,
-) -> Blended:
-    """Blends a prompt.
+) -> Steps[Blended]:
+    """Blends a prompt, in steps; :func:`kvtier.blend.steps.finish` does all of them.
 
     Args:
         source: the KV of the layout's chunks
@@ -60,23 +61,6 @@ def blend(  # noqa: PLR0913 - by keyword
         BlendRefusedError: the source has another chunk than the layout puts there.
         ValueError: prompt, layout, source and prefix differ in length.
     """
-    return finish(blend_steps(model, token_ids, layout, source, method, ratio, prefix=prefix, end=end, needs_logits=needs_logits))
-
-
-@torch.no_grad()
-def blend_steps(  # noqa: PLR0913 - by keyword
-    model: BlendModel,
-    token_ids: Sequence[int],
-    layout: PromptLayout,
-    source: ChunkSource,
-    method: SelectionMethod,
-    ratio: FixedRatio,
-    *,
-    prefix: TokenKV | None = None,
-    end: int | None = None,
-    needs_logits: bool = True,
-) -> Steps[Blended]:
-    """As :func:`blend`, in steps."""
     _check(token_ids, layout, source, prefix)
     layout = _without_foreign_context(layout, source)
     end = layout.num_tokens if end is None else end

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
-from kvtier.blend.blender import Blended, blend_steps, margin
+from kvtier.blend.blender import Blended, blend, margin
 from kvtier.blend.entries import prefill_steps
 from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
@@ -210,9 +210,7 @@ class ChunkBlender:
         is_checked = recompute.min_margin > 0
         with self.reading(job, arena, rows) as reads:
             source = SlotSource([at.chunk for at in layout.placements], reads, self._shape, rows)
-            steps = blend_steps(
-                self._model, job.token_ids, layout, source, method, ratio, prefix=prefix, end=job.end, needs_logits=is_checked
-            )
+            steps = blend(self._model, job.token_ids, layout, source, method, ratio, prefix=prefix, end=job.end, needs_logits=is_checked)
             made = yield from self._shared_out(steps, share, reads.rest)
         _check(arena, *job.chunks)  # what was read while a slot changed hands may be anything
         return made

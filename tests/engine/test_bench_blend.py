@@ -23,6 +23,7 @@ from kvtier.blend.methods import Combined
 from kvtier.blend.model import TokenKV
 from kvtier.blend.placing import EntrySource
 from kvtier.blend.ratio import FixedRatio
+from kvtier.blend.steps import finish
 from tests.engine.blend_models import SIZES, Store, tiny
 
 DOCUMENTS = DocumentSet(
@@ -67,9 +68,9 @@ class Plainly:
         layout = lay_out(len(ids), len(self.prefix), store.space.place(ids, self.spans))
         ratio = FixedRatio(0.0 if case.variant.is_reuse else case.ratio)
         prefix = self.full(self.prefix)
-        return blend(self.model, ids, layout, EntrySource(store.entries(ids, layout)), case.variant.method, ratio, prefix=prefix).kv.part(
-            0, len(ids) - 1
-        )
+        return finish(
+            blend(self.model, ids, layout, EntrySource(store.entries(ids, layout)), case.variant.method, ratio, prefix=prefix)
+        ).kv.part(0, len(ids) - 1)
 
     def behind(self, kv: TokenKV, ids: Sequence[int]) -> Iterator[tuple[TokenKV, torch.Tensor]]:
         """KV and log probabilities behind each of these tokens, computed one by one."""

@@ -32,6 +32,7 @@ from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.methods import METHODS, Asks, Evidence, FullReuse, Selection
 from kvtier.blend.placing import EntrySource
 from kvtier.blend.ratio import FixedRatio
+from kvtier.blend.steps import finish
 from kvtier.blend.transformers_models import TransformersModel
 from kvtier.errors import BlendRefusedError, RefusalReason
 from tests.engine.blend_models import FAMILIES, SIZES, Store, tiny
@@ -82,7 +83,8 @@ def blend_prompt(family: str, prompt: Prompt, method: str, ratio: float) -> tupl
     full, _ = full_prefill(model, torch.tensor(prompt.token_ids))
     prefix = full.part(0, prompt.num_prefix_tokens) if prompt.num_prefix_tokens else None
     entries = store.entries(prompt.token_ids, layout)
-    return blend(model, prompt.token_ids, layout, EntrySource(entries), METHODS[method](), FixedRatio(ratio), prefix=prefix), layout, store
+    made = finish(blend(model, prompt.token_ids, layout, EntrySource(entries), METHODS[method](), FixedRatio(ratio), prefix=prefix))
+    return made, layout, store
 
 
 def models_own(family: str, token_ids: Sequence[int]) -> Any:
@@ -202,7 +204,7 @@ def test_attention_is_that_of_the_layers_asked_for() -> None:
     layout = lay_out(len(ids), 0, store.space.place(ids, [Span(0, 40), Span(40, 80)]))
     methods = [Asking(layers) for layers in (range(NUM_LAYERS), range(1), range(1, NUM_LAYERS))]
     for asking in methods:
-        blend(model, ids, layout, EntrySource(store.entries(ids, layout)), asking, FixedRatio(0.5))
+        finish(blend(model, ids, layout, EntrySource(store.entries(ids, layout)), asking, FixedRatio(0.5)))
     every, first, others = (asking.answer for asking in methods)
     torch.testing.assert_close(NUM_LAYERS * every, first + (NUM_LAYERS - 1) * others)
     assert not torch.allclose(first, others, rtol=0.1)
@@ -250,7 +252,7 @@ def test_entries_taken_from_a_prompt_fit_it_again() -> None:
     store = Store(model, ids[:6])
     layout = lay_out(len(ids), 0, store.space.place(ids, [Span(6, 46), Span(46, 86)]))
     entries = capture_entries(model, ids, layout)
-    blended = blend(model, ids, layout, EntrySource(entries), FullReuse(), FixedRatio(0.0))
+    blended = finish(blend(model, ids, layout, EntrySource(entries), FullReuse(), FixedRatio(0.0)))
     torch.testing.assert_close(blended.logits, models_own("llama", ids)[0], rtol=0, atol=TOLERANCE)
     first, second = (entry.context for entry in entries)
     assert () == first.chunk_keys
@@ -271,7 +273,7 @@ def test_an_entry_from_behind_other_chunks_is_nowhere_exact() -> None:
     ids = [*anchor, *second, 5]
     layout = lay_out(27, 0, store.space.place(ids, [Span(6, 26)]))
     assert layout.placements[0].is_exact
-    blended = blend(model, ids, layout, EntrySource([entry]), FullReuse(), FixedRatio(1.0))
+    blended = finish(blend(model, ids, layout, EntrySource([entry]), FullReuse(), FixedRatio(1.0)))
     assert 20 == blended.num_chosen
     torch.testing.assert_close(blended.logits, models_own("llama", ids)[0], rtol=0, atol=TOLERANCE)
 
@@ -284,7 +286,7 @@ def test_an_entry_of_another_chunk_is_refused() -> None:
     layout = lay_out(40, 0, store.space.place(ids, [Span(3, 20)]))
     others = store.entries(ids, lay_out(40, 0, store.space.place(ids, [Span(4, 21)])))
     with pytest.raises(BlendRefusedError, match="the KV of chunk") as caught:
-        blend(model, ids, layout, EntrySource(others), FullReuse(), FixedRatio(0.0))
+        finish(blend(model, ids, layout, EntrySource(others), FullReuse(), FixedRatio(0.0)))
     assert RefusalReason.TOKENS_DIFFER == caught.value.reason
 
 
@@ -330,7 +332,7 @@ def test_all_tokens_are_full_prefill_in_smollm2(method: str) -> None:
     ids = [1 + (number * number * 17 + 5 * number) % 40_000 for number in range(150)]
     store = Store(model, ids[:16])
     layout = lay_out(len(ids), 0, store.space.place(ids, [Span(16, 60), Span(60, 90), Span(95, 140)]))
-    blended = blend(model, ids, layout, EntrySource(store.entries(ids, layout)), METHODS[method](), FixedRatio(1.0))
+    blended = finish(blend(model, ids, layout, EntrySource(store.entries(ids, layout)), METHODS[method](), FixedRatio(1.0)))
     with torch.no_grad():
         expected = loaded(input_ids=torch.tensor([ids])).logits[0, -1].float()
     torch.testing.assert_close(blended.logits, expected, rtol=0, atol=2e-3)

@@ -13,6 +13,7 @@ from kvtier.blend.layout import lay_out
 from kvtier.blend.methods import METHODS
 from kvtier.blend.placing import EntrySource
 from kvtier.blend.ratio import FixedRatio
+from kvtier.blend.steps import finish
 from kvtier.hashing import request_root
 from tests.unit.blend_system import BLOCK, LAYERS, NAMESPACE, SYSTEM, SmallModel, document
 
@@ -39,7 +40,7 @@ def blended(model: CountingModel, ratio: float, end: int, *, needs_logits: bool)
     entries = [compute_entry(model, at.chunk, torch.tensor(TOKENS[at.start : at.end]), anchor) for at in placements]
     model.num_finished = 0
     layout, source = lay_out(len(TOKENS), 0, placements), EntrySource(entries)
-    return blend(model, TOKENS, layout, source, METHODS["epic"](), FixedRatio(ratio), end=end, needs_logits=needs_logits)
+    return finish(blend(model, TOKENS, layout, source, METHODS["epic"](), FixedRatio(ratio), end=end, needs_logits=needs_logits))
 
 
 @pytest.mark.parametrize(

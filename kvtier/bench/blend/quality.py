@@ -26,6 +26,7 @@ from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.placing import EntrySource
 from kvtier.blend.ratio import FixedRatio
+from kvtier.blend.steps import finish
 from kvtier.hashing import Namespace, request_root
 
 ROOT = request_root(Namespace(model="bench").digest)
@@ -163,7 +164,7 @@ class SetRun:
         layout, entries = self._laid_out(case.variant.entries, question)
         ids = [*self._context_ids, *question]
         size = FixedRatio(0.0 if case.variant.is_reuse else case.ratio)
-        blended = blend(self._model, ids, layout, EntrySource(entries), case.variant.method, size, prefix=self._prefix)
+        blended = finish(blend(self._model, ids, layout, EntrySource(entries), case.variant.method, size, prefix=self._prefix))
         kv = with_room(self._model, blended.kv, self._room - len(question))
         if case.variant.kept_layers is not None:
             for layer in set(range(self._model.num_layers)) - set(case.variant.kept_layers):
