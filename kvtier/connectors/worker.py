@@ -158,7 +158,9 @@ class WorkerHalf:
         if self._orders.blends:
             self.wait_for_loads()
         if self._orders.blends or self._blends.has_blends:
-            self._blend(self._orders)
+            orders, failed = self._orders, self._failed_block_ids
+            failed |= self._blends.blend(orders.blends, failed, self._report, orders.arena_id, orders.abandoned, orders.share_tokens)
+            self._received |= self._blends.take_received()
 
     def wait_for_loads(self) -> None:
         """Returns when the sync loads of the step are in the engine's blocks or have failed. Idempotent."""
@@ -271,14 +273,6 @@ class WorkerHalf:
             self._end(copy)
         self._sync_loads, self._async_loads, self._stores = [], [], []
         self._layers.close()
-
-    def _blend(self, orders: StepMessage) -> None:
-        """The blends of the step, and its share of those that earlier steps began."""
-        failed = self._failed_block_ids
-        self._failed_block_ids = failed | self._blends.blend(
-            orders.blends, failed, self._report, orders.arena_id, orders.abandoned, orders.share_tokens
-        )
-        self._received |= self._blends.take_received()
 
     # ---- one job ------------------------------------------------------------------------------------------------
 

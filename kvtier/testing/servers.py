@@ -216,12 +216,18 @@ class MooncakeMaster(Server):
         return f"mooncake://127.0.0.1:{self.port}"
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A loopback port that nobody uses now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A loopback port that nobody uses now; another one each time, as a server may need two before it uses either."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port: int = listener.getsockname()[1]
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def can_connect(place: Path | tuple[str, int]) -> bool:
