@@ -153,7 +153,7 @@ def others(ask: Any, rounds: int) -> Iterator[Record]:
 def longest_steps(ask: Any, label: str, rounds: int) -> Iterator[Record]:
     """The longest step of requests that generate while a prompt comes, computed and of chunks."""
     times: dict[bool, list[float]] = {False: [], True: []}
-    first_tokens: dict[bool, list[float]] = {False: [], True: []}
+    firsts: dict[bool, list[float]] = {False: [], True: []}
     short = [_tokens(("other", index), 40) for index in range(NUM_OTHERS)]
     for number in range(rounds):
         for is_blended, seconds in times.items():
@@ -162,12 +162,12 @@ def longest_steps(ask: Any, label: str, rounds: int) -> Iterator[Record]:
             answer = ask([ids, *short], [options] + [COMPUTED] * NUM_OTHERS, OTHERS_TOKENS)
             _check(answer, int(is_blended))
             seconds.append(answer["longest_step_s"])
-            first_tokens[is_blended].append(answer["ttft_s"])
+            firsts[is_blended].append(answer["ttft_s"])
     params = {"others": NUM_OTHERS, "tokens": len(ids), "step tokens": STEP_TOKENS}
     for is_blended, what in ((False, f"computed, blends {label}"), (True, f"{OTHERS_METHOD}, {label}")):
         more = {**params, "ratio": RATIO} if is_blended else params
         yield record(f"longest step beside a prompt, {what}", more, times[is_blended], "ms")
-        yield record(f"its time to first token, {what}", more, first_tokens[is_blended], "ms")
+        yield record(f"its time to first token, {what}", more, firsts[is_blended], "ms")
 
 
 def storing(ask: Any, entries: str, rounds: int) -> Iterator[Record]:

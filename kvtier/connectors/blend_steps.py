@@ -159,9 +159,7 @@ class BlendSteps:
                 with self._boundary.at("store chunk"), contextlib.suppress(LostChunkError):
                     blender.capture(job, arena)
                     is_done = True
-            report.done[job.job_id] = 1
-            if not is_done:
-                report.failed[job.job_id] = {0}
+            _tell_end(report, job.job_id, is_failed=not is_done)
         self._entries += [_Work(job, partial(self._begin_entry, job, arena)) for job in entries]
         if not self._blends:
             self._entries = [work for work in self._entries if not self._is_over("store chunk", work, report, share_tokens)]
@@ -193,10 +191,14 @@ class BlendSteps:
                     report.num_chosen[job.job_id] = end.value
             else:
                 return False
-        report.done[job.job_id] = 1
-        if not is_done and job.job_id not in report.unsure:
-            report.failed[job.job_id] = {0}
+        _tell_end(report, job.job_id, is_failed=not is_done and job.job_id not in report.unsure)
         return True
+
+
+def _tell_end(report: WorkerReport, job_id: int, *, is_failed: bool) -> None:
+    report.done[job_id] = 1
+    if is_failed:
+        report.failed[job_id] = {0}
 
 
 @contextlib.contextmanager

@@ -164,7 +164,10 @@ class ChunkBlender:
         _check(arena, slots)
 
     def _shared_out(self, steps: Steps[T], share: int | None, rest: Callable[[], None] = lambda: None) -> Shares[T]:
-        """Leaves off where it has done its share, after ``rest``; None: never."""
+        """Leaves off where it has done its share, after ``rest``; None: never.
+
+        What fails in ``rest`` on this rank alone is raised when all are asked whether to go on: the others would ask in vain.
+        """
         num_done = 0
         while True:
             try:
@@ -174,10 +177,10 @@ class ChunkBlender:
                 return result
             if share is not None and num_done >= share * self._shape.num_layers:
                 num_done = 0
-                rest()
+                failure = _failure_of(rest)
                 share = yield
-                if not self._agree(share != 0):
-                    raise LostChunkError(ANOTHER_RANK if share else NOT_WANTED)
+                if not self._agree(failure is None and share != 0):
+                    raise failure or LostChunkError(ANOTHER_RANK if share else NOT_WANTED)
 
     def _bounded(self, share: int | None, room: _Room) -> int | None:
         """The first share of a job. Where a rank has no room to keep it over steps, all of it."""
@@ -253,6 +256,15 @@ class ChunkBlender:
         while len(self._anchors) > MAX_ANCHORS:
             self._anchors.popitem(last=False)
         return kv
+
+
+def _failure_of(work: Callable[[], None]) -> RuntimeError | None:
+    """What copies raise, where they do."""
+    try:
+        work()
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def _problem(arena: Arena, job: BlendJob) -> str:

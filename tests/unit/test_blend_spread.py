@@ -20,6 +20,7 @@ from kvtier.config import BlendConfig
 from kvtier.connectors.blend_steps import BlendSteps, LostChunkError
 from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.blending import BlendParts
+from kvtier.connectors.chunk_rows import ArenaReads
 from kvtier.connectors.messages import BlendJob, ScheduledRequest, StepMessage, WorkerReport
 from kvtier.connectors.scheduler import IDLE_WAIT_S
 from kvtier.connectors.step_meter import StepTokens
@@ -246,6 +247,33 @@ def test_an_error_in_a_later_share_fails_it(make: Callable[[int], System], monke
     monkeypatch.setattr(system.model, "project", fail)
     assert set(block_ids[: job.end // BLOCK]) == steps.blend([], set(), report, share_tokens=5)
     assert [1] == errors
+    ended(system, report, failed=True)
+
+
+def test_a_copy_that_fails_at_the_end_of_a_share_is_told_to_all(make: Callable[[int], System], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that could go on ask whether to: one that had ended alone would keep them waiting for good."""
+    system = make(5)
+    job, _, block_ids = begun(system)
+    asked: list[bool] = []
+
+    def agree(ready: bool) -> bool:
+        asked.append(ready)
+        return ready
+
+    def fail(_: object) -> None:
+        raise RuntimeError("injected: a copy failed")
+
+    errors: list[int] = []
+    blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, agree=agree)
+    steps = BlendSteps(blender, lambda: errors.append(1))
+    steps.attach(system.arena, "")
+    report = WorkerReport()
+    with monkeypatch.context() as patch:
+        patch.setattr(ArenaReads, "rest", fail)
+        assert not steps.blend([job], set(), report, share_tokens=5)
+    assert ({}, [True, True], []) == (report.done, asked, errors)
+    assert set(block_ids[: job.end // BLOCK]) == steps.blend([], set(), report, share_tokens=5)
+    assert ([True, True, False], [1]) == (asked, errors)
     ended(system, report, failed=True)
 
 
