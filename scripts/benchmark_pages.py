@@ -147,6 +147,11 @@ def records_of(name: str) -> list[dict[str, Any]]:
     return records
 
 
+def is_there(name: str) -> bool:
+    """Whether something was measured."""
+    return (FOLDER / f"{name}.json").is_file()
+
+
 def document_of(name: str) -> dict[str, Any]:
     """What a benchmark wrote."""
     document: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmark_pages import FOLDER, ROOT, about, document_of
+from benchmark_pages import ROOT, about, document_of, is_there
 
 PAGE = ROOT / "docs" / "explanation" / "chunk-reuse.md"
 TASKS = ("single", "hops", "border", "prose")
@@ -18,6 +18,7 @@ OPTIONS = "--model .cache/smollm2 --dtype bfloat16 --threads 1 --only-answered"
 COMMANDS: dict[str, str] = {
     "blend": f"kvtier bench blend {OPTIONS} --items SETS"
     ' --variants "cacheblend, alone" "epic, primed" "prophetkv, primed" "combined, primed" "combined, served"',
+    "blend-f1": f'kvtier bench blend {OPTIONS} --items SETS --tasks hops --variants "combined, served elsewhere"',
     "blend-methods": f"kvtier bench blend {OPTIONS} --items SETS --variants alone primed",
     "blend-ratios": f"kvtier bench blend {OPTIONS} --items SETS --ratio 0.05 0.15 0.3 0.5"
     ' --variants "cacheblend, alone" "epic, primed" "combined, primed" "none, primed" "none, alone"',
@@ -30,7 +31,9 @@ COMMANDS: dict[str, str] = {
 TARGET_METHODS = ("combined, primed", "combined, served again", "combined, served elsewhere")
 TARGETS = (
     ("single: answers kept", ("answers retained", "single"), 0.97, True),
+    ("single: F1 kept", ("F1 retained", "single"), 0.97, True),
     ("hops: answers kept", ("answers retained", "hops"), 0.93, True),
+    ("hops: F1 kept", ("F1 retained", "hops"), 0.93, True),
     ("hops: KL, of plain CacheBlend's", ("KL of plain CacheBlend's", "hops"), 0.5, False),
     ("prose: KL, of plain CacheBlend's", ("KL of plain CacheBlend's", "prose"), 1.0, False),
 )
@@ -44,6 +47,7 @@ def chunk_reuse() -> str:
     text = PAGE.read_text(encoding="utf-8")
     makers: Mapping[str, Callable[[], str]] = {
         "blend": lambda: quality("blend"),
+        "blend-f1": lambda: one_kind("blend-f1", "hops"),
         "blend-targets": targets,
         "blend-methods": lambda: quality("blend-methods"),
         "blend-ratios": lambda: curves("blend-ratios"),
@@ -52,7 +56,7 @@ def chunk_reuse() -> str:
         "blend-layers": lambda: layers("blend-layers"),
     }
     for name, make in makers.items():
-        if not (FOLDER / f"{name.removesuffix('-targets')}.json").is_file():
+        if not is_there(name.removesuffix("-targets")):
             continue
         pattern = rf"(<!-- figures: {name} -->\n).*?(<!-- end of figures -->)"
         text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
@@ -71,19 +75,35 @@ def quality(name: str) -> str:
         ("Mean KL", ["mean KL"]),
         ("KL, of `cacheblend, alone`'s on the same questions", ["KL of plain CacheBlend's"]),
         ("Answers that full prefill gives and that are kept; Rouge-L for prose", ["answers retained", "Rouge-L"]),
+        ("F1 of what is written in place of these answers", ["F1 retained"]),
     ):
         rows = [(method, [_cell(found, figures, method, task) for task in TASKS]) for method in methods]
-        lines += [f"{title}:", "", *head, *(f"| {method} | " + " | ".join(cells) + " |" for method, cells in rows if any(cells)), ""]
+        body = [f"| {method} | " + " | ".join(cells) + " |" for method, cells in rows if any(cells)]
+        lines += [f"{title}:", "", *head, *body, ""] if body else []
     return "\n".join(lines[:-1])
+
+
+def one_kind(name: str, task: str) -> str:
+    """Of each method all figures, of one kind of questions."""
+    document = document_of(name)
+    found = {(item["name"], item["params"].get("method"), item["params"]["task"]): item for item in document["records"]}
+    figures = {"mean KL": "KL", "answers retained": "kept", "F1 retained": "F1 kept", "computed, of full prefill": "computed"}
+    lines = [*_above(name, document), "| Method, entries | " + " | ".join(figures.values()) + " |", "| --- |" + " --- |" * len(figures)]
+    methods = dict.fromkeys(key[1] for key in found if key[1])
+    rows = [[method, *(_cell(found, [figure], method, task) for figure in figures)] for method in methods]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def targets() -> str:
     """What was wanted of ``combined``, and whether the figures show it, by where the entries come from."""
-    found = {(item["params"].get("method"), item["name"], item["params"]["task"]): item for item in document_of("blend")["records"]}
+    records = [item for name in ("blend-f1", "blend") if is_there(name) for item in document_of(name)["records"]]  # the latter's count
+    found = {(item["params"].get("method"), item["name"], item["params"]["task"]): item for item in records}
     methods = [method for method in TARGET_METHODS if any(key[0] == method for key in found)]
     head = " | ".join(method.removeprefix("combined, ") for method in methods)
     rows = [f"| At 15 % | wanted | {head} |", "| --- | --- |" + " --- |" * len(methods)]
     for what, key, wanted, is_least in TARGETS:
+        if not any((method, *key) in found for method in methods):
+            continue
         cells = [_found(found.get((method, *key)), wanted, is_least=is_least) for method in methods]
         rows.append(f"| {what} | {'at least' if is_least else 'at most'} {wanted} | {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -83,29 +83,43 @@ def compute_entry(model: BlendModel, chunk: Chunk, token_ids: torch.Tensor, anch
 
 
 @torch.no_grad()
-def capture_entries(model: BlendModel, token_ids: Sequence[int], layout: PromptLayout) -> list[ChunkEntry]:
+def capture_entries(model: BlendModel, token_ids: Sequence[int], layout: PromptLayout, *, with_context: bool = True) -> list[ChunkEntry]:
     """The chunks of a prompt as full prefill computes them there, with what each looked at. For Cache-Craft.
 
-    Keys are moved to where the anchor ends, so such an entry is used like any other.
+    Keys are moved to where the anchor ends, so such an entry is used like any other. Without ``with_context`` nobody remembers what was
+    looked at, which takes less time.
     """
     tokens = torch.as_tensor(token_ids, device=model.device)
     positions = torch.arange(len(tokens), device=model.device)
     rows = start(model, tokens, positions)
     kv = empty_kv(model, len(tokens), model.project(0, rows.hidden[:1], positions[:1]).keys)
-    mask = attention_mask(positions, len(tokens))
-    total = torch.zeros(len(tokens), len(layout.placements), device=model.device)
-
-    def look(_: int, projected: Projected) -> None:
-        weights = attention_weights(projected.queries, projected.keys, mask, model.scale)
-        for index, placement in enumerate(layout.placements):
-            total[:, index] += weights[:, placement.start : placement.end].sum(1) / model.num_layers
-
-    finish(advance(model, rows, kv, torch.ones(len(tokens), dtype=torch.bool, device=model.device), hook=look))
+    looked = _Looked(model, layout) if with_context else None
+    finish(advance(model, rows, kv, torch.ones(len(tokens), dtype=torch.bool, device=model.device), hook=looked))
     entries = []
     for index, placement in enumerate(layout.placements):
         part = kv.part(placement.start, placement.end).clone()
-        mass = total[placement.start : placement.end]
-        keys = tuple(earlier.chunk.key for earlier in layout.placements[:index])
-        context = Context(keys, tuple(mass[:, :index].sum(0).tolist()), float(mass[:, index].sum()), mass[:, :index].sum(1).cpu())
+        context = NO_CONTEXT if looked is None else looked.context(index)
         entries.append(ChunkEntry(placement.chunk, TokenKV(model.rotary.move(part.keys, -placement.shift), part.values), context))
     return entries
+
+
+class _Looked:
+    """What the chunks of a prompt look at while it is computed. A hook of :func:`kvtier.blend.prefill.advance`."""
+
+    def __init__(self, model: BlendModel, layout: PromptLayout) -> None:
+        self._model = model
+        self._placements = layout.placements
+        self._mask = attention_mask(torch.arange(layout.num_tokens, device=model.device), layout.num_tokens)
+        self._total = torch.zeros(layout.num_tokens, len(layout.placements), device=model.device)
+
+    def __call__(self, _: int, projected: Projected) -> None:
+        """Before the layer's KV is written."""
+        weights = attention_weights(projected.queries, projected.keys, self._mask, self._model.scale)
+        for index, placement in enumerate(self._placements):
+            self._total[:, index] += weights[:, placement.start : placement.end].sum(1) / self._model.num_layers
+
+    def context(self, index: int) -> Context:
+        """Of one of the chunks."""
+        mass = self._total[self._placements[index].start : self._placements[index].end]
+        keys = tuple(earlier.chunk.key for earlier in self._placements[:index])
+        return Context(keys, tuple(mass[:, :index].sum(0).tolist()), float(mass[:, index].sum()), mass[:, :index].sum(1).cpu())

@@ -77,7 +77,15 @@ def test_only_answered_questions_count_as_retained() -> None:
     assert 0.3 == pytest.approx(table["a"]["kl"].value)
     assert 0.2 == pytest.approx(table["a"]["kl_answered"].value)
     assert "retained" not in table["b"]
+    assert "retained_f1" not in table["a"]
     assert {} == by_variant(rows, "prose")
+
+
+def test_f1_is_kept_of_what_full_prefill_answers() -> None:
+    """A record of its own beside the whole answers; what full prefill says wrong does not count."""
+    rows = [{**row(0, "a", 0.1), "f1": 1.0}, {**row(1, "a", 0.1, right=False), "f1": 0.5}, {**row(2, "a", 0.1, full=False), "f1": 0.0}]
+    figures = {each.name: (each.value, each.limit) for each in records(rows, [0.15])}
+    assert ((0.75, 0.93), (0.5, 0.93)) == (figures["F1 retained"], figures["answers retained"])
 
 
 def test_what_rounding_changes_stands_beside_every_ratio() -> None:

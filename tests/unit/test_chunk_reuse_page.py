@@ -42,6 +42,8 @@ def test_a_target_is_met_where_the_whole_interval_is(folder: Path) -> None:
     assert [" primed ", " served again "] == head
     assert ["met", "missed", "met, but not beyond doubt", "not met"] == [row[0].split(": ")[1].strip() for row in rows]
     assert ["missed", "missed", "met", "not measured"] == [row[1].split(": ")[-1].strip() for row in rows]
+    write(folder, "blend", [*found, item("F1 retained", "hops", 0.95, "0.940 to 0.960"), *others])
+    assert "| hops: F1 kept | at least 0.93 | 0.950 [0.94, 0.96]: met | not measured |" in chunk_reuse_page.targets()
 
 
 def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +61,7 @@ def test_tables_show_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| combined, primed |  | 0.123 [0.10, 0.20] |  |  |" in page
     assert "hops 7 of 2 sets" in page
     assert "| combined, primed |  | 0.750 [0.60, 0.90] |  |  |" in page
+    assert "F1" not in page
     curve = chunk_reuse_page.curves("some")
     assert "| none, primed | 0% | 2% |  |" in curve
     assert "| combined, primed | 15% | 18% | 28% | 0.123 [0.10, 0.20] |  |  | 0.75 [0.60, 0.90] |" in curve
@@ -98,3 +101,16 @@ def test_layers_stand_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPat
     assert "| Layers reused | KL, single | KL, hops |" == table[0]
     assert "| 0 to 2 | 0.010 [0.00, 0.50] | 0.010 [0.00, 0.50] |" == table[2]
     assert "| 3 to 5 | 0.250 [0.00, 0.50] | 0.250 [0.00, 0.50] |" == table[3]
+
+
+def test_figures_of_one_kind_of_questions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each method; a target is shown that only this file has."""
+    records = [item("mean KL", "hops", 0.0512, "0.040 to 0.068"), item("F1 retained", "hops", 0.936, "0.912 to 0.958")]
+    write(folder, "blend-f1", records)
+    write(folder, "blend", [item("answers retained", "hops", 0.75, "0.600 to 0.900")])
+    monkeypatch.setitem(chunk_reuse_page.COMMANDS, "blend-f1", "kvtier bench blend")
+    assert (
+        "| combined, primed | 0.051 [0.04, 0.07] |  | 0.936 [0.91, 0.96] |  |"
+        == chunk_reuse_page.one_kind("blend-f1", "hops").splitlines()[-1]
+    )
+    assert "| hops: F1 kept | at least 0.93 | 0.936 [0.91, 0.96]: met, but not beyond doubt |" in chunk_reuse_page.targets()

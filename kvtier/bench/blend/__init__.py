@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "report", "run"]
 
-SHOWN = {"retained": "retained", "f1": "F1", "rouge_l": "Rouge-L", "unsure": "unsure"}
+SHOWN = {"retained": "retained", "retained_f1": "F1 retained", "f1": "F1", "rouge_l": "Rouge-L", "unsure": "unsure"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

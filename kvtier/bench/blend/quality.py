@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from kvtier.bench.blend.tasks import BEHIND_DOCUMENTS, SYSTEM, DocumentSet, Ques
 from kvtier.bench.blend.variants import Variant
 from kvtier.blend.blender import blend
 from kvtier.blend.chunks import Anchor, anchor_of, served_anchor
-from kvtier.blend.entries import NO_CONTEXT, ChunkEntry, capture_entries, compute_entry, full_prefill
+from kvtier.blend.entries import ChunkEntry, capture_entries, compute_entry, full_prefill
 from kvtier.blend.finding import ChunkSpace, Span
 from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.model import BlendModel, TokenKV
@@ -188,9 +188,9 @@ class SetRun:
         anchor = (served_anchor if is_copied else anchor_of)(ROOT, anchor_ids, BLOCK_TOKENS)
         layout = self._lay_out(self._chunks, anchor, len(self._prefix_ids))
         if is_copied or kind in ("reordered", "mixed"):
-            by_key = {entry.chunk.key: entry for served in self._served(kind) for entry in self._capture(served, anchor)}
-            entries = [by_key[placement.chunk.key] for placement in layout.placements]
-            return layout, [replace(entry, context=NO_CONTEXT) for entry in entries] if is_copied else entries
+            captured = [self._capture(served, anchor, with_context=not is_copied) for served in self._served(kind)]
+            by_key = {entry.chunk.key: entry for entries in captured for entry in entries}
+            return layout, [by_key[placement.chunk.key] for placement in layout.placements]
         anchor_kv = {"alone": None, "primed": self._primer.kv}.get(kind, self._prefix)
         tokens = [torch.tensor(ids, device=self._model.device) for ids in self._chunks]
         return layout, [compute_entry(self._model, at.chunk, ids, anchor_kv) for at, ids in zip(layout.placements, tokens, strict=True)]
@@ -205,9 +205,9 @@ class SetRun:
         mixed = [chunk for pair in pairs for chunk in pair]
         return [mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]]
 
-    def _capture(self, chunks: Sequence[Sequence[int]], anchor: Anchor) -> list[ChunkEntry]:
+    def _capture(self, chunks: Sequence[Sequence[int]], anchor: Anchor, *, with_context: bool) -> list[ChunkEntry]:
         ids = [*self._prefix_ids, *itertools.chain(*chunks), *self._behind]
-        return capture_entries(self._model, ids, self._lay_out(chunks, anchor, 0))
+        return capture_entries(self._model, ids, self._lay_out(chunks, anchor, 0), with_context=with_context)
 
     def _lay_out(self, chunks: Sequence[Sequence[int]], anchor: Anchor, num_prefix_tokens: int) -> PromptLayout:
         ids = [*self._prefix_ids, *itertools.chain(*chunks), *self._behind]

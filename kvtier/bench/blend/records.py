@@ -11,7 +11,7 @@ from kvtier.bench.report import Record
 
 BASELINE = "cacheblend, alone"
 RETAINED: Mapping[str, float] = {"single": 0.97, "hops": 0.93}
-"""targets: the share of the questions answered by full prefill that are still answered"""
+"""targets, of the questions answered by full prefill: the share that is still answered, and F1"""
 QUOTIENT: Mapping[str, float] = {"hops": 0.5}
 """targets: mean KL as a share of the baseline's"""
 
@@ -40,6 +40,7 @@ def _of_task(rows: Sequence[Row], beside: Sequence[Row], task: str, ratio: float
             ("mean KL", figures["kl"], "nats", None),
             ("KL of plain CacheBlend's", paired(rows, beside, task, variant, BASELINE), "ratio", QUOTIENT.get(task)),
             ("answers retained", figures.get("retained"), "ratio", RETAINED.get(task)),
+            ("F1 retained", figures.get("retained_f1"), "ratio", RETAINED.get(task)),
             ("Rouge-L", figures.get("rouge_l"), "ratio", None),
             ("computed, of full prefill", figures["cost"], "ratio", None),
             ("computed by the engine", figures.get("unsure"), "ratio", None),

@@ -58,8 +58,9 @@ def estimate(rows: Sequence[Row], field: str, *, over: str | None = None) -> Est
 def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
     """For each variant the figures of one task.
 
-    ``retained``: of the questions that full prefill answers, those that are still answered; absent where it answers none. ``f1``, and
-    ``rouge_l`` for prose: of what is written. ``unsure``: with a least margin, what full prefill answers in the method's place.
+    ``retained``: of the questions that full prefill answers, those that are still answered; absent where it answers none, and
+    ``retained_f1``: F1 of what is written to them, 1 with full prefill. ``f1``, and ``rouge_l`` for prose: of what is written.
+    ``unsure``: with a least margin, what full prefill answers in the method's place.
     """
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -77,6 +78,8 @@ def by_variant(rows: Sequence[Row], task: str) -> dict[str, dict[str, Any]]:
             figures[overlap] = estimate(members, overlap)
         if task != "prose" and answered:
             figures |= {"retained": estimate(answered, "is_right"), "kl_answered": estimate(answered, "kl")}
+            if overlap in figures:
+                figures["retained_f1"] = estimate(answered, overlap)
         table[variant] = figures
     return table
 
