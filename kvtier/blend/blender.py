@@ -16,10 +16,15 @@ from kvtier.blend.mean_shift import MeanShift
 from kvtier.blend.methods.base import Asks, Evidence, Selection, SelectionMethod
 from kvtier.blend.model import BlendModel, Projected, TokenKV
 from kvtier.blend.placing import ChunkSource, PromptKV
-from kvtier.blend.prefill import LayerHook, Rows, advance, attention_mask, attention_weights, start
+from kvtier.blend.prefill import LayerHook, Rows, advance, attention_mask, mean_attention, start
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import Steps, finish
 from kvtier.errors import BlendRefusedError, RefusalReason
+
+MOST_ASKING = 256
+"""tokens that nobody has may be computed to find out what the question looks at"""
+MOST_ASKING_SHARE = 8
+"""or one for so many tokens of chunks, where that is more"""
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,17 @@ class _Prompt:
         return self._model.mean_over_ranks(difference.square().sum((0, 2)))
 
     def _question_attention(self, layers: range) -> Steps[torch.Tensor]:
+        """Of many tokens that nobody has only the last ones ask, as if the others were not there: they are computed once more for it."""
         model, layout = self._model, self.layout
-        rows = start(model, self._tokens, self._fresh.nonzero()[:, 0])
+        fresh = self._fresh.nonzero()[:, 0]
+        num_absent = max(0, len(fresh) - max(MOST_ASKING, len(self.candidates) // MOST_ASKING_SHARE))
+        rows = start(model, self._tokens, fresh[num_absent:])
         asks = rows.positions >= layout.question[0]
         mask = attention_mask(rows.positions[asks], layout.num_tokens)
+        if num_absent:
+            rows.absent = torch.zeros(layout.num_tokens, dtype=torch.bool, device=fresh.device)
+            rows.absent[fresh[:num_absent]] = True
+            mask &= ~rows.absent
         total = torch.zeros(layout.num_tokens, device=self._tokens.device)
 
         def look(layer: int, projected: Projected) -> None:
@@ -208,7 +220,7 @@ class _Prompt:
                 return
             keys = self.kv.keys[layer].clone()
             keys[:, rows.positions] = projected.keys
-            total.add_(attention_weights(projected.queries[:, asks], keys, mask, model.scale).mean(0) / len(layers))
+            total.add_(mean_attention(projected.queries[:, asks], keys, mask, model.scale) / len(layers))
 
         yield from self._advance(rows, layers.stop, look, kv_only=True)
         return model.mean_over_ranks(total[self.candidates])

@@ -19,6 +19,9 @@ GROUP_ROWS = {"cpu": 64}
 GROUP_ROWS_ELSEWHERE = 256
 """more where every call costs a launch"""
 
+MOST_WEIGHTS = 1 << 26
+"""weights of attention that are in memory at once, where they are looked at: fp32, and three times as much while they are computed"""
+
 LayerHook = Callable[[int, Projected], None]
 """told of each layer's projections before they are written: layer, projections of the rows"""
 
@@ -31,11 +34,13 @@ class Rows:
     """increasing"""
     hidden: torch.Tensor
     next_layer: int = 0
+    absent: torch.Tensor | None = None
+    """a mask over positions that have no KV, so nobody looks there; None: all have, or will when they are looked at"""
 
     def narrow(self, keep: torch.Tensor) -> Rows:
         """Only those of which ``keep``, over all positions of the prompt, is true."""
         chosen = keep[self.positions]
-        return Rows(self.positions[chosen], self.hidden[chosen], self.next_layer)
+        return Rows(self.positions[chosen], self.hidden[chosen], self.next_layer, self.absent)
 
 
 def start(model: BlendModel, token_ids: torch.Tensor, positions: torch.Tensor) -> Rows:
@@ -60,7 +65,7 @@ def advance(
     end = model.num_layers if end_layer is None else end_layer
     written = writable[rows.positions]
     targets = rows.positions[written]
-    groups = causal_groups(rows.positions, kv.keys.dtype)
+    groups = causal_groups(rows.positions, kv.keys.dtype, absent=rows.absent)
     while rows.next_layer < end:
         layer = rows.next_layer
         projected = model.project(layer, rows.hidden, rows.positions)
@@ -80,8 +85,12 @@ def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.arange(num_tokens, device=positions.device)[None, :] <= positions[:, None]
 
 
-def causal_groups(positions: torch.Tensor, dtype: torch.dtype, group_rows: int | None = None) -> list[torch.Tensor]:
+def causal_groups(
+    positions: torch.Tensor, dtype: torch.dtype, group_rows: int | None = None, absent: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """What each row may not look at, for attention in groups of neighbours: ``[rows, tokens up to the group's last]``, -inf there.
+
+    That is what lies behind it, and what is ``absent`` (a mask over positions).
 
     No group reads what lies behind its last row, which halves the work. Rows of a mask lie a multiple of 16 elements apart, or kernels
     on a device would copy it first.
@@ -91,6 +100,8 @@ def causal_groups(positions: torch.Tensor, dtype: torch.dtype, group_rows: int |
         end = int(part[-1]) + 1
         mask = torch.zeros((len(part), -(-end // 16) * 16), dtype=dtype, device=part.device)[:, :end]
         groups.append(mask.masked_fill_(torch.arange(end, device=part.device)[None, :] > part[:, None], -torch.inf))
+        if absent is not None:
+            mask.masked_fill_(absent[:end], -torch.inf)
     return groups
 
 
@@ -138,3 +149,13 @@ def attention_weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Ten
     grouped = queries.reshape(keys.shape[0], -1, head_dim)
     scores = (grouped @ keys.transpose(1, 2)).float().mul_(scale).view(num_heads, num_rows, -1)
     return scores.masked_fill_(~mask, -torch.inf).softmax(-1).mean(0)
+
+
+def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """What all rows look at together: the mean of :func:`attention_weights` over them, ``[num_tokens]``."""
+    num_heads, num_rows, _ = queries.shape
+    at_once = max(1, MOST_WEIGHTS // (num_heads * keys.shape[1]))
+    total = torch.zeros(keys.shape[1], device=keys.device)
+    for part, seen in zip(queries.split(at_once, 1), mask.split(at_once), strict=True):
+        total += attention_weights(part, keys, seen, scale).sum(0)
+    return total / num_rows

@@ -40,6 +40,11 @@ class Blender(Protocol):
     ``rows``: brings it to the device. While work is left alone nothing reads or writes the arena.
     """
 
+    @property
+    def has_left_others(self) -> bool:
+        """Whether work was broken off where other ranks compute it too: they wait for this one, for good."""
+        ...
+
     def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> Shares[int]:
         """Returns how many tokens of chunks it computed anew. Writes into the engine's blocks at the end only."""
         ...
@@ -81,8 +86,9 @@ class BlendSteps:
 
     def __init__(self, blender: Blender | None, on_error: Callable[[], None]) -> None:
         self._blender = blender
-        self._boundary = Boundary(on_error=on_error)
-        """around the blender, which runs the engine's model and may fail in any way"""
+        self._boundary = Boundary(on_error=on_error, is_fatal=lambda: blender is not None and blender.has_left_others)
+        """around the blender, which runs the engine's model and may fail in any way. Where it leaves other ranks alone the engine has to
+        end: they would wait for good, or take what this rank computes next for what they wait for."""
         self._blends: list[_Work] = []
         """spread over steps, and left alone"""
         self._entries: list[_Work] = []

@@ -52,6 +52,15 @@ class TokenBlocks(Protocol):
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """The workers that share the model's heads, and compute each layer together."""
+
+    number: int = 1
+    agree: Callable[[bool], bool] = bool
+    """whether all of them say yes; every one asks"""
+
+
+@dataclass(frozen=True)
 class _Room:
     """Memory for what is being computed."""
 
@@ -65,11 +74,12 @@ class ChunkBlender:
     """Blends and entries of one worker. One thread.
 
     Workers that share the model's heads make the same calls in the same order, and compute together: before they begin, and whenever they
-    go on, they agree that all of them can, since one that gave up alone would keep the others waiting for good.
+    go on, they agree that all of them can, since one that gave up alone would keep the others waiting for good. Copies that fail in
+    between are told there. What else fails in between (the model itself) leaves the others alone: ``has_left_others``.
 
     Args:
         part_offset: of this rank's part of a slot, in bytes
-        agree: whether all ranks say yes; every rank asks
+        ranks: those that share the model's heads
 
     Raises:
         ValueError: a slot does not hold exactly the rows of ``block_tokens`` tokens, or keys do not turn in all of their dimensions.
@@ -84,10 +94,12 @@ class ChunkBlender:
         block_tokens: int,
         block_bytes: int,
         part_offset: int = 0,
-        agree: Callable[[bool], bool] = bool,
+        ranks: Ranks | None = None,
     ) -> None:
         layers, heads, head_dim = tokens.row_shape
-        self._agree = agree
+        self._ranks = ranks or Ranks()
+        self._is_amid = False
+        """whether the ranks compute together, and are not going to ask each other before they have done a share"""
         self._shape = RowShape(layers, heads, block_tokens, head_dim, tokens.dtype, part_offset)
         if self._shape.block_bytes != block_bytes:
             raise ValueError(f"rows of {block_tokens} tokens have {self._shape.block_bytes} bytes, a slot has {block_bytes}")
@@ -98,6 +110,11 @@ class ChunkBlender:
         self._tokens = tokens
         self._methods = methods
         self._anchors: OrderedDict[bytes, TokenKV] = OrderedDict()
+
+    @property
+    def has_left_others(self) -> bool:
+        """As :class:`~kvtier.connectors.blend_steps.Blender` says."""
+        return self._is_amid and self._ranks.number > 1
 
     def prepare(self, rows: RowMover) -> None:
         """Has the kernel compiled that chunks of this shape need: not inside a step."""
@@ -118,9 +135,11 @@ class ChunkBlender:
         room = self._room_for(len(job.token_ids))
         problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job) or room.problem
         problem = NOT_WANTED if share == 0 else problem
-        if not self._agree(not problem) or arena is None:
+        if not self._ranks.agree(not problem) or arena is None:
             raise LostChunkError(problem or ANOTHER_RANK)
-        made = yield from self._blended(job, arena, rows, self._bounded(share, room))
+        share = self._bounded(share, room)
+        self._is_amid = True
+        made = yield from self._blended(job, arena, rows, share)
         if made.logits is not None and not margin(made.logits) >= job.recompute.min_margin:  # NaN is not sure of anything
             raise UnsureError
         self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
@@ -137,9 +156,11 @@ class ChunkBlender:
         room = self._room_for(len(job.anchor_ids) + len(job.token_ids))
         problem = "there is no arena" if arena is None else room.problem
         problem = NOT_WANTED if share == 0 else problem
-        if not self._agree(not problem) or arena is None:
+        if not self._ranks.agree(not problem) or arena is None:
             raise LostChunkError(problem or ANOTHER_RANK)
-        kv = yield from self._shared_out(self._entry_steps(job), self._bounded(share, room))
+        share = self._bounded(share, room)
+        self._is_amid = True
+        kv = yield from self._shared_out(self._entry_steps(job), share)
         first = len(job.anchor_ids)
         self._fill(job.slots, kv.part(first, kv.num_tokens), arena)
         return len(job.token_ids)
@@ -173,18 +194,21 @@ class ChunkBlender:
             try:
                 num_done += next(steps)
             except StopIteration as end:
+                self._is_amid = False
                 result: T = end.value
                 return result
             if share is not None and num_done >= share * self._shape.num_layers:
                 num_done = 0
+                self._is_amid = False
                 failure = _failure_of(rest)
                 share = yield
-                if not self._agree(failure is None and share != 0):
+                if not self._ranks.agree(failure is None and share != 0):
                     raise failure or LostChunkError(ANOTHER_RANK if share else NOT_WANTED)
+                self._is_amid = True
 
     def _bounded(self, share: int | None, room: _Room) -> int | None:
         """The first share of a job. Where a rank has no room to keep it over steps, all of it."""
-        return share if share is not None and self._agree(room.is_lasting) else None
+        return share if share is not None and self._ranks.agree(room.is_lasting) else None
 
     def _room_for(self, num_tokens: int) -> _Room:
         """Whether there is memory for the KV of so many tokens beside the engine's.

@@ -19,14 +19,17 @@ class Boundary:
     >>> answer
     0
 
-    Each kind of error (place and type) is logged once, with its traceback.  ``strict`` lets errors through, for tests.
+    Each kind of error (place and type) is logged once, with its traceback.  ``strict`` lets errors through, for tests.  ``is_fatal`` is
+    asked whether other processes would wait for good for what was broken off: then this one ends (SystemExit).  An engine notices that at
+    once, but of an error only when the others have answered, too.
     """
 
-    __slots__ = ("_logged", "_on_error", "_strict")
+    __slots__ = ("_is_fatal", "_logged", "_on_error", "_strict")
 
-    def __init__(self, *, on_error: Callable[[], None], strict: bool = False) -> None:
+    def __init__(self, *, on_error: Callable[[], None], strict: bool = False, is_fatal: Callable[[], bool] = bool) -> None:
         self._on_error = on_error
         self._strict = strict
+        self._is_fatal = is_fatal
         self._logged: set[tuple[str, type[BaseException]]] = set()
 
     def at(self, place: str) -> _Crossing:
@@ -36,6 +39,9 @@ class Boundary:
     def caught(self, place: str, error: BaseException, traceback: TracebackType | None) -> bool:
         """Counts and logs an error. Returns whether it ends here."""
         self._on_error()
+        if self._is_fatal():
+            _LOG.critical("error in %s, which other processes wait for: this one ends", place, exc_info=(type(error), error, traceback))
+            raise SystemExit(1) from error
         if self._strict:
             return False
         if (place, type(error)) not in self._logged:

@@ -67,7 +67,10 @@ class LayerReads(Protocol):
     """One prompt's slots."""
 
     def layer(self, index: int) -> torch.Tensor:
-        """``[slots, 2, KV heads, tokens, head_dim]`` on the model's device. For every layer in order; the next call may overwrite it."""
+        """``[slots, 2, KV heads, tokens, head_dim]`` on the model's device. For every layer in order; the next call may overwrite it.
+
+        After a copy has failed it is whatever lies there: other ranks compute the same layers, and would wait for this one.
+        """
         ...
 
     def rest(self) -> None:
@@ -99,7 +102,7 @@ class ArenaReads:
 
 
 class DeviceReads:
-    """Slots that are copied to the device ahead of the computation, by a ring of layers there."""
+    """Slots that are copied to the device ahead of the computation, by a ring of layers there. Where a copy fails no other is begun."""
 
     def __init__(self, rows: RowMover, shape: RowShape, slots: Sequence[int], device: torch.device) -> None:
         self._mover = rows
@@ -108,6 +111,7 @@ class DeviceReads:
         num_places = min(shape.num_layers, LAYERS_AHEAD + 1)
         self._ring = torch.empty((num_places, len(slots), *shape.of_layer), dtype=shape.dtype, device=device)
         self._events: list[CopyEvent] = []
+        self._failure: RuntimeError | None = None
         for _ in range(num_places):
             self._submit()
 
@@ -115,24 +119,35 @@ class DeviceReads:
         """As :class:`LayerReads` says."""
         if index and len(self._events) < self._shape.num_layers:
             self._submit()  # over the layer before, whose last reader has been submitted
-        self._events[index].order_compute()
+        if self._failure is None:
+            try:
+                self._events[index].order_compute()
+            except RuntimeError as error:
+                self._failure = error
         return self._ring[index % len(self._ring)]
 
     def rest(self) -> None:
         """As :class:`LayerReads` says."""
         if self._events:
             self._events[-1].wait()
+        if self._failure is not None:
+            raise self._failure
 
     def end(self) -> None:
         """As :class:`LayerReads` says."""
         self.rest()
 
     def _submit(self) -> None:
+        if self._failure is not None:
+            return
         layer = len(self._events)
         place = self._ring[layer % len(self._ring)]
         to = place.data_ptr() + np.arange(len(self._offsets), dtype=np.uint64) * np.uint64(self._shape.layer_bytes)
         offsets = self._offsets + layer * self._shape.layer_bytes
-        self._events.append(self._mover.read_pieces(to, offsets, self._shape.layer_bytes))
+        try:
+            self._events.append(self._mover.read_pieces(to, offsets, self._shape.layer_bytes))
+        except RuntimeError as error:
+            self._failure = error
 
 
 class SlotSource:

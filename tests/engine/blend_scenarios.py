@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -279,7 +280,7 @@ def blended_in_parallel(llm: Any, settings: Result) -> Result:
     def options(number: int, ratio: float, method: str) -> Result | None:
         return {"blend": {"spans": cases[number][1], "ratio": ratio, "method": method}, "store": False} if with_kvtier else None
 
-    out = {
+    out: Result = {
         "answers": [asker.one(cases[number][0], options(number, 1.0, method)) for number, method in enumerate(("combined", "cacheblend"))]
     }
     if with_kvtier:
@@ -290,6 +291,12 @@ def blended_in_parallel(llm: Any, settings: Result) -> Result:
         out["unsure"] = [asker.one(cases[0][0], unsure)]
         llm.collective_rpc(lose_chunks_on_the_second_rank)
         out["lost"] = [asker.one(cases[number][0], options(number, 1.0, "combined")) for number in range(2)]
+        llm.collective_rpc(break_off_on_the_second_rank)
+        started_s = time.monotonic()
+        try:
+            asker.one(cases[0][0], options(0, 1.0, "combined"))
+        except Exception as error:  # noqa: BLE001 - vLLM's own
+            out["apart"] = {"error": type(error).__name__, "seconds": time.monotonic() - started_s}
     return out
 
 
@@ -299,6 +306,19 @@ def lose_chunks_on_the_second_rank(worker: Any) -> None:
 
     if worker.rank == 1:
         blend_worker._problem = lambda arena, job: "injected"
+
+
+def break_off_on_the_second_rank(worker: Any) -> None:
+    """In a worker's process: from now on it breaks off blends in the middle, unless it is the first one; chunks are found again."""
+    from kvtier.connectors import blend_worker  # noqa: PLC0415 - in another process
+    from kvtier.connectors.vllm.blend_model import EngineModel  # noqa: PLC0415 - as above
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    blend_worker._problem = lambda arena, job: ""
+    if worker.rank == 1:
+        setattr(EngineModel, "finish", fail)  # noqa: B010 - a method may not be assigned
 
 
 BLEND_SCENARIOS = {

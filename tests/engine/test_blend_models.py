@@ -25,8 +25,9 @@ from transformers import (  # type: ignore[import-not-found]
     MistralForCausalLM,
 )
 
+from kvtier.blend import blender
 from kvtier.blend.blender import Blended, blend, extend
-from kvtier.blend.entries import capture_entries, full_prefill
+from kvtier.blend.entries import NO_CONTEXT, capture_entries, full_prefill
 from kvtier.blend.finding import Span
 from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.methods import METHODS, Asks, Evidence, FullReuse, Selection
@@ -211,6 +212,70 @@ def test_attention_is_that_of_the_layers_asked_for() -> None:
     assert all(0 < float(asking.answer.sum()) < 1 for asking in methods), "what is left to 1 goes to other tokens"
 
 
+def asked_by(ids: list[int], spans: list[Span]) -> tuple[torch.Tensor, int]:
+    """What the question of a prompt looks at in all layers, and how many token-layers finding that out took."""
+    _, model = tiny("llama")
+    store = Store(model, [])
+    layout = lay_out(len(ids), 0, store.space.place(ids, spans))
+    method, entries = Asking(range(NUM_LAYERS)), store.entries(ids, layout)
+    made = finish(blend(model, ids, layout, EntrySource(entries), method, FixedRatio(0.5)))
+    return method.answer, made.num_token_layers - NUM_LAYERS * len(layout.fresh)
+
+
+def looked_at(ids: list[int], spans: list[Span], num_asking: int) -> torch.Tensor:
+    """What the last tokens look at in the second chunk, where there is nothing but the chunks and these: computed by hand."""
+    _, model = tiny("llama")
+    kv = blend_prompt("llama", Prompt(ids, spans, 0, 0), "none", 0.0)[0].kv
+    there = [place for span in spans for place in range(span.start, span.end)]
+    positions = torch.arange(len(ids) - num_asking, len(ids))
+    hidden, total = model.embed(torch.tensor(ids)[positions]), torch.zeros(len(there))
+    unseen = torch.cat((torch.zeros(num_asking, len(there)), torch.full((num_asking, num_asking), -torch.inf).triu(1)), 1)
+    with torch.no_grad():
+        for layer in range(NUM_LAYERS):
+            projected = model.project(layer, hidden, positions)
+            keys, values = (
+                torch.cat((old[layer][:, there], new), 1).repeat_interleave(2, 0)
+                for old, new in ((kv.keys, projected.keys), (kv.values, projected.values))
+            )
+            weights = (projected.queries @ keys.mT * model.scale + unseen).softmax(-1)
+            total += weights.mean((0, 1))[: len(there)] / NUM_LAYERS
+            hidden = model.finish(layer, hidden, (weights @ values).transpose(0, 1).flatten(1))
+    return total[spans[0].end - spans[0].start :]
+
+
+def test_of_many_tokens_only_the_last_ones_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are not computed for it, and it is as if they were not there. Chunks that are longer are worth more of them."""
+    monkeypatch.setattr(blender, "MOST_ASKING", 8)
+    spans = [Span(0, 40), Span(50, 90)]
+    ids = [*tokens(2, 40), *tokens(9, 10), *tokens(3, 40), *tokens(77, 30)]
+    expected, num_token_layers = asked_by(ids, spans)
+    assert 8 * NUM_LAYERS == num_token_layers
+    different = []
+    for place in (45, *range(90, 120)):
+        changed, _ = asked_by([*ids[:place], (ids[place] + 1) % SIZES["vocab_size"], *ids[place + 1 :]], spans)
+        different += [] if torch.equal(expected, changed) else [place]
+    assert [*range(112, 120)] == different
+    torch.testing.assert_close(expected, looked_at(ids, spans, 8))
+    monkeypatch.setattr(blender, "MOST_ASKING_SHARE", 2)
+    every, num_token_layers = asked_by(ids, spans)
+    assert 20 * NUM_LAYERS == num_token_layers
+    assert not torch.allclose(expected, every, rtol=0.01)
+
+
+@pytest.mark.parametrize("method", ["combined", "prophetkv"])
+@settings(max_examples=12)
+@given(prompt=prompts(), most=st.integers(1, 4))
+def test_whoever_asks_all_tokens_are_full_prefill(method: str, prompt: Prompt, most: int) -> None:
+    """Ratio 1 again, where most of the question does not ask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blender, "MOST_ASKING", most)
+        blended, layout, _ = blend_prompt("llama", prompt, method, 1.0)
+        fewer, _, _ = blend_prompt("llama", prompt, method, 0.4)
+    assert len(layout.candidates) == blended.num_chosen
+    torch.testing.assert_close(blended.logits, models_own("llama", prompt.token_ids)[0], rtol=0, atol=TOLERANCE)
+    assert math.ceil(0.4 * len(layout.candidates) - 1e-9) == fewer.num_chosen
+
+
 def test_a_last_token_that_a_chunk_has_is_computed_to_the_end() -> None:
     """Its logits are wanted, so no layer of it is left out, whether it was chosen or not."""
     ids = [*tokens(2, 40), *tokens(3, 40)]
@@ -258,6 +323,10 @@ def test_entries_taken_from_a_prompt_fit_it_again() -> None:
     assert () == first.chunk_keys
     assert (layout.placements[0].chunk.key,) == second.chunk_keys
     assert second.chunk_mass[0] > 1
+    for entry, plain in zip(entries, capture_entries(model, ids, layout, with_context=False), strict=True):
+        assert NO_CONTEXT is plain.context
+        assert torch.equal(entry.kv.keys, plain.kv.keys)
+        assert torch.equal(entry.kv.values, plain.kv.values)
     # what is missing to 1 for each token is its attention to the anchor
     assert 40 > second.chunk_mass[0] + second.own_mass > 20
     torch.testing.assert_close(second.token_mass.sum().item(), second.chunk_mass[0], rtol=1e-4, atol=0)

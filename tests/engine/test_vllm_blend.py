@@ -204,3 +204,5 @@ def test_two_tensor_parallel_workers(tmp_path: Path) -> None:
     assert {"tokens": 0, "refused": "unsure"} == result["unsure"][0]["loaded"]["blend"]
     assert_same(expected[:2], result["lost"])
     assert [0, 0] == [answer["loaded"]["blend"]["tokens"] for answer in result["lost"]], "the engine computed them"
+    assert "EngineDeadError" == result["apart"]["error"], "the first worker would wait for good for one that broke off a blend"
+    assert result["apart"]["seconds"] < 60, "not only when vLLM's own patience is over"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtier.blend import prefill
 from kvtier.blend.chunks import NO_ANCHOR
 from kvtier.blend.entries import NO_CONTEXT, Context
 from kvtier.blend.finding import ChunkSpace
@@ -21,7 +23,7 @@ from kvtier.blend.methods import METHODS, Asks, CacheBlend, CacheCraft, Combined
 from kvtier.blend.methods.base import share_out, top
 from kvtier.blend.methods.cachecraft import context_impact, prefix_overlap
 from kvtier.blend.model import Projected, Rotary, TokenKV
-from kvtier.blend.prefill import attend, causal_groups
+from kvtier.blend.prefill import attend, attention_mask, attention_weights, causal_groups, mean_attention
 from kvtier.blend.ratio import FixedRatio
 from kvtier.copy.rope import Pairs, TokenShift, plain_frequencies, shift_keys, shift_table
 from kvtier.errors import BlendRefusedError, RefusalReason
@@ -241,3 +243,35 @@ def test_attention_is_the_same_however_heads_share_keys(positions: list[int], he
     groups = causal_groups(at, torch.float32, group_rows)
     for folds in (True, False):
         torch.testing.assert_close(attend(queries, keys, values, groups, 0.3, folds=folds), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many weights at once as memory is given, and one row at least; the mean is that of all of them."""
+    chance = torch.Generator().manual_seed(1)
+    queries, keys = torch.randn(4, 7, 8, generator=chance), torch.randn(2, 20, 8, generator=chance)
+    mask = attention_mask(torch.arange(13, 20), 20)
+    expected = attention_weights(queries, keys, mask, 0.3).mean(0)
+    sizes: list[int] = []
+
+    def counted(part: torch.Tensor, *more: Any) -> torch.Tensor:
+        sizes.append(part.shape[1])
+        return attention_weights(part, *more)
+
+    monkeypatch.setattr(prefill, "attention_weights", counted)
+    assert torch.equal(expected, mean_attention(queries, keys, mask, 0.3))
+    monkeypatch.setattr(prefill, "MOST_WEIGHTS", 4 * 20 * 3)
+    torch.testing.assert_close(mean_attention(queries, keys, mask, 0.3), expected)
+    monkeypatch.setattr(prefill, "MOST_WEIGHTS", 1)
+    torch.testing.assert_close(mean_attention(queries, keys, mask, 0.3), expected)
+    assert [7, 3, 3, 1, *[1] * 7] == sizes
+
+
+def test_nobody_looks_at_what_is_absent() -> None:
+    """In every group of rows; the rest is as without."""
+    absent = torch.zeros(20, dtype=torch.bool)
+    absent[[3, 14]] = True
+    positions = torch.tensor([5, 6, 15, 19])
+    for plain, masked in zip(causal_groups(positions, torch.float32, 3), causal_groups(positions, torch.float32, 3, absent), strict=True):
+        there = ~absent[: plain.shape[1]]
+        assert torch.equal(plain[:, there], masked[:, there])
+        assert bool(masked[:, ~there].isneginf().all())

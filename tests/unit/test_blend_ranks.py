@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kvtier.blend.methods import METHODS
-from kvtier.connectors.blend_worker import ChunkBlender
+from kvtier.connectors.blend_steps import BlendSteps
+from kvtier.connectors.blend_worker import ChunkBlender, Ranks
 from kvtier.connectors.messages import ScheduledRequest, WorkerReport
 from tests.unit.blend_system import BLOCK, BLOCK_BYTES, CAN_BLEND, SYSTEM, System, begun_blend, document, joined
 
@@ -26,7 +27,7 @@ def agreeing(system: System, asked: list[bool], answer: bool | None = None) -> C
         asked.append(ready)
         return ready if answer is None else answer
 
-    return ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, agree=agree)
+    return ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2, agree))
 
 
 def run_out(*_: object, **__: object) -> None:
@@ -88,6 +89,64 @@ def test_ranks_agree_before_they_compute_a_chunk(system: System, case: str, monk
         steps.store(message.captures, message.entries, report)
     assert [case in ("fine", "another rank cannot")] == asked
     assert (case == "fine") == (not report.failed) == (system.model.num_embedded > before)
+    system.finish(message, report)
+    system.half.request_finished("first")
+    while system.half.has_pending_work:
+        system.step()
+    system.close()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("place", "is_shared"), [("the prefix", True), ("a layer", True), ("the result", False)])
+def test_who_breaks_off_what_others_compute_ends_the_engine(
+    system: System, place: str, is_shared: bool, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait for good in the next layer. Alone, or when they have no part in what is left, it is one that failed."""
+    message, block_ids = begun_blend(system, num_computed_tokens=4)
+    (job,) = message.blends
+    blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(num_ranks))
+    errors: list[int] = []
+    steps = BlendSteps(blender, lambda: errors.append(1))
+    steps.attach(system.arena, "")
+    where = {"the prefix": (system.memory, "read"), "a layer": (system.model, "finish"), "the result": (system.memory, "write")}[place]
+    report = WorkerReport()
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, run_out)
+        if is_shared and num_ranks > 1:
+            with pytest.raises(SystemExit):
+                steps.blend([job], set(), report)
+        else:
+            assert set(block_ids[job.first // BLOCK : job.end // BLOCK]) == steps.blend([job], set(), report)
+    assert [1] == errors
+    report.done[job.job_id], report.failed[job.job_id] = 1, {0}
+    system.finish(message, report)
+    system.half.request_finished("second")
+    while system.half.has_pending_work:
+        system.step()
+    system.close()
+
+
+def test_who_breaks_off_a_chunk_ends_the_engine(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for chunks that are computed to be stored; not for what each rank copies by itself."""
+    tokens, spans = joined([document(number, 8) for number in range(2)], SYSTEM, [1, 2])
+    system.add("first", tokens, spans=spans)
+    system.half.match("first", len(tokens), 0)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("first", block_ids, 0)
+    system.step([ScheduledRequest("first", block_ids, len(tokens))])
+    message = system.half.build_step([])
+    blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2))
+    steps = system.steps(blender)
+    for place, is_shared in (("finish", True), ("_fill", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(system.model if is_shared else blender, place, run_out)
+            report = WorkerReport()
+            if is_shared:
+                with pytest.raises(SystemExit):
+                    steps.store([], message.entries, report)
+            else:
+                steps.store([], message.entries, report)
+                assert {entry.job_id: {0} for entry in message.entries} == report.failed
     system.finish(message, report)
     system.half.request_finished("first")
     while system.half.has_pending_work:

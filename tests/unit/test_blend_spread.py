@@ -18,7 +18,7 @@ from kvtier.blend.methods import METHODS
 from kvtier.blend.steps import finish
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_steps import BlendSteps, LostChunkError
-from kvtier.connectors.blend_worker import ChunkBlender
+from kvtier.connectors.blend_worker import ChunkBlender, Ranks
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.chunk_rows import ArenaReads
 from kvtier.connectors.messages import BlendJob, ScheduledRequest, StepMessage, WorkerReport
@@ -185,14 +185,8 @@ def test_what_nobody_wants_ends_in_the_next_step(make: Callable[[int], System], 
     system = make(5)
     job, _, block_ids = begun(system)
     answers = {"another rank": iter([True, True, True, False])}.get(why)
-    blender = ChunkBlender(
-        system.model,
-        system.memory,
-        METHODS,
-        block_tokens=BLOCK,
-        block_bytes=BLOCK_BYTES,
-        agree=bool if answers is None else lambda ready: ready and next(answers),
-    )
+    ranks = Ranks(2, bool if answers is None else lambda ready: ready and next(answers))
+    blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=ranks)
     steps = system.steps(blender)
     report = WorkerReport()
     for jobs in ([job], []):
@@ -230,13 +224,16 @@ def test_one_that_is_abandoned_as_it_is_ordered_ends(make: Callable[[int], Syste
     ended(system, report, failed=True)
 
 
-def test_an_error_in_a_later_share_fails_it(make: Callable[[int], System], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one in the first does."""
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_error_in_a_later_share_fails_it(make: Callable[[int], System], monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
+    """As one in the first does. Where others compute it too this worker ends."""
     system = make(5)
     job, _, block_ids = begun(system)
     report = WorkerReport()
     errors: list[int] = []
-    steps = BlendSteps(system.blender, lambda: errors.append(1))
+    ranks = Ranks(num_ranks)
+    blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=ranks)
+    steps = BlendSteps(blender, lambda: errors.append(1))
     steps.attach(system.arena, "")
     steps.blend([job], set(), report, share_tokens=5)
 
@@ -245,7 +242,12 @@ def test_an_error_in_a_later_share_fails_it(make: Callable[[int], System], monke
 
     monkeypatch.setattr(system.model, "finish", fail)
     monkeypatch.setattr(system.model, "project", fail)
-    assert set(block_ids[: job.end // BLOCK]) == steps.blend([], set(), report, share_tokens=5)
+    if num_ranks > 1:
+        with pytest.raises(SystemExit):
+            steps.blend([], set(), report, share_tokens=5)
+        report.done[job.job_id], report.failed[job.job_id] = 1, {0}
+    else:
+        assert set(block_ids[: job.end // BLOCK]) == steps.blend([], set(), report, share_tokens=5)
     assert [1] == errors
     ended(system, report, failed=True)
 
@@ -264,7 +266,7 @@ def test_a_copy_that_fails_at_the_end_of_a_share_is_told_to_all(make: Callable[[
         raise RuntimeError("injected: a copy failed")
 
     errors: list[int] = []
-    blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, agree=agree)
+    blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2, agree))
     steps = BlendSteps(blender, lambda: errors.append(1))
     steps.attach(system.arena, "")
     report = WorkerReport()
@@ -305,7 +307,7 @@ def test_without_room_between_steps_it_is_done_in_one(make: Callable[[int], Syst
             asked.append(ready)
             return ready and next(answers)  # type: ignore[call-overload]
 
-        blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, agree=agree)
+        blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2, agree))
         room = replace(blender._room_for(len(job.token_ids)), is_lasting=own)
         monkeypatch.setattr(blender, "_room_for", lambda _, room=room: room)
         report = WorkerReport()

@@ -131,6 +131,50 @@ def test_missing_order_is_seen(tmp_path: Path) -> None:
             read_deferred(device, reads, shape)
 
 
+class _Failing:
+    """Rows of which one copy cannot be begun, or is not waited for."""
+
+    def __init__(self, copier: CudaCopier, number: int, *, at_once: bool) -> None:
+        self._copier = copier
+        self._left = number
+        self._at_once = at_once
+        self.num_copies = 0
+
+    def read_pieces(self, to: Addresses, offsets: Ints, num_bytes: int) -> CopyEvent:
+        self.num_copies += 1
+        self._left -= 1
+        if not self._left and self._at_once:
+            raise RuntimeError("injected")
+        event = self._copier.read_pieces(to, offsets, num_bytes)
+        if not self._left:
+            event.order_compute = self._fail  # type: ignore[method-assign]
+        return event
+
+    def place_rows(self, place: RowPlacement, *, pairs: Pairs, storage: Storage) -> None:
+        raise AssertionError
+
+    def _fail(self) -> None:
+        raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_copy_that_fails_is_told_when_nobody_waits(tmp_path: Path, number: int, at_once: bool) -> None:
+    """Layers are given as if nothing was, since other ranks compute them too; nothing more is copied, and the error comes with the end."""
+    shape = RowShape(6, 1, 4, 8, torch.float16)
+    with filled_arena(tmp_path) as arena:
+        device = SimulatedCuda()
+        mover = _Failing(copier_of(device, arena), number, at_once=at_once)
+        reads = DeviceReads(mover, shape, [1, 5], CPU)
+        for index in range(6):
+            assert (2, *shape.of_layer) == reads.layer(index).shape
+        for tell in (reads.rest, reads.end):
+            with pytest.raises(RuntimeError, match="injected"):
+                tell()
+        device.finish()
+        assert (number if at_once else max(LAYERS_AHEAD + 1, min(6, number + LAYERS_AHEAD))) == mover.num_copies
+
+
 @pytest.mark.parametrize(("offset", "num_bytes"), [(-1, 8), (NUM_SLOTS * PAGE_BYTES - 7, 8), (0, -1)])
 def test_pieces_outside_of_the_arena(tmp_path: Path, offset: int, num_bytes: int) -> None:
     """Are an error before anything is submitted."""

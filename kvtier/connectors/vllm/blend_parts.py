@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 from kvtier.blend.methods import methods_with
 from kvtier.blend.transformers_models import check_family, frequencies_of
 from kvtier.config import BlendConfig, Config
-from kvtier.connectors.blend_worker import ChunkBlender
+from kvtier.connectors.blend_worker import ChunkBlender, Ranks
 from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.vllm.blend_model import EngineModel
 from kvtier.connectors.vllm.drafters import drafter_of
@@ -57,7 +57,7 @@ def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig) -> Chunk
             block_tokens=sizes.block_tokens,
             block_bytes=sizes.part_bytes,
             part_offset=get_tp_group().rank_in_group * sizes.part_bytes,
-            agree=_all_ranks,
+            ranks=Ranks(get_tp_group().world_size, _all_ranks),
         )
     except (BlendRefusedError, ValueError) as error:
         _LOG.warning("kvtier: chunks are not reused: %s", error)
