@@ -21,10 +21,8 @@ from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import Steps, finish
 from kvtier.errors import BlendRefusedError, RefusalReason
 
-MOST_ASKING = 256
-"""tokens that nobody has may be computed to find out what the question looks at"""
-MOST_ASKING_SHARE = 8
-"""or one for so many tokens of chunks, where that is more"""
+MOST_ASKING = 64
+"""tokens that nobody has are computed to find out what the question looks at, the last ones"""
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ class _Prompt:
         """Of many tokens that nobody has only the last ones ask, as if the others were not there: they are computed once more for it."""
         model, layout = self._model, self.layout
         fresh = self._fresh.nonzero()[:, 0]
-        num_absent = max(0, len(fresh) - max(MOST_ASKING, len(self.candidates) // MOST_ASKING_SHARE))
+        num_absent = max(0, len(fresh) - MOST_ASKING)
         rows = start(model, self._tokens, fresh[num_absent:])
         asks = rows.positions >= layout.question[0]
         mask = attention_mask(rows.positions[asks], layout.num_tokens)

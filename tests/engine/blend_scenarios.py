@@ -110,7 +110,10 @@ class Asker:
 
 
 def blended(llm: Any, settings: Result) -> Result:
-    """All kinds of layouts at one ratio, alone and together, bad requests, aborts, and ordinary requests in between."""
+    """All kinds of layouts at one ratio, alone and together, bad requests, aborts, and ordinary requests in between.
+
+    ``num_cases``: of the layouts only so many. vLLM alone is not asked twice.
+    """
     asker = Asker(llm)
     with_kvtier = "kvtier" in settings
     ratio = settings.get("ratio", 1.0)
@@ -124,10 +127,12 @@ def blended(llm: Any, settings: Result) -> Result:
         cases.append((ids[: spans[-1][1]], spans))
     documents = asker.documents
     cases.append((documents[3], [[0, len(documents[3])]]))
+    cases = cases[: settings.get("num_cases")]
     options = [{"blend": {"spans": spans, "ratio": ratio, "method": METHODS[index % 6]}} for index, (_, spans) in enumerate(cases)]
     asked = [(ids, {**option, "store": False} if with_kvtier else None) for (ids, _), option in zip(cases, options, strict=True)]
     out["alone"] = [asker.one(*item) for item in asked]
-    out["again"] = [asker.one(*item) for item in asked]
+    if with_kvtier:
+        out["again"] = [asker.one(*item) for item in asked]
     out["unnamed"] = unnamed(asker, cases[1][0], ratio if with_kvtier else None)
     plain = [(asker.prompt([number, 1], 20 + number)[0], None) for number in range(4)]
     llm.reset_prefix_cache()
@@ -140,8 +145,8 @@ def blended(llm: Any, settings: Result) -> Result:
         ids, spans = cases[2]
         out["kept"] = [asker.one(ids, {"blend": {"spans": spans, "min_margin": MARGINS["unsure"]}}) for _ in range(2)]
         out["num_kept_tokens"] = len(ids)
-    out["afterwards"] = [asker.one(ids) for ids, _ in asked]
     if with_kvtier:
+        out["afterwards"] = [asker.one(ids) for ids, _ in asked]
         out["refused"] = {name: asker.one(cases[0][0], {"blend": bad, "load": True, "store": False}) for name, bad in REFUSED.items()}
         abort_blended(asker, asked)
         out["after_abort"] = [asker.one(ids) for ids, _ in asked[:2]]

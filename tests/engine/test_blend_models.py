@@ -244,7 +244,7 @@ def looked_at(ids: list[int], spans: list[Span], num_asking: int) -> torch.Tenso
 
 
 def test_of_many_tokens_only_the_last_ones_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others are not computed for it, and it is as if they were not there. Chunks that are longer are worth more of them."""
+    """The others are not computed for it, and it is as if they were not there."""
     monkeypatch.setattr(blender, "MOST_ASKING", 8)
     spans = [Span(0, 40), Span(50, 90)]
     ids = [*tokens(2, 40), *tokens(9, 10), *tokens(3, 40), *tokens(77, 30)]
@@ -256,9 +256,9 @@ def test_of_many_tokens_only_the_last_ones_ask(monkeypatch: pytest.MonkeyPatch) 
         different += [] if torch.equal(expected, changed) else [place]
     assert [*range(112, 120)] == different
     torch.testing.assert_close(expected, looked_at(ids, spans, 8))
-    monkeypatch.setattr(blender, "MOST_ASKING_SHARE", 2)
+    monkeypatch.setattr(blender, "MOST_ASKING", 40)
     every, num_token_layers = asked_by(ids, spans)
-    assert 20 * NUM_LAYERS == num_token_layers
+    assert 40 * NUM_LAYERS == num_token_layers
     assert not torch.allclose(expected, every, rtol=0.01)
 
 

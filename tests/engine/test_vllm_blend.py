@@ -93,7 +93,7 @@ def test_nothing_computed_anew_harms_nobody_else(alone: Result) -> None:
 def test_off_unless_switched_on(alone: Result) -> None:
     """Without ``blend.enabled`` requests that ask are refused, counted, and served as any other."""
     assert "vllm.model_executor.models.llama" == alone["model"], "vLLM alone, where kvtier is installed"
-    result = run("blended", kvtier=host(), engine=CACHING)
+    result = run("blended", kvtier=host(), engine=CACHING, num_cases=4)
     for name in ("alone", "again", "mixed", "others", "afterwards", "sure", "unsure", "after_abort"):
         assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
     assert {"off"} == {answer["loaded"]["blend"]["refused"] for answer in result["alone"]}
