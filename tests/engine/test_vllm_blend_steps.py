@@ -29,7 +29,9 @@ SERVING = ("step", "step", "step", "switch", "preempt", "abort", "reset all")
 
 
 class NumberBlender:
-    """Writes what the forward pass would have written, and a little more; or ends in another way."""
+    """Writes what the forward pass would have written, and a little more; or ends in another way. Alone: nobody computes with it."""
+
+    has_left_others = False
 
     def __init__(self) -> None:
         self.rig: Rig | None = None
