@@ -11,7 +11,7 @@ import torch
 from kvtier.blend.methods import METHODS
 from kvtier.connectors.blend_steps import BlendSteps
 from kvtier.connectors.blend_worker import ChunkBlender, Ranks
-from kvtier.connectors.messages import ScheduledRequest, WorkerReport
+from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
 from tests.unit.blend_system import BLOCK, BLOCK_BYTES, CAN_BLEND, SYSTEM, System, begun_blend, document, joined
 
 
@@ -28,6 +28,17 @@ def agreeing(system: System, asked: list[bool], answer: bool | None = None) -> C
         return ready if answer is None else answer
 
     return ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2, agree))
+
+
+def ordered_chunk(system: System) -> StepMessage:
+    """The step that computes one of the two chunks of a prompt, to store it."""
+    tokens, spans = joined([document(number, 8) for number in range(2)], SYSTEM, [1, 2])
+    system.add("first", tokens, spans=spans)
+    system.half.match("first", len(tokens), 0)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("first", block_ids, 0)
+    system.step([ScheduledRequest("first", block_ids, len(tokens))])
+    return system.half.build_step([])
 
 
 def run_out(*_: object, **__: object) -> None:
@@ -69,13 +80,7 @@ def test_ranks_agree_before_they_compute(system: System, case: str, monkeypatch:
 @pytest.mark.parametrize("case", ["fine", "no arena", "no memory", "another rank cannot"])
 def test_ranks_agree_before_they_compute_a_chunk(system: System, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for chunks that are stored."""
-    tokens, spans = joined([document(number, 8) for number in range(2)], SYSTEM, [1, 2])
-    system.add("first", tokens, spans=spans)
-    system.half.match("first", len(tokens), 0)
-    block_ids = system.blocks(len(tokens))
-    system.half.allocated("first", block_ids, 0)
-    system.step([ScheduledRequest("first", block_ids, len(tokens))])
-    message = system.half.build_step([])
+    message = ordered_chunk(system)
     assert 1 == len(message.entries)
     asked: list[bool] = []
     steps = system.steps(agreeing(system, asked, False if case == "another rank cannot" else None))
@@ -128,13 +133,7 @@ def test_who_breaks_off_what_others_compute_ends_the_engine(
 
 def test_who_breaks_off_a_chunk_ends_the_engine(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for chunks that are computed to be stored; not for what each rank copies by itself."""
-    tokens, spans = joined([document(number, 8) for number in range(2)], SYSTEM, [1, 2])
-    system.add("first", tokens, spans=spans)
-    system.half.match("first", len(tokens), 0)
-    block_ids = system.blocks(len(tokens))
-    system.half.allocated("first", block_ids, 0)
-    system.step([ScheduledRequest("first", block_ids, len(tokens))])
-    message = system.half.build_step([])
+    message = ordered_chunk(system)
     blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2))
     steps = system.steps(blender)
     for place, is_shared in (("finish", True), ("_fill", False)):
