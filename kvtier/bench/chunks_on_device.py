@@ -6,7 +6,7 @@ import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,11 +17,14 @@ from kvtier.blend.chunks import anchor_of
 from kvtier.blend.finding import ChunkSpace, Span
 from kvtier.blend.layout import Placement, PromptLayout, lay_out
 from kvtier.blend.methods import METHODS
-from kvtier.blend.model import TokenKV
-from kvtier.blend.prefill import Rows, advance, attend, causal_groups, start
+from kvtier.blend.model import LayerKV, TokenKV
+from kvtier.blend.prefill import CausalGroups, Rows, advance, attend, start
+from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import finish
 from kvtier.blend.transformers_models import TransformersModel
+from kvtier.connectors.blend_memory import blend_bytes
 from kvtier.connectors.blend_worker import ChunkBlender
+from kvtier.connectors.chunk_rows import RowShape
 from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob, Recompute
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_copier import ArenaPlace
@@ -54,13 +57,12 @@ class _Memory:
         layers, heads, _, head_dim = self.kv.keys.shape
         return layers, heads, head_dim
 
-    def read(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
-        return self.kv.part(first, end).clone()
+    def read(self, layer: int, first: int, end: int, block_ids: torch.Tensor) -> LayerKV:
+        return LayerKV(self.kv.keys[layer][:, first:end].clone(), self.kv.values[layer][:, first:end].clone())
 
-    def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
-        part = self.kv.part(first_token, first_token + kv.num_tokens)
-        part.keys.copy_(kv.keys)
-        part.values.copy_(kv.values)
+    def write(self, layer: int, kv: LayerKV, first: int, block_ids: torch.Tensor) -> None:
+        end = first + kv.keys.shape[1]
+        self.kv.keys[layer][:, first:end], self.kv.values[layer][:, first:end] = kv
 
 
 class ChunksOnDevice:
@@ -144,6 +146,24 @@ class ChunksOnDevice:
             share = statistics.median(seconds) / statistics.median(computed)
             yield Record(f"of computing, {name}", more, share, "ratio", 0.0, LIMIT, share / LIMIT)
 
+    def taken(self) -> Iterator[Record]:
+        """What a blend takes of a CUDA device's memory beside the engine's blocks, and as its limit what the worker asks for."""
+        model, device = self._model, self._device
+        layers, heads, head_dim = self.memory.row_shape
+        shape = RowShape(layers, heads, BLOCK_TOKENS, head_dim, self.memory.dtype)
+        for name in ("combined", "cacheblend"):
+            ids, layout = self.prompt()
+            asked = blend_bytes(model, shape, layout, METHODS[name]().asks(layers), FixedRatio(RATIO), self._blender.kept_bytes)
+            before = torch.cuda.memory_allocated(device)
+            shares = self._blender.blend(self._job(ids, layout, name, RATIO), self._arena, self.rows)
+            next(shares)
+            shares.send(1)  # it has asked for the memory, and given it back
+            torch.cuda.reset_peak_memory_stats(device)
+            finish(shares)
+            taken = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+            limit = asked / 1e9
+            yield Record(f"device memory of a blend, {name}", {"tokens": self._num_tokens}, taken, "GB", 0.0, limit, taken / limit)
+
     def loading(self, rounds: int) -> Record:
         """The chunks to the device and nothing else."""
         ids, layout = self.prompt()
@@ -178,7 +198,7 @@ class ChunksOnDevice:
         queries = torch.randn(heads, len(positions), head_dim, dtype=self.memory.dtype, device=self._device)
         keys, values = self.memory.kv.keys[0], self.memory.kv.values[0]
         for group_rows in GROUP_ROWS:
-            groups = causal_groups(positions, queries.dtype, group_rows)
+            groups = CausalGroups(positions, queries.dtype, group_rows)
             work = [
                 self._timed(lambda groups=groups: attend(queries, keys, values, groups, self._model.scale))  # type: ignore[misc]
                 for _ in range(rounds + 1)

@@ -75,5 +75,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         bench.check()
         records = [*bench.first_tokens(args.rounds), bench.loading(args.rounds), bench.storing(args.rounds), *bench.attention(args.rounds)]
+        if device.type == "cuda":
+            records += bench.taken()
     publish("kvtier bench gpu-chunks", records, args.json)
     return 0

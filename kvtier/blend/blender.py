@@ -14,9 +14,9 @@ from kvtier.blend.entries import empty_kv
 from kvtier.blend.layout import PromptLayout
 from kvtier.blend.mean_shift import MeanShift
 from kvtier.blend.methods.base import Asks, Evidence, Selection, SelectionMethod
-from kvtier.blend.model import BlendModel, Projected, TokenKV
+from kvtier.blend.model import BlendModel, LayerKV, Projected, TokenKV
 from kvtier.blend.placing import ChunkSource, PromptKV
-from kvtier.blend.prefill import LayerHook, Rows, advance, attention_mask, mean_attention, start
+from kvtier.blend.prefill import LayerHook, Rows, advance, attention_mask, mean_attention, project, start
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import Steps, finish
 from kvtier.errors import BlendRefusedError, RefusalReason
@@ -26,17 +26,43 @@ MOST_ASKING = 64
 
 
 @dataclass(frozen=True)
-class Blended:
-    """A prompt that is ready to be answered."""
+class Outcome:
+    """What came of blending a prompt."""
 
-    kv: TokenKV
-    """of the whole prompt; depends on all of it, so it must never be kept under a prefix's keys"""
     logits: torch.Tensor | None
     """behind the prompt's last token: ``[vocabulary]``, fp32; ``None`` where nobody needs them"""
     num_chosen: int
     """tokens of chunks that were computed anew"""
     num_token_layers: int
     """layers computed, summed over tokens, what the method asked for included; full prefill: tokens x layers"""
+
+
+@dataclass(frozen=True)
+class Blended(Outcome):
+    """A prompt that is ready to be answered."""
+
+    kv: TokenKV
+    """of the whole prompt; depends on all of it, so it must never be kept under a prefix's keys"""
+
+
+class _WholeKV:
+    """All of a prompt's KV as tensors, as :class:`~kvtier.blend.placing.KVMemory` says."""
+
+    def __init__(self, model: BlendModel, num_tokens: int, prefix: TokenKV | None, device: torch.device) -> None:
+        first = torch.zeros(1, dtype=torch.long, device=device)
+        self.kv = empty_kv(model, num_tokens, model.project(0, model.embed(first), first).keys)
+        self.num_tokens = num_tokens
+        self.row_shape = (self.kv.keys.shape[0], self.kv.keys.shape[1], self.kv.keys.shape[3])
+        self.dtype = self.kv.keys.dtype
+        if prefix is not None:
+            self.kv.keys[:, :, : prefix.num_tokens] = prefix.keys
+            self.kv.values[:, :, : prefix.num_tokens] = prefix.values
+
+    def read(self, layer: int, num_tokens: int) -> LayerKV:
+        return LayerKV(self.kv.keys[layer][:, :num_tokens], self.kv.values[layer][:, :num_tokens])
+
+    def write(self, layer: int, kv: LayerKV) -> None:
+        self.kv.keys[layer], self.kv.values[layer] = kv
 
 
 @torch.no_grad()
@@ -52,25 +78,56 @@ def blend(  # noqa: PLR0913 - by keyword
     end: int | None = None,
     needs_logits: bool = True,
 ) -> Steps[Blended]:
+    """:func:`blend_into` memory of its own.
+
+    Args:
+        prefix: the KV of the layout's prefix
+
+    Raises:
+        BlendRefusedError: as it does.
+        ValueError: as it does; the prefix has another length than the layout says.
+    """
+    num_prefix = 0 if prefix is None else prefix.num_tokens
+    if num_prefix != layout.num_prefix_tokens:
+        raise ValueError(f"a prefix of {num_prefix} tokens, of the layout {layout.num_prefix_tokens}")
+    memory = _WholeKV(model, layout.num_tokens, prefix, model.device)
+    kv = PromptKV(memory, layout, source, model)
+    made = yield from blend_into(kv, model, token_ids, layout, source, method, ratio, end=end, needs_logits=needs_logits)
+    kv.finish()
+    return Blended(**vars(made), kv=memory.kv)
+
+
+@torch.no_grad()
+def blend_into(  # noqa: PLR0913 - by keyword
+    kv: PromptKV,
+    model: BlendModel,
+    token_ids: Sequence[int],
+    layout: PromptLayout,
+    source: ChunkSource,
+    method: SelectionMethod,
+    ratio: FixedRatio,
+    *,
+    end: int | None = None,
+    needs_logits: bool = True,
+) -> Steps[Outcome]:
     """Blends a prompt, in steps; :func:`kvtier.blend.steps.finish` does all of them.
 
     Args:
-        source: the KV of the layout's chunks
-        prefix: the KV of the layout's prefix
+        kv: the prompt's, of the same layout and source; still to be finished
         end: the position from which on somebody else computes the prompt: there is no KV of use from there on
         needs_logits: whether the rest behind ``end`` is computed nevertheless, all of it, for the logits
 
     Raises:
         BlendRefusedError: the source has another chunk than the layout puts there.
-        ValueError: prompt, layout, source and prefix differ in length.
+        ValueError: prompt, layout and source differ in length.
     """
-    _check(token_ids, layout, source, prefix)
+    _check(token_ids, layout, source)
     layout = _without_foreign_context(layout, source)
     end = layout.num_tokens if end is None else end
     reach = layout.num_tokens if needs_logits else end
-    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, source, prefix, range(end, reach))
+    prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, kv, range(end, reach))
     if len(prompt.candidates):
-        evidence = yield from prompt.found_out(method.asks(model.num_layers))
+        evidence = yield from prompt.found_out(method.asks(model.num_layers), Evidence(layout, source.contexts))
         selection = method.select(evidence, ratio)
     else:
         selection = Selection(prompt.candidates.bool())
@@ -78,9 +135,9 @@ def blend(  # noqa: PLR0913 - by keyword
     chosen[prompt.candidates[selection.chosen.to(model.device)]] = True
     chosen[end:] = False
     rows = yield from prompt.compute(chosen, selection, kv_only=not needs_logits)
-    prompt.fill(model.num_layers - 1)
+    kv.fill()
     logits = model.logits(rows.hidden[-1:])[0] if needs_logits else None
-    return Blended(prompt.kv, logits, int(chosen.sum()), prompt.num_token_layers)
+    return Outcome(logits, int(chosen.sum()), prompt.num_token_layers)
 
 
 def margin(logits: torch.Tensor) -> float:
@@ -110,21 +167,13 @@ def extend(model: BlendModel, kv: TokenKV, token_ids: Sequence[int]) -> tuple[To
 class _Prompt:
     """One prompt's state while it is blended."""
 
-    def __init__(
-        self,
-        model: BlendModel,
-        token_ids: torch.Tensor,
-        layout: PromptLayout,
-        source: ChunkSource,
-        prefix: TokenKV | None,
-        rest: range,
-    ) -> None:
+    def __init__(self, model: BlendModel, token_ids: torch.Tensor, layout: PromptLayout, kv: PromptKV, rest: range) -> None:
         """``rest``: what is computed only for what comes out of it; behind it nothing is."""
         self.layout = layout
         self.num_token_layers = 0
         self._model = model
         self._tokens = token_ids
-        self._source = source
+        self._kv = kv
         device = token_ids.device
         self.candidates = torch.tensor(layout.candidates, dtype=torch.long, device=device)
         self._fresh = torch.zeros(layout.num_tokens, dtype=torch.bool, device=device)
@@ -136,38 +185,20 @@ class _Prompt:
         self._wanted = torch.ones(layout.num_tokens, dtype=torch.bool, device=device)
         self._wanted[rest.stop :] = False
         self._fresh[rest.start : rest.stop] = True
-        first = model.project(0, model.embed(token_ids[:1]), torch.zeros(1, dtype=torch.long, device=device))
-        self.kv = empty_kv(model, layout.num_tokens, first.keys)
-        if prefix is not None:
-            self.kv.keys[:, :, : prefix.num_tokens] = prefix.keys
-            self.kv.values[:, :, : prefix.num_tokens] = prefix.values
-        self.fill = PromptKV(self.kv, layout, source, model.rotary).fill
         self._begun: Rows | None = None
 
     def _advance(self, rows: Rows, end_layer: int | None = None, hook: LayerHook | None = None, *, kv_only: bool = False) -> Steps[None]:
         end = self._model.num_layers if end_layer is None else end_layer
         self.num_token_layers += len(rows.positions) * (end - rows.next_layer)
-        return advance(self._model, rows, self.kv, self._writable, end_layer=end, hook=self._filling(hook), kv_only=kv_only)
-
-    def _filling(self, hook: LayerHook | None) -> LayerHook:
-        """A hook that puts the chunks in place in a layer before ``hook`` sees it; the rows' projections need none of them."""
-
-        def fill(layer: int, projected: Projected) -> None:
-            self.fill(layer)
-            if hook is not None:
-                hook(layer, projected)
-
-        return fill
+        return advance(self._model, rows, self._kv, self._writable, end_layer=end, hook=hook, kv_only=kv_only)
 
     def compute(self, chosen: torch.Tensor, selection: Selection, *, kv_only: bool) -> Steps[Rows]:
         """Computes what was chosen, and all that nobody has. The rows that were computed."""
         rows = self._rows_of(chosen)
         if not len(rows.positions):
             return rows
-        hook = None
-        if selection.shift_weight:
-            hook = MeanShift(self.kv, self.layout, rows.positions, chosen, selection.shift_weight)
-        yield from self._advance(rows, hook=hook, kv_only=kv_only)
+        shift = MeanShift(self.layout, rows.positions, chosen, selection.shift_weight) if selection.shift_weight else None
+        yield from self._advance(rows, hook=shift, kv_only=kv_only)
         return rows
 
     def _rows_of(self, chosen: torch.Tensor) -> Rows:
@@ -177,9 +208,8 @@ class _Prompt:
             return self._begun.narrow(wanted)
         return start(self._model, self._tokens, wanted.nonzero()[:, 0])
 
-    def found_out(self, asks: Asks) -> Steps[Evidence]:
-        """What a method asks."""
-        evidence = Evidence(self.layout, self._source.contexts)
+    def found_out(self, asks: Asks, evidence: Evidence) -> Steps[Evidence]:
+        """The evidence with what a method asks."""
         if asks.attention_layers:
             attention = yield from self._question_attention(asks.attention_layers)
             evidence = replace(evidence, question_attention=attention)
@@ -193,10 +223,10 @@ class _Prompt:
         known[self.candidates] = True
         self._begun = start(self._model, self._tokens, known.nonzero()[:, 0])
         yield from self._advance(self._begun, end_layer=layer)
-        self.fill(layer)
         is_candidate = torch.isin(self._begun.positions, self.candidates)
-        projected = self._model.project(layer, self._begun.hidden[is_candidate], self._begun.positions[is_candidate])
-        difference = (projected.values - self.kv.values[layer][:, self.candidates]).float()
+        values = project(self._model, layer, self._begun.hidden[is_candidate], self._begun.positions[is_candidate]).values
+        with self._kv.opened(layer) as kv:
+            difference = (values - kv.values[:, self.candidates]).float()
         return self._model.mean_over_ranks(difference.square().sum((0, 2)))
 
     def _question_attention(self, layers: range) -> Steps[torch.Tensor]:
@@ -213,10 +243,10 @@ class _Prompt:
             mask &= ~rows.absent
         total = torch.zeros(layout.num_tokens, device=self._tokens.device)
 
-        def look(layer: int, projected: Projected) -> None:
+        def look(layer: int, projected: Projected, kv: LayerKV) -> None:
             if layer not in layers:
                 return
-            keys = self.kv.keys[layer].clone()
+            keys = kv.keys.clone()
             keys[:, rows.positions] = projected.keys
             total.add_(mean_attention(projected.queries[:, asks], keys, mask, model.scale) / len(layers))
 
@@ -231,12 +261,11 @@ def _without_foreign_context(layout: PromptLayout, source: ChunkSource) -> Promp
     return replace(layout, placements=placements)
 
 
-def _check(token_ids: Sequence[int], layout: PromptLayout, source: ChunkSource, prefix: TokenKV | None) -> None:
-    num_prefix = 0 if prefix is None else prefix.num_tokens
-    given = (len(token_ids), len(source.chunks), num_prefix)
-    wanted = (layout.num_tokens, len(layout.placements), layout.num_prefix_tokens)
+def _check(token_ids: Sequence[int], layout: PromptLayout, source: ChunkSource) -> None:
+    given = (len(token_ids), len(source.chunks))
+    wanted = (layout.num_tokens, len(layout.placements))
     if given != wanted:
-        raise ValueError(f"tokens, chunks and prefix tokens are {given}, of the layout {wanted}")
+        raise ValueError(f"tokens and chunks are {given}, of the layout {wanted}")
     for placement, chunk in zip(layout.placements, source.chunks, strict=True):
         if chunk != placement.chunk:
             text = f"the KV of chunk {chunk.key.hex()} for token {placement.start}, where chunk {placement.chunk.key.hex()} lies"

@@ -9,7 +9,7 @@ import torch
 
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.layout import PromptLayout
-from kvtier.blend.model import BlendModel, Projected, TokenKV
+from kvtier.blend.model import BlendModel, LayerKV, Projected, TokenKV
 from kvtier.blend.prefill import Rows, advance, attention_mask, attention_weights, start
 from kvtier.blend.steps import Steps, finish
 from kvtier.types import BlockKey
@@ -112,7 +112,7 @@ class _Looked:
         self._mask = attention_mask(torch.arange(layout.num_tokens, device=model.device), layout.num_tokens)
         self._total = torch.zeros(layout.num_tokens, len(layout.placements), device=model.device)
 
-    def __call__(self, _: int, projected: Projected) -> None:
+    def __call__(self, _: int, projected: Projected, _kv: LayerKV) -> None:
         """Before the layer's KV is written."""
         weights = attention_weights(projected.queries, projected.keys, self._mask, self._model.scale)
         for index, placement in enumerate(self._placements):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from kvtier.blend.layout import Placement, PromptLayout
-from kvtier.blend.model import Projected, TokenKV
+from kvtier.blend.model import LayerKV, Projected
 
 MIN_CHUNK_TOKENS = 100
 """shorter chunks are left alone"""
@@ -21,9 +21,8 @@ MIN_CHOSEN_TOKENS = 4
 class MeanShift:
     """The correction of one prompt. A hook of :func:`kvtier.blend.prefill.advance`."""
 
-    def __init__(self, kv: TokenKV, layout: PromptLayout, positions: torch.Tensor, chosen: torch.Tensor, weight: float) -> None:
+    def __init__(self, layout: PromptLayout, positions: torch.Tensor, chosen: torch.Tensor, weight: float) -> None:
         """``positions`` are those being computed; ``chosen`` is a mask over the prompt of those among them that belong to chunks."""
-        self._kv = kv
         self._weight = weight
         found = [parts for at in layout.placements if (parts := _divide(at, positions, chosen)) is not None]
         self._is_empty = not found
@@ -35,11 +34,11 @@ class MeanShift:
             self._member, self._counts = member.float(), member.sum(1, keepdim=True)
             """``[chunks, computed tokens]`` and how many there are: values of tokens become means of chunks by one product"""
 
-    def __call__(self, layer: int, projected: Projected) -> None:
+    def __call__(self, _: int, projected: Projected, kv: LayerKV) -> None:
         """Before the layer's new KV is written."""
         if self._is_empty:
             return
-        for new, old in ((projected.keys, self._kv.keys[layer]), (projected.values, self._kv.values[layer])):
+        for new, old in ((projected.keys, kv.keys), (projected.values, kv.values)):
             change = (new[:, self._rows] - old[:, self._computed]).float()
             mean = self._member @ change / self._counts
             power = self._member @ change.square().sum(2, keepdim=True) / self._counts

@@ -5,6 +5,8 @@ Tensors of tokens have no batch dimension: one prompt at a time. Positions are t
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -23,10 +25,23 @@ class Projected(NamedTuple):
     values: torch.Tensor
 
 
+class LayerKV(NamedTuple):
+    """Keys and values of consecutive tokens in one layer: ``[num_kv_heads, num_tokens, head_dim]`` each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 class BlendModel(Protocol):
     """A decoder whose layers can be computed for any tokens of a prompt. Implementations hold no state of a prompt."""
 
     num_layers: int
+    max_rows: int
+    """tokens that are computed together at most, which bounds the memory for what lies inside of a layer"""
+    row_size: int
+    """elements of a token's hidden state or queries, whichever are more"""
+    inner_size: int
+    """elements that a token has inside of a layer at once, at most"""
     scale: float
     """of the products of queries and keys before the softmax"""
     rotary: Rotary
@@ -92,6 +107,11 @@ class TokenKV:
     def num_tokens(self) -> int:
         """How many tokens."""
         return self.keys.shape[2]
+
+    @contextlib.contextmanager
+    def opened(self, layer: int) -> Iterator[LayerKV]:
+        """A view of one layer."""
+        yield LayerKV(self.keys[layer], self.values[layer])
 
     def part(self, start: int, end: int) -> TokenKV:
         """A view of tokens ``[start, end)``."""

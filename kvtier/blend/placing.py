@@ -1,12 +1,13 @@
-"""The KV of a prompt, filled layer by layer: chunks' keys and values are brought to their places when a layer is first needed.
+"""The KV of a prompt, a layer at a time: chunks' keys and values are brought to their places when a layer is first needed.
 
 So the layers behind can still be on their way while the first ones are computed. Keys are moved by one fp32 rotation as they are placed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.entries import ChunkEntry, Context
 from kvtier.blend.layout import PromptLayout
-from kvtier.blend.model import Rotary, TokenKV
+from kvtier.blend.model import BlendModel, LayerKV, Rotary
 from kvtier.copy.rope import shift_table
 
 
@@ -36,7 +37,7 @@ class ChunkSource(Protocol):
         """In which row of a layer each chunk's first token lies; the others follow it."""
         ...
 
-    def place(self, layer: int, plan: PlacementPlan, target: TokenKV) -> None:
+    def place(self, layer: int, plan: PlacementPlan, target: LayerKV) -> None:
         """Puts the chunks into a layer of the prompt. Asked for once for each layer, in order."""
         ...
 
@@ -50,10 +51,10 @@ class EntrySource:
         self.contexts = [entry.context for entry in entries]
         self.first_rows = [sum(entry.kv.num_tokens for entry in entries[:index]) for index in range(len(entries))]
 
-    def place(self, layer: int, plan: PlacementPlan, target: TokenKV) -> None:
+    def place(self, layer: int, plan: PlacementPlan, target: LayerKV) -> None:
         """As :class:`ChunkSource` says."""
         keys = torch.cat([entry.kv.keys[layer] for entry in self._entries], 1)
-        plan.place(keys, torch.cat([entry.kv.values[layer] for entry in self._entries], 1), layer, target)
+        plan.place(keys, torch.cat([entry.kv.values[layer] for entry in self._entries], 1), target)
 
 
 class PlacementPlan:
@@ -84,34 +85,98 @@ class PlacementPlan:
     def _turns_of_tokens(self) -> torch.Tensor:
         return self.table[self.turns]
 
-    def place(self, keys: torch.Tensor, values: torch.Tensor, layer: int, target: TokenKV) -> None:
+    def place(self, keys: torch.Tensor, values: torch.Tensor, target: LayerKV) -> None:
         """Puts rows ``[num_kv_heads, rows, head_dim]`` of a layer into the prompt's."""
         moving, staying = slice(0, self.num_moving), slice(self.num_moving, None)
-        target.values[layer].index_copy_(1, self.positions, values.index_select(1, self.rows))
+        target.values.index_copy_(1, self.positions, values.index_select(1, self.rows))
         turned = self.rotary.turn(keys.index_select(1, self.rows[moving]), self._turns_of_tokens)
-        target.keys[layer].index_copy_(1, self.positions[moving], turned)
-        target.keys[layer].index_copy_(1, self.positions[staying], keys.index_select(1, self.rows[staying]))
+        target.keys.index_copy_(1, self.positions[moving], turned)
+        target.keys.index_copy_(1, self.positions[staying], keys.index_select(1, self.rows[staying]))
+
+
+class KVMemory(Protocol):
+    """Where the KV of a prompt's first tokens is kept: that of its prefix at first, that of all of them in the end."""
+
+    num_tokens: int
+    row_shape: tuple[int, int, int]
+    """``(layers, KV heads, head_dim)``"""
+    dtype: torch.dtype
+
+    def read(self, layer: int, num_tokens: int) -> LayerKV:
+        """The KV of so many of them in one layer, in memory of its own or a view; for reading."""
+        ...
+
+    def write(self, layer: int, kv: LayerKV) -> None:
+        """Keeps a layer of all of them but the prefix, which stays as it is. ``kv`` is of the whole prompt."""
+        ...
 
 
 class PromptKV:
-    """The KV of one prompt under construction.
+    """The KV of one prompt under construction: one layer at a time, those before it kept where they will be needed.
 
     Args:
-        kv: of the whole prompt, with the prefix in place and zeros elsewhere; filled here
+        memory: has the KV of the layout's prefix. Gets all of it in the end, and before it what does not stay here
+        source: the KV of the layout's chunks
+        kept_bytes: layers of so many bytes stay here
     """
 
-    def __init__(self, kv: TokenKV, layout: PromptLayout, source: ChunkSource, rotary: Rotary) -> None:
-        self.kv = kv
+    def __init__(self, memory: KVMemory, layout: PromptLayout, source: ChunkSource, model: BlendModel, kept_bytes: int = 0) -> None:
+        self._memory = memory
+        self._layout = layout
         self._source = source
-        self._plan = PlacementPlan(layout, source.first_rows, rotary, kv.keys.device)
-        self._num_filled = 0
+        self._plan = PlacementPlan(layout, source.first_rows, model.rotary, model.device)
+        self._num_placed = 0
+        self._kept: dict[int, LayerKV] = {}
+        self._most_kept = kept_bytes // layer_bytes(memory, layout.num_tokens)
 
-    def fill(self, layer: int) -> None:
-        """Returns when the chunks are in place in this layer and those before it, as far as the device's order of work goes."""
-        while self._num_filled <= layer:
+    @contextlib.contextmanager
+    def opened(self, layer: int) -> Iterator[LayerKV]:
+        """As :class:`kvtier.blend.prefill.KVLayers` says. For the first time they are opened in their order.
+
+        The chunks are in place as far as the device's order of work goes.
+        """
+        kv = self._kept.pop(layer, None) or self._begun(layer)
+        yield kv
+        if len(self._kept) < self._most_kept:
+            self._kept[layer] = kv
+        else:
+            self._memory.write(layer, kv)
+
+    def fill(self) -> None:
+        """Puts the chunks into place in the layers that nobody has opened."""
+        for layer in range(self._num_placed, self._memory.row_shape[0]):
+            with self.opened(layer):
+                pass
+
+    def finish(self) -> None:
+        """Puts into the memory what is still here."""
+        while self._kept:
+            self._memory.write(*self._kept.popitem())
+
+    def _begun(self, layer: int) -> LayerKV:
+        is_placed = layer < self._num_placed
+        kv = self._read(layer, self._memory.num_tokens if is_placed else self._layout.num_prefix_tokens)
+        if not is_placed:
             if len(self._plan.rows):
-                self._source.place(self._num_filled, self._plan, self.kv)
-            self._num_filled += 1
+                self._source.place(layer, self._plan, kv)
+            self._num_placed += 1
+        return kv
+
+    def _read(self, layer: int, num_tokens: int) -> LayerKV:
+        """A layer of the prompt with its first tokens in place and zeros elsewhere."""
+        _, num_heads, head_dim = self._memory.row_shape
+        size = (num_heads, self._layout.num_tokens, head_dim)
+        kv = LayerKV(*(torch.zeros(size, dtype=self._memory.dtype, device=self._plan.rows.device) for _ in range(2)))
+        if num_tokens:
+            for part, known in zip(kv, self._memory.read(layer, num_tokens), strict=True):
+                part[:, :num_tokens] = known
+        return kv
+
+
+def layer_bytes(memory: KVMemory, num_tokens: int) -> int:
+    """Of so many tokens' keys and values in one layer."""
+    _, num_heads, head_dim = memory.row_shape
+    return 2 * num_heads * head_dim * memory.dtype.itemsize * num_tokens
 
 
 def _joined(ranges: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:

@@ -5,13 +5,15 @@ The reference of every other implementation. With all tokens it is full prefill;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
-from kvtier.blend.model import BlendModel, Projected, TokenKV
+from kvtier.blend.model import BlendModel, LayerKV, Projected
 from kvtier.blend.steps import Steps
 
 GROUP_ROWS = {"cpu": 64}
@@ -19,11 +21,21 @@ GROUP_ROWS = {"cpu": 64}
 GROUP_ROWS_ELSEWHERE = 256
 """more where every call costs a launch"""
 
-MOST_WEIGHTS = 1 << 26
+MOST_WEIGHTS = 1 << 24
 """weights of attention that are in memory at once, where they are looked at: fp32, and three times as much while they are computed"""
+MOST_MASKED = 1 << 25
+"""elements of masks that are kept from layer to layer; more are made anew in each"""
 
-LayerHook = Callable[[int, Projected], None]
-"""told of each layer's projections before they are written: layer, projections of the rows"""
+LayerHook = Callable[[int, Projected, LayerKV], None]
+"""told of each layer's projections before they are written: layer, projections of the rows, the layer's KV"""
+
+
+class KVLayers(Protocol):
+    """The KV of a prompt's tokens, a layer at a time."""
+
+    def opened(self, layer: int) -> AbstractContextManager[LayerKV]:
+        """One layer, to be read and changed until the block is left."""
+        ...
 
 
 @dataclass
@@ -51,7 +63,7 @@ def start(model: BlendModel, token_ids: torch.Tensor, positions: torch.Tensor) -
 def advance(
     model: BlendModel,
     rows: Rows,
-    kv: TokenKV,
+    kv: KVLayers,
     writable: torch.Tensor,
     *,
     end_layer: int | None = None,
@@ -63,21 +75,54 @@ def advance(
     ``kv_only``: nobody needs what comes out of the last of these layers.
     """
     end = model.num_layers if end_layer is None else end_layer
-    written = writable[rows.positions]
-    targets = rows.positions[written]
-    groups = causal_groups(rows.positions, kv.keys.dtype, absent=rows.absent)
+    attention = _Attention(model, rows, kv, writable[rows.positions], hook)
     while rows.next_layer < end:
         layer = rows.next_layer
-        projected = model.project(layer, rows.hidden, rows.positions)
-        if hook is not None:
-            hook(layer, projected)
-        kv.keys[layer][:, targets] = projected.keys[:, written]
-        kv.values[layer][:, targets] = projected.values[:, written]
         rows.next_layer += 1
-        if not kv_only or rows.next_layer < end:
-            attended = attend(projected.queries, kv.keys[layer], kv.values[layer], groups, model.scale)
-            rows.hidden = model.finish(layer, rows.hidden, attended)
+        attended = attention.of_layer(layer, rows.hidden, needs_output=not kv_only or layer + 1 < end)
+        if attended is not None:
+            rows.hidden = _finish(model, layer, rows.hidden, attended)
         yield len(rows.positions)
+
+
+class _Attention:
+    """Of rows to a prompt's KV, which gets theirs where ``written`` (a mask over the rows) is true."""
+
+    def __init__(self, model: BlendModel, rows: Rows, kv: KVLayers, written: torch.Tensor, hook: LayerHook | None) -> None:
+        self._model = model
+        self._kv = kv
+        self._hook = hook
+        self._positions = rows.positions
+        self._written = written
+        self._targets = rows.positions[written]
+        self._groups = CausalGroups(rows.positions, rows.hidden.dtype, absent=rows.absent)
+
+    def of_layer(self, layer: int, hidden: torch.Tensor, *, needs_output: bool) -> torch.Tensor | None:
+        """What the rows with these hidden states see there; None where nobody needs it."""
+        projected = project(self._model, layer, hidden, self._positions)
+        with self._kv.opened(layer) as kv:
+            if self._hook is not None:
+                self._hook(layer, projected, kv)
+            kv.keys[:, self._targets] = projected.keys[:, self._written]
+            kv.values[:, self._targets] = projected.values[:, self._written]
+            return attend(projected.queries, kv.keys, kv.values, self._groups, self._model.scale) if needs_output else None
+
+
+def project(model: BlendModel, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
+    """The model's projections of any number of rows, as many at once as it computes together."""
+    if len(positions) <= model.max_rows:
+        return model.project(layer, hidden, positions)
+    pieces = zip(hidden.split(model.max_rows), positions.split(model.max_rows), strict=True)
+    return Projected(*(torch.cat(parts, 1) for parts in zip(*(model.project(layer, *piece) for piece in pieces), strict=True)))
+
+
+def _finish(model: BlendModel, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """The same of what follows attention. May write over ``hidden``."""
+    if len(hidden) <= model.max_rows:
+        return model.finish(layer, hidden, attended)
+    for piece, seen in zip(hidden.split(model.max_rows), attended.split(model.max_rows), strict=True):
+        piece.copy_(model.finish(layer, piece, seen))
+    return hidden
 
 
 def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -85,36 +130,46 @@ def attention_mask(positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.arange(num_tokens, device=positions.device)[None, :] <= positions[:, None]
 
 
-def causal_groups(
-    positions: torch.Tensor, dtype: torch.dtype, group_rows: int | None = None, absent: torch.Tensor | None = None
-) -> list[torch.Tensor]:
+class CausalGroups:
     """What each row may not look at, for attention in groups of neighbours: ``[rows, tokens up to the group's last]``, -inf there.
 
-    That is what lies behind it, and what is ``absent`` (a mask over positions).
+    That is what lies behind it, and what is ``absent`` (a mask over positions). Those of many rows are made when they are asked for.
 
     No group reads what lies behind its last row, which halves the work. Rows of a mask lie a multiple of 16 elements apart, or kernels
     on a device would copy it first.
     """
-    groups = []
-    for part in positions.split(group_rows or GROUP_ROWS.get(positions.device.type, GROUP_ROWS_ELSEWHERE)):
-        end = int(part[-1]) + 1
-        mask = torch.zeros((len(part), -(-end // 16) * 16), dtype=dtype, device=part.device)[:, :end]
-        groups.append(mask.masked_fill_(torch.arange(end, device=part.device)[None, :] > part[:, None], -torch.inf))
-        if absent is not None:
-            mask.masked_fill_(absent[:end], -torch.inf)
-    return groups
+
+    def __init__(
+        self, positions: torch.Tensor, dtype: torch.dtype, group_rows: int | None = None, absent: torch.Tensor | None = None
+    ) -> None:
+        self._dtype = dtype
+        self._absent = absent
+        size = group_rows or GROUP_ROWS.get(positions.device.type, GROUP_ROWS_ELSEWHERE)
+        self._parts = positions.split(size)
+        self._ends = [int(part[-1]) + 1 for part in positions.cpu().split(size)] if len(positions) else [0]
+        num_masked = sum(len(part) * end for part, end in zip(self._parts, self._ends, strict=True))
+        self._masks = [*self._made()] if num_masked <= MOST_MASKED else None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self._masks) if self._masks is not None else self._made()
+
+    def _made(self) -> Iterator[torch.Tensor]:
+        for part, end in zip(self._parts, self._ends, strict=True):
+            mask = torch.zeros((len(part), -(-end // 16) * 16), dtype=self._dtype, device=part.device)[:, :end]
+            mask.masked_fill_(torch.arange(end, device=part.device)[None, :] > part[:, None], -torch.inf)
+            yield mask if self._absent is None else mask.masked_fill_(self._absent[:end], -torch.inf)
 
 
 def attend(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    groups: Sequence[torch.Tensor],
+    groups: Iterable[torch.Tensor],
     scale: float,
     *,
     folds: bool | None = None,
 ) -> torch.Tensor:
-    """Attention of grouped queries, ``groups`` as :func:`causal_groups` gives them; ``[rows, num_heads * head_dim]``.
+    """Attention of grouped queries, in :class:`CausalGroups`; ``[rows, num_heads * head_dim]``.
 
     ``folds`` (default: on a CPU): heads that share keys count as more rows of one head, which for few rows is several times faster there
     than to let torch share them. Elsewhere they read the same keys and the same mask, and nothing is copied.

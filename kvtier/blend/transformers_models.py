@@ -32,6 +32,8 @@ _WHY_NOT = {
 class TransformersModel:
     """A causal language model of transformers, for reading only. Thread-safe as far as torch's inference is."""
 
+    max_rows = 8192
+
     def __init__(self, model: Any) -> None:
         """
         Raises:
@@ -45,6 +47,8 @@ class TransformersModel:
         self.num_layers: int = config.num_hidden_layers
         attention = self._decoder.layers[0].self_attn
         self._head_dim: int = attention.head_dim
+        self.row_size: int = max(config.hidden_size, config.num_attention_heads * self._head_dim)
+        self.inner_size: int = inner_size_of(config)
         self.scale: float = attention.scaling
         self.rotary = Rotary(frequencies_of(config, self._head_dim), "neox")
         _check_frequencies(config, self.rotary.frequencies, self._decoder.rotary_emb.inv_freq)
@@ -87,6 +91,11 @@ class TransformersModel:
 def _rotate(vectors: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     left, right = vectors.chunk(2, dim=-1)
     return vectors * cosine + torch.cat((-right, left), dim=-1) * sine
+
+
+def inner_size_of(config: Any) -> int:
+    """Elements that a token has in an MLP at once: two projections, their product, and what comes out."""
+    return int(3 * config.intermediate_size + config.hidden_size)
 
 
 def check_family(config: Any) -> None:

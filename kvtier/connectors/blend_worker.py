@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
-from kvtier.blend.blender import Blended, blend, margin
+from kvtier.blend.blender import blend_into, margin
 from kvtier.blend.entries import prefill_steps
 from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
+from kvtier.blend.placing import PromptKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import Steps
+from kvtier.connectors.blend_memory import KEPT_BYTES, RequestMemory, Room, TokenBlocks, blend_bytes, entry_bytes, room_for
 from kvtier.connectors.blend_steps import LostChunkError, Shares, UnsureError
-from kvtier.connectors.chunk_rows import LAYERS_AHEAD, STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource, slot_view
+from kvtier.connectors.chunk_rows import STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource, slot_view
 from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_rows import RowPlacement
@@ -28,27 +30,8 @@ T = TypeVar("T")
 ANOTHER_TENANT = "a slot has another tenant"
 ANOTHER_RANK = "another rank cannot"
 NOT_WANTED = "nobody wants it any more"
-MAX_ANCHORS = 4
-"""whose KV is remembered"""
-
-
-class TokenBlocks(Protocol):
-    """The engine's KV memory by tokens."""
-
-    dtype: torch.dtype
-    block_tokens: int
-
-    @property
-    def row_shape(self) -> tuple[int, int, int]:
-        """``(layers, KV heads, head_dim)``"""
-
-    def read(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
-        """The KV of a request's tokens ``[first, end)``, in memory of its own."""
-        ...
-
-    def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
-        """Writes the KV of a prompt's tokens from ``first_token`` on into its blocks."""
-        ...
+ANCHOR_BYTES = 256 << 20
+"""of KV of anchors that are remembered"""
 
 
 @dataclass(frozen=True)
@@ -58,16 +41,6 @@ class Ranks:
     number: int = 1
     agree: Callable[[bool], bool] = bool
     """whether all of them say yes; every one asks"""
-
-
-@dataclass(frozen=True)
-class _Room:
-    """Memory for what is being computed."""
-
-    problem: str
-    """why there is none; empty: there is"""
-    is_lasting: bool
-    """the engine's own steps need none of it"""
 
 
 class ChunkBlender:
@@ -84,6 +57,9 @@ class ChunkBlender:
     Raises:
         ValueError: a slot does not hold exactly the rows of ``block_tokens`` tokens, or keys do not turn in all of their dimensions.
     """
+
+    kept_bytes = KEPT_BYTES
+    """of the KV of a prompt under construction; the rest is in the engine's blocks already"""
 
     def __init__(
         self,
@@ -123,7 +99,7 @@ class ChunkBlender:
 
     @torch.inference_mode()
     def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None = None) -> Shares[int]:
-        """Fills the engine's blocks of the tokens from ``job.first`` to ``job.end``, all of them at the end.
+        """Fills the engine's blocks of the tokens from ``job.first`` to ``job.end``. What is there before the end is of no use.
 
         Returns how many tokens of chunks were computed anew.
 
@@ -132,18 +108,16 @@ class ChunkBlender:
             UnsureError: the first token's margin is less than the job asks for.
         """
         share = yield
-        room = self._room_for(len(job.token_ids))
+        method, ratio = self._methods[job.recompute.method](), FixedRatio(job.recompute.ratio)
+        num_bytes = blend_bytes(self._model, self._shape, job.layout, method.asks(self._model.num_layers), ratio, self.kept_bytes)
+        room = room_for(num_bytes, self._model.device, must_last=share is not None)
         problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job) or room.problem
         problem = NOT_WANTED if share == 0 else problem
         if not self._ranks.agree(not problem) or arena is None:
             raise LostChunkError(problem or ANOTHER_RANK)
         share = self._bounded(share, room)
         self._is_amid = True
-        made = yield from self._blended(job, arena, rows, share)
-        if made.logits is not None and not margin(made.logits) >= job.recompute.min_margin:  # NaN is not sure of anything
-            raise UnsureError
-        self._tokens.write(made.kv.part(job.first, job.end), job.first, job.block_ids)
-        return made.num_chosen
+        return (yield from self._blended(job, method, ratio, arena, rows, share))
 
     @torch.inference_mode()
     def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
@@ -153,7 +127,8 @@ class ChunkBlender:
             LostChunkError: slots have other tenants, or some rank cannot begin or go on.
         """
         share = yield
-        room = self._room_for(len(job.anchor_ids) + len(job.token_ids))
+        num_bytes = entry_bytes(self._model, self._shape, len(job.anchor_ids) + len(job.token_ids))
+        room = room_for(num_bytes, self._model.device, must_last=share is not None)
         problem = "there is no arena" if arena is None else room.problem
         problem = NOT_WANTED if share == 0 else problem
         if not self._ranks.agree(not problem) or arena is None:
@@ -162,7 +137,7 @@ class ChunkBlender:
         self._is_amid = True
         kv = yield from self._shared_out(self._entry_steps(job), share)
         first = len(job.anchor_ids)
-        self._fill(job.slots, kv.part(first, kv.num_tokens), arena)
+        self._fill(job.slots, len(job.token_ids), kv.part(first, kv.num_tokens).part, arena)
         return len(job.token_ids)
 
     @torch.inference_mode()
@@ -174,14 +149,22 @@ class ChunkBlender:
         """
         if arena is None:
             raise LostChunkError("there is no arena")
-        kv = self._tokens.read(job.first, job.end, job.block_ids)
-        self._fill(job.slots, TokenKV(self._model.rotary.move(kv.keys, -job.shift), kv.values), arena)
+        memory = RequestMemory(self._tokens, job.block_ids, job.first, job.end, self._model.device)
 
-    def _fill(self, slots: ChunkSlots, kv: TokenKV, arena: Arena) -> None:
-        blocks = self._blocks_of(kv)
+        def turned_back(first: int, end: int) -> TokenKV:
+            kv = memory.part(job.first + first, job.first + end)
+            return TokenKV(self._model.rotary.move(kv.keys, -job.shift), kv.values)
+
+        self._fill(job.slots, job.end - job.first, turned_back, arena)
+
+    def _fill(self, slots: ChunkSlots, num_tokens: int, part: Callable[[int, int], TokenKV], arena: Arena) -> None:
+        """Copies a chunk, a part of it after the other, into its slots. Zeros behind the last token: what lay there may be another's."""
         _check(arena, slots)
+        size = self._shape.block_tokens
         for position, slot in zip(slots.positions, slots.slots, strict=True):
-            slot_view(arena, self._shape, slot).copy_(blocks[position])
+            first = position * size
+            kv = part(first, min(first + size, num_tokens))
+            slot_view(arena, self._shape, slot).copy_(F.pad(torch.stack((kv.keys, kv.values), 1), (0, 0, 0, size - kv.num_tokens)))
         _check(arena, slots)
 
     def _shared_out(self, steps: Steps[T], share: int | None, rest: Callable[[], None] = lambda: None) -> Shares[T]:
@@ -206,41 +189,26 @@ class ChunkBlender:
                     raise failure or LostChunkError(ANOTHER_RANK if share else NOT_WANTED)
                 self._is_amid = True
 
-    def _bounded(self, share: int | None, room: _Room) -> int | None:
+    def _bounded(self, share: int | None, room: Room) -> int | None:
         """The first share of a job. Where a rank has no room to keep it over steps, all of it."""
         return share if share is not None and self._ranks.agree(room.is_lasting) else None
 
-    def _room_for(self, num_tokens: int) -> _Room:
-        """Whether there is memory for the KV of so many tokens beside the engine's.
-
-        Found out before the ranks agree: one that ran out of it in between would keep the others waiting.
-        """
-        shape = self._shape
-        num_bytes = (
-            num_tokens * (shape.block_bytes // shape.block_tokens)
-            + (LAYERS_AHEAD + 1) * num_tokens * shape.layer_bytes // shape.block_tokens
-        )
-        device = self._model.device
-        # What torch keeps for the engine's forward passes may be used in a step, and must be given back behind it.
-        is_lasting = device.type == "cpu" or torch.cuda.mem_get_info(device)[0] >= num_bytes
-        try:
-            torch.empty(num_bytes, dtype=torch.uint8, device=device)  # given back to torch, which has it for what follows
-        except torch.OutOfMemoryError:
-            return _Room(f"{num_bytes} bytes do not fit into the device's memory", is_lasting)
-        return _Room("", is_lasting)
-
-    def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None, share: int | None) -> Shares[Blended]:
-        layout = job.layout
-        prefix = self._tokens.read(0, layout.num_prefix_tokens, job.block_ids) if layout.num_prefix_tokens else None
-        recompute = job.recompute
-        method, ratio = self._methods[recompute.method](), FixedRatio(recompute.ratio)
-        is_checked = recompute.min_margin > 0
+    def _blended(
+        self, job: BlendJob, method: SelectionMethod, ratio: FixedRatio, arena: Arena, rows: RowMover | None, share: int | None
+    ) -> Shares[int]:
+        model, layout, min_margin = self._model, job.layout, job.recompute.min_margin
+        memory = RequestMemory(self._tokens, job.block_ids, job.first, job.end, model.device)
+        is_checked = min_margin > 0
         with self.reading(job, arena, rows) as reads:
             source = SlotSource([at.chunk for at in layout.placements], reads, self._shape, rows)
-            steps = blend(self._model, job.token_ids, layout, source, method, ratio, prefix=prefix, end=job.end, needs_logits=is_checked)
+            kv = PromptKV(memory, layout, source, model, self.kept_bytes)
+            steps = blend_into(kv, model, job.token_ids, layout, source, method, ratio, end=job.end, needs_logits=is_checked)
             made = yield from self._shared_out(steps, share, reads.rest)
         _check(arena, *job.chunks)  # what was read while a slot changed hands may be anything
-        return made
+        if made.logits is not None and not margin(made.logits) >= min_margin:  # NaN is not sure of anything
+            raise UnsureError
+        kv.finish()
+        return made.num_chosen
 
     @contextlib.contextmanager
     def reading(self, job: BlendJob, arena: Arena, rows: RowMover | None) -> Iterator[LayerReads]:
@@ -252,17 +220,6 @@ class ChunkBlender:
             yield reads
         finally:
             reads.end()
-
-    def _blocks_of(self, kv: TokenKV) -> torch.Tensor:
-        """A chunk's KV as its slots hold it: ``[blocks, layers, 2, KV heads, tokens, head_dim]``, where the model computes.
-
-        Zeros behind the last token: what lay there may be somebody else's.
-        """
-        block_tokens = self._shape.block_tokens
-        both = torch.stack((kv.keys, kv.values), 1)
-        padded = F.pad(both, (0, 0, 0, -kv.num_tokens % block_tokens))
-        blocks: torch.Tensor = padded.unflatten(3, (-1, block_tokens)).movedim(3, 0)
-        return blocks
 
     def _entry_steps(self, job: EntryJob) -> Steps[TokenKV]:
         """Of a chunk's KV, with its anchor's before it."""
@@ -277,7 +234,7 @@ class ChunkBlender:
         if kv is None:
             kv, _ = yield from prefill_steps(self._model, torch.tensor(job.anchor_ids, device=self._model.device))
         self._anchors[job.anchor_key] = kv
-        while len(self._anchors) > MAX_ANCHORS:
+        while sum(each.num_tokens for each in self._anchors.values()) * self._shape.num_layers * self._shape.token_bytes > ANCHOR_BYTES:
             self._anchors.popitem(last=False)
         return kv
 

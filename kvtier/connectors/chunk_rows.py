@@ -15,7 +15,7 @@ import torch
 
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.entries import NO_CONTEXT
-from kvtier.blend.model import TokenKV
+from kvtier.blend.model import LayerKV
 from kvtier.blend.placing import PlacementPlan
 from kvtier.copy.base import CopyEvent, RowMover
 from kvtier.copy.cuda_rows import RowPlacement
@@ -49,6 +49,11 @@ class RowShape:
     def layer_bytes(self) -> int:
         """Of one layer in a slot."""
         return torch.Size(self.of_layer).numel() * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token in one layer."""
+        return self.layer_bytes // self.block_tokens
 
     @property
     def block_bytes(self) -> int:
@@ -167,21 +172,21 @@ class SlotSource:
         self._mover = rows
         self._tokens: torch.Tensor | None = None
 
-    def place(self, layer: int, plan: PlacementPlan, target: TokenKV) -> None:
+    def place(self, layer: int, plan: PlacementPlan, target: LayerKV) -> None:
         """As ``ChunkSource`` says."""
         blocks = self._reads.layer(layer)
         if self._mover is None:
             both = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
-            plan.place(both[0], both[1], layer, target)
+            plan.place(both[0], both[1], target)
             return
         if self._tokens is None:
             self._tokens = row_tokens_of(plan, self._shape)
-        self._mover.place_rows(self._placement(blocks, plan, layer, target), pairs=plan.rotary.pairs, storage=STORAGE_OF[self._shape.dtype])
+        self._mover.place_rows(self._placement(blocks, plan, target), pairs=plan.rotary.pairs, storage=STORAGE_OF[self._shape.dtype])
 
-    def _placement(self, blocks: torch.Tensor, plan: PlacementPlan, layer: int, target: TokenKV) -> RowPlacement:
+    def _placement(self, blocks: torch.Tensor, plan: PlacementPlan, target: LayerKV) -> RowPlacement:
         assert self._tokens is not None
         item_bytes = blocks.element_size()
-        keys, values = target.keys[layer], target.values[layer]
+        keys, values = target
         return RowPlacement(
             source=blocks.data_ptr(),
             keys=keys.data_ptr(),

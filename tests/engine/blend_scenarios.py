@@ -204,7 +204,13 @@ def blended_under_pressure(llm: Any, settings: Result) -> Result:
 
 
 def blended_beside(llm: Any, settings: Result) -> Result:
-    """A prompt is put together while another request generates: both answers, and how many tokens the other one got before its first."""
+    """A prompt is put together while another request generates: both answers, and how many tokens the other one got before its first.
+
+    Its KV is in the engine's blocks from step to step, as that of a long prompt is.
+    """
+    from kvtier.connectors.blend_worker import ChunkBlender  # noqa: PLC0415 - after the environment is set
+
+    ChunkBlender.kept_bytes = 0
     asker = Asker(llm)
     with_kvtier = "kvtier" in settings
     if with_kvtier:

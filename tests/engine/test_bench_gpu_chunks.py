@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,29 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
     assert all(record["value"] > 0 for record in records)
     (bound,) = (record for record in records if record["name"].startswith("difference"))
     assert 0.1 > bound["value"]
+
+
+def test_memory_is_asked_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that was allocated since the first share, less what was there before, beside what the worker asks for."""
+    asked: list[str] = []
+
+    def answer(name: str, num_bytes: int) -> Callable[[torch.device], int]:
+        def told(_: torch.device) -> int:
+            asked.append(name)
+            return num_bytes
+
+        return told
+
+    for name, num_bytes in (("memory_allocated", 5000), ("reset_peak_memory_stats", 0), ("max_memory_allocated", 25_000)):
+        monkeypatch.setattr(torch.cuda, name, answer(name, num_bytes))
+    with torch.inference_mode(), ChunksOnDevice(torch.device("cpu"), SHAPES["tiny"], 500, 90, tmp_path) as bench:
+        found = list(bench.taken())
+    assert ["memory_allocated", "reset_peak_memory_stats", "max_memory_allocated"] * 2 == asked
+    for record in found:
+        assert 2e-5 == record.value
+        assert record.limit is not None
+        assert record.fraction == pytest.approx(record.value / record.limit)
+    assert 2 == len({record.limit for record in found}), "of each method its own"
 
 
 def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

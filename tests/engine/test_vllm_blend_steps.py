@@ -90,8 +90,13 @@ def rig_with(
     blender: NumberBlender, *, async_load: bool | None = None, runs_ahead: bool = False, step_tokens: int = 1024, **blend: Any
 ) -> Iterator[Rig]:
     """A scheduler with prefix caching, whose worker puts prompts together with ``blender``; chunks of all documents are stored."""
+
+    def blender_of(*args: Any) -> NumberBlender:
+        assert step_tokens == args[-1], "the rows that a blend computes together: no more than the engine does"
+        return blender
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sides, "blender_of", lambda *_: blender)
+        patch.setattr(sides, "blender_of", blender_of)
         patch.setattr(blend_parts, "_tokenizer", lambda *_: None)  # which takes longer than all of a test
         made = Rig(
             host(connector={"async_load": async_load}, blend={"enabled": True, **blend}),

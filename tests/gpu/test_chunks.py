@@ -32,6 +32,13 @@ def test_chunks_arrive_as_they_were_stored(bench: ChunksOnDevice) -> None:
         bench.check()
 
 
+def test_a_blend_takes_no_more_than_it_asked_for(bench: ChunksOnDevice) -> None:
+    """Of the device's memory."""
+    for record in bench.taken():
+        assert record.fraction is not None
+        assert 0 < record.fraction <= 1, record
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_blends_over_steps_are_those_at_once(bench: ChunksOnDevice, method: str) -> None:
     """With other work between the shares."""

@@ -11,7 +11,7 @@ import torch
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.entries import full_prefill
 from kvtier.blend.methods import METHODS
-from kvtier.blend.model import Projected, Rotary, TokenKV
+from kvtier.blend.model import LayerKV, Projected, Rotary, TokenKV
 from kvtier.config import BlendConfig, Config
 from kvtier.connectors.blend_steps import BlendSteps
 from kvtier.connectors.blend_worker import ChunkBlender
@@ -28,7 +28,9 @@ from kvtier.memory.arena import Arena
 torch.set_num_threads(1)
 NAMESPACE = Namespace(model="blend")
 BLOCK, LAYERS, DIM = 4, 2, 8
-BLOCK_BYTES = LAYERS * 2 * BLOCK * DIM * 4
+TOKEN_BYTES = 2 * DIM * 4
+"""of one layer"""
+BLOCK_BYTES = LAYERS * BLOCK * TOKEN_BYTES
 HOST_BLOCKS = 64
 CAN_BLEND = WorkerReport(attached=1, blenders=1)
 SYSTEM = [5, 6, 7, 8, 9]
@@ -38,6 +40,9 @@ class SmallModel:
     """Two layers, two heads over one of keys, random weights."""
 
     num_layers = LAYERS
+    max_rows = 1000
+    row_size = 16
+    inner_size = 16
     scale = DIM**-0.5
     rotary = Rotary(plain_frequencies(10_000.0, DIM), "neox")
     device = torch.device("cpu")
@@ -61,12 +66,14 @@ class SmallModel:
         return self._embedding[token_ids]
 
     def project(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
+        assert len(positions) <= self.max_rows
         self.num_projected += len(positions)
         parts = (hidden @ self._weights[layer]).view(-1, 4, DIM).transpose(0, 1)
         turned = torch.stack([self.rotary.move(parts[:3, row], int(at)) for row, at in enumerate(positions)], 1)
         return Projected(turned[:2], turned[2:], parts[3:])
 
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        assert len(hidden) <= self.max_rows
         return hidden + torch.tanh(attended @ self._out[layer])
 
     def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -87,15 +94,25 @@ class Memory:
         self.keys = torch.full((LAYERS, 1, 200 * BLOCK, DIM), torch.nan)
         self.values = self.keys.clone()
 
-    def _places(self, first: int, end: int, block_ids: Sequence[int]) -> list[int]:
-        return [block_ids[token // BLOCK] * BLOCK + token % BLOCK for token in range(first, end)]
+    def _places(self, first: int, end: int, block_ids: Sequence[int] | torch.Tensor) -> list[int]:
+        return [int(block_ids[token // BLOCK]) * BLOCK + token % BLOCK for token in range(first, end)]
 
-    def read(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
+    def read(self, layer: int, first: int, end: int, block_ids: torch.Tensor) -> LayerKV:
+        places = self._places(first, end, block_ids)
+        return LayerKV(self.keys[layer][:, places], self.values[layer][:, places])
+
+    def write(self, layer: int, kv: LayerKV, first: int, block_ids: torch.Tensor) -> None:
+        places = self._places(first, first + kv.keys.shape[1], block_ids)
+        self.keys[layer][:, places], self.values[layer][:, places] = kv
+
+    def part(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
+        """The KV of a request's tokens in all layers."""
         places = self._places(first, end, block_ids)
         return TokenKV(self.keys[:, :, places], self.values[:, :, places])
 
-    def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
-        places = self._places(first_token, first_token + kv.num_tokens, block_ids)
+    def put(self, kv: TokenKV, first: int, block_ids: Sequence[int]) -> None:
+        """The same, to write."""
+        places = self._places(first, first + kv.num_tokens, block_ids)
         self.keys[:, :, places], self.values[:, :, places] = kv.keys, kv.values
 
 

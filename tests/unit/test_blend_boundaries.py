@@ -74,6 +74,6 @@ def test_messages_are_chunks(make: Callable[..., System]) -> None:
     assert [6, 77] == [at.start for at in job.layout.placements]
     assert 2 + 2 == system.cache.stats["blend.chunks"], "what is asked is none, however long"
     own = system.full([*start, *texts[1]])
-    torch.testing.assert_close(system.memory.read(0, 77, block_ids).values, own.values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(system.memory.part(0, 77, block_ids).values, own.values, rtol=0, atol=1e-5)
     system.half.request_finished("second")
     system.close()

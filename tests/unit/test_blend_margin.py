@@ -62,7 +62,7 @@ def test_the_engine_computes_what_the_model_is_not_sure_of(
         found, expected = margin_of_full_prefill(system_, tokens), system_.full(tokens)
         num_local = min(num_local, (len(tokens) - 1) // BLOCK) * BLOCK
         block_ids = system_.blocks(len(tokens))
-        system_.memory.write(expected.part(0, num_local), 0, block_ids)
+        system_.memory.put(expected.part(0, num_local), 0, block_ids)
         asked = max(1e-9, found - 1e-4) if is_sure else min(1.0, found + 1e-4)
         system_.add("second", tokens, spans=spans, ratio=1.0, method=method, min_margin=asked)
         matched = system_.half.match("second", len(tokens), num_local)
@@ -71,7 +71,7 @@ def test_the_engine_computes_what_the_model_is_not_sure_of(
         system_.step([ScheduledRequest("second", block_ids, len(tokens))])
         if matched.is_blended:
             assert (len(tokens) - 1) // BLOCK * BLOCK == covered
-            got = system_.memory.read(0, covered, block_ids).part(num_local, covered)
+            got = system_.memory.part(0, covered, block_ids).part(num_local, covered)
             if is_sure:
                 torch.testing.assert_close(got.values, expected.values[:, :, num_local:covered], rtol=0, atol=1e-4)
                 assert "refused" not in system_.half.blended("second")
@@ -121,7 +121,7 @@ def test_nobody_looks_where_nobody_asks(make: Callable[..., System]) -> None:
         system.half.allocated(name, block_ids, covered)
         message = system.step([ScheduledRequest(name, block_ids, len(tokens))])
         assert [0.0 if covered == 20 else 1.0] == [job.recompute.min_margin for job in message.blends]
-        assert bool(system.memory.read(0, covered, block_ids).keys.isnan().any()) == (covered == 28)
+        assert bool(system.memory.part(0, covered, block_ids).keys.isnan().any()) == (covered == 28)
         system.half.request_finished(name)
     system.close()
 
@@ -194,7 +194,7 @@ def test_logits_that_are_no_numbers_are_unsure(make: Callable[..., System], monk
     monkeypatch.setattr(system.model, "logits", lambda hidden: torch.full((len(hidden), 64), wrong))
     system.step([ScheduledRequest("second", block_ids, len(tokens))])
     assert {"tokens": 0, "refused": "unsure"} == system.half.blended("second")
-    assert bool(system.memory.read(0, len(tokens), block_ids).keys.isnan().all()), "nothing is written"
+    assert bool(system.memory.part(0, len(tokens), block_ids).keys.isnan().all()), "nothing is written"
     system.half.request_finished("second")
     system.close()
 

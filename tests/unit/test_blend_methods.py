@@ -23,7 +23,7 @@ from kvtier.blend.methods import METHODS, Asks, CacheBlend, CacheCraft, Combined
 from kvtier.blend.methods.base import share_out, top
 from kvtier.blend.methods.cachecraft import context_impact, prefix_overlap
 from kvtier.blend.model import Projected, Rotary, TokenKV
-from kvtier.blend.prefill import attend, attention_mask, attention_weights, causal_groups, mean_attention
+from kvtier.blend.prefill import CausalGroups, attend, attention_mask, attention_weights, mean_attention
 from kvtier.blend.ratio import FixedRatio
 from kvtier.copy.rope import Pairs, TokenShift, plain_frequencies, shift_keys, shift_table
 from kvtier.errors import BlendRefusedError, RefusalReason
@@ -179,7 +179,8 @@ def shifted(length: int, num_chosen: int, change: torch.Tensor) -> torch.Tensor:
     chosen[:num_chosen] = True
     new = torch.zeros(1, len(positions), 2)
     new[0, :num_chosen] = change
-    MeanShift(kv, layout, positions, chosen, 0.5)(0, Projected(new, new, new))
+    with kv.opened(0) as of_layer:
+        MeanShift(layout, positions, chosen, 0.5)(0, Projected(new, new, new), of_layer)
     assert torch.equal(kv.keys, kv.values)
     return kv.values[0, 0]
 
@@ -213,7 +214,8 @@ def test_every_chunk_moves_by_its_own_mean(chunks: list[tuple[int, int, bool]], 
     computed[layout.question] = True
     positions = computed.nonzero()[:, 0]
     new = torch.randn(2, len(positions), 4, generator=chance)
-    MeanShift(kv, layout, positions, chosen, 0.5)(0, Projected(new, new, new))
+    with kv.opened(0) as of_layer:
+        MeanShift(layout, positions, chosen, 0.5)(0, Projected(new, new, new), of_layer)
     expected = old[0].clone()
     for at in layout.placements:
         rows = [row for row, position in enumerate(positions.tolist()) if at.start <= position < at.end and chosen[position]]
@@ -240,7 +242,7 @@ def test_attention_is_the_same_however_heads_share_keys(positions: list[int], he
     wide_keys, wide_values = (part.repeat_interleave(num_heads // num_kv_heads, 0) for part in (keys, values))
     scores = (queries @ wide_keys.transpose(1, 2) * 0.3).masked_fill(torch.arange(61)[None, :] > at[:, None], -torch.inf)
     expected = (scores.softmax(-1) @ wide_values).transpose(0, 1).flatten(1)
-    groups = causal_groups(at, torch.float32, group_rows)
+    groups = CausalGroups(at, torch.float32, group_rows)
     for folds in (True, False):
         torch.testing.assert_close(attend(queries, keys, values, groups, 0.3, folds=folds), expected, rtol=1e-4, atol=1e-5)
 
@@ -266,12 +268,27 @@ def test_attention_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [7, 3, 3, 1, *[1] * 7] == sizes
 
 
+def test_masks_of_many_rows_are_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time the same; those of few are kept."""
+    positions = torch.tensor([2, 3, 17, 19, 20])
+    absent = torch.arange(21) % 5 == 0
+    num_masked = 2 * 4 + 2 * 20 + 21
+    monkeypatch.setattr(prefill, "MOST_MASKED", num_masked)
+    kept = CausalGroups(positions, torch.float32, 2, absent)
+    assert all(one is other for one, other in zip(kept, kept, strict=True))
+    monkeypatch.setattr(prefill, "MOST_MASKED", num_masked - 1)
+    made = CausalGroups(positions, torch.float32, 2, absent)
+    for _ in range(2):
+        assert all(torch.equal(one, other) for one, other in zip(kept, made, strict=True))
+    assert next(iter(made)) is not next(iter(made))
+
+
 def test_nobody_looks_at_what_is_absent() -> None:
     """In every group of rows; the rest is as without."""
     absent = torch.zeros(20, dtype=torch.bool)
     absent[[3, 14]] = True
     positions = torch.tensor([5, 6, 15, 19])
-    for plain, masked in zip(causal_groups(positions, torch.float32, 3), causal_groups(positions, torch.float32, 3, absent), strict=True):
+    for plain, masked in zip(CausalGroups(positions, torch.float32, 3), CausalGroups(positions, torch.float32, 3, absent), strict=True):
         there = ~absent[: plain.shape[1]]
         assert torch.equal(plain[:, there], masked[:, there])
         assert bool(masked[:, ~there].isneginf().all())

@@ -80,11 +80,11 @@ class Served:
         if self.is_blended:
             self._write(first, end, 777.0)
         else:
-            self.system.memory.write(self.system.full(self.tokens).part(first, end), first, self.block_ids)
+            self.system.memory.put(self.system.full(self.tokens).part(first, end), first, self.block_ids)
 
     def _write(self, first: int, end: int, value: float) -> None:
         like = torch.full((2, 1, end - first, 8), value)
-        self.system.memory.write(TokenKV(like, like), first, self.block_ids)
+        self.system.memory.put(TokenKV(like, like), first, self.block_ids)
 
     def expected(self) -> list[tuple[list[int], TokenKV]]:
         """Each chunk, and what may be stored of it from here."""
@@ -188,7 +188,7 @@ def test_chunks_before_a_blend_are_copied(make: Callable[..., System]) -> None:
     second = Served(system, "second", [1, 2], SYSTEM)
     exact = system.full(second.tokens)
     num_local = (len(SYSTEM) + len(DOCUMENTS[1])) // BLOCK * BLOCK + BLOCK
-    system.memory.write(exact.part(0, num_local), 0, second.block_ids)
+    system.memory.put(exact.part(0, num_local), 0, second.block_ids)
     matched = system.half.match("second", len(second.tokens), num_local)
     assert matched.is_blended
     system.half.allocated("second", second.block_ids, matched.num_tokens or 0)

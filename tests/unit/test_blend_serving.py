@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.blend.model import TokenKV
+from kvtier.blend.model import LayerKV, TokenKV
 from kvtier.blend.steps import finish
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_steps import LostChunkError
@@ -22,7 +23,7 @@ from kvtier.connectors.messages import BlendJob, RequestOptions, ScheduledReques
 from kvtier.connectors.requests import RequestIdentity
 from kvtier.connectors.vllm.paged_tokens import PagedTokens
 from kvtier.errors import BlendRefusedError
-from tests.unit.blend_system import BLOCK, LAYERS, SYSTEM, System, begun_blend, document, joined
+from tests.unit.blend_system import BLOCK, LAYERS, SYSTEM, TOKEN_BYTES, System, begun_blend, document, joined
 
 
 @pytest.fixture
@@ -39,11 +40,24 @@ def make(tmp_path: Path) -> Callable[..., System]:
     num_local=st.integers(0, 4),
     method=st.sampled_from(["none", "epic", "cacheblend", "prophetkv", "combined"]),
     in_flight=st.booleans(),
+    num_kept=st.integers(0, LAYERS),
+    max_rows=st.sampled_from([1, 7, 1000]),
 )
 def test_all_computed_anew_is_full_prefill(
-    lengths: list[int], order: list[int], system: list[int], num_question: int, num_local: int, method: str, in_flight: bool
+    lengths: list[int],
+    order: list[int],
+    system: list[int],
+    num_question: int,
+    num_local: int,
+    method: str,
+    in_flight: bool,
+    num_kept: int,
+    max_rows: int,
 ) -> None:
-    """Any lengths, orders, repetitions; chunks at position 0 and at the end; beside a prefix hit that is there or still being computed."""
+    """Any lengths, orders, repetitions; chunks at position 0 and at the end; beside a prefix hit that is there or still being computed.
+
+    However many layers are kept out of the engine's blocks, and however many tokens are computed together.
+    """
     documents = [document(number, length) for number, length in enumerate(lengths)]
     with tempfile.TemporaryDirectory() as directory:
         system_ = System(Path(directory))
@@ -53,10 +67,12 @@ def test_all_computed_anew_is_full_prefill(
         if len(tokens) < 2:
             tokens.append(3)
         expected = system_.full(tokens)
+        system_.blender.kept_bytes = num_kept * len(tokens) * TOKEN_BYTES
+        system_.model.max_rows = max_rows
         num_local = min(num_local, (len(tokens) - 1) // BLOCK) * BLOCK
         block_ids = system_.blocks(len(tokens))
         if not in_flight:
-            system_.memory.write(expected.part(0, num_local), 0, block_ids)
+            system_.memory.put(expected.part(0, num_local), 0, block_ids)
         system_.add("second", tokens, spans=spans, ratio=1.0, method=method)
         matched = system_.half.match("second", len(tokens), num_local)
         covered = num_local + (matched.num_tokens or 0)
@@ -66,12 +82,12 @@ def test_all_computed_anew_is_full_prefill(
         system_.half.add_request("other", tokens, num_prompt_tokens=len(tokens))
         system_.step([ScheduledRequest("second", block_ids, len(tokens)), *other])
         if matched.is_blended:
-            got = system_.memory.read(0, covered, block_ids).part(num_local, covered)
+            got = system_.memory.part(0, covered, block_ids).part(num_local, covered)
             torch.testing.assert_close(got.keys, expected.keys[:, :, num_local:covered], rtol=0, atol=1e-4)
             torch.testing.assert_close(got.values, expected.values[:, :, num_local:covered], rtol=0, atol=1e-4)
             assert bool(system_.memory.keys[:, :, : block_ids[0] * BLOCK].isnan().all()), "somebody else's blocks"
             if in_flight and num_local:
-                assert bool(system_.memory.read(0, num_local, block_ids).keys.isnan().all()), "blocks that another request fills"
+                assert bool(system_.memory.part(0, num_local, block_ids).keys.isnan().all()), "blocks that another request fills"
         for name in ("second", "other"):
             system_.half.request_finished(name)
         while system_.half.has_pending_work:
@@ -102,7 +118,7 @@ def test_a_block_that_a_request_with_rejected_drafts_fills_is_not_there_yet(make
     covered = BLOCK + (matched.num_tokens or 0)
     system.half.allocated("second", block_ids, covered - BLOCK)
     system.step([ScheduledRequest("other", block_ids[:2], 3 + 1 + 2), ScheduledRequest("second", block_ids, len(tokens))])
-    got = system.memory.read(0, covered, block_ids).part(BLOCK, covered)
+    got = system.memory.part(0, covered, block_ids).part(BLOCK, covered)
     torch.testing.assert_close(got.values, expected.values[:, :, BLOCK:covered], rtol=0, atol=1e-4)
     for name in ("second", "other"):
         system.half.request_finished(name)
@@ -123,7 +139,7 @@ def test_chunks_are_found_from_other_prompts(make: Callable[..., System]) -> Non
     system.half.allocated("second", block_ids, 20)
     (job,) = system.step([ScheduledRequest("second", block_ids, len(tokens))]).blends
     own = system.full([*SYSTEM, *documents[1]])
-    torch.testing.assert_close(system.memory.read(0, 13, block_ids).values, own.values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(system.memory.part(0, 13, block_ids).values, own.values, rtol=0, atol=1e-5)
     assert {"tokens": 15} == system.half.blended("second")
     assert (1, 15, 0) == tuple(system.cache.stats[f"blend.{name}"] for name in ("requests", "tokens", "chosen_tokens"))
     assert (5, 20) == (job.layout.placements[0].start, job.end)
@@ -427,7 +443,7 @@ def test_a_reset_forgets_what_chunks_were_computed_behind(make: Callable[..., Sy
     block_ids = system.blocks(len(tokens))
     system.half.allocated("fourth", block_ids, matched.num_tokens or 0)
     system.step([ScheduledRequest("fourth", block_ids, len(tokens))])
-    torch.testing.assert_close(system.memory.read(0, 12, block_ids).values, system.full(tokens[:12]).values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(system.memory.part(0, 12, block_ids).values, system.full(tokens[:12]).values, rtol=0, atol=1e-5)
     system.half.request_finished("fourth")
     system.close()
 
@@ -482,16 +498,15 @@ def test_tokens_are_read_where_the_backend_writes_them(dtype: torch.dtype) -> No
     tokens = PagedTokens(layers, 6, BLOCK)
     assert (3, 2, 8) == tokens.row_shape
     kv = TokenKV(torch.randn(3, 2, 11, 8).to(dtype), torch.randn(3, 2, 11, 8).to(dtype))
-    tokens.write(kv.part(0, 6), 0, [4, 1, 3])
-    tokens.write(kv.part(6, 11), 6, [4, 1, 3])
-    got = tokens.read(0, 11, [4, 1, 3])
-    assert torch.equal(kv.keys, got.keys)
-    assert torch.equal(kv.values, got.values)
-    for first in range(11):
+    block_ids = torch.tensor([4, 1, 3])
+    for layer in range(3):
+        for first, end in ((0, 6), (6, 11)):
+            tokens.write(layer, LayerKV(kv.keys[layer][:, first:end], kv.values[layer][:, first:end]), first, block_ids)
+    for layer, first in itertools.product(range(3), range(11)):
         for end in range(first + 1, 12):
-            part = tokens.read(first, end, [4, 1, 3])
-            assert torch.equal(kv.part(first, end).keys, part.keys)
-            assert torch.equal(kv.part(first, end).values, part.values)
+            part = tokens.read(layer, first, end, block_ids)
+            assert torch.equal(kv.keys[layer][:, first:end], part.keys)
+            assert torch.equal(kv.values[layer][:, first:end], part.values)
     assert all(not layer.kv_cache[[0, 2, 5]].any() for layer in layers)
 
 

@@ -257,7 +257,7 @@ def test_blends_are_the_same_on_a_device(tmp_path: Path, method: str, kernels: K
         block_ids, report, unfilled = blend_order(system, method)
         assert not unfilled
         assert not report.failed
-        kv = system.memory.read(0, 20, block_ids)
+        kv = system.memory.part(0, 20, block_ids)
         found.append((kv.keys.numpy().tobytes(), kv.values.numpy().tobytes()))
         system.close()
     assert found[0] == found[1]
@@ -339,7 +339,7 @@ def test_a_slot_that_changes_hands_is_lost(tmp_path: Path, monkeypatch: pytest.M
     assert set(block_ids[:5]) == unfilled
     assert report.failed
     assert (when == "before") == (before == system.model.num_embedded)
-    assert bool(torch.isnan(system.memory.read(0, 20, block_ids).keys).all())
+    assert bool(torch.isnan(system.memory.part(0, 20, block_ids).keys).all())
 
 
 def _bumping(system: System, slot: int) -> Any:

@@ -14,7 +14,7 @@ import torch
 from kvtier.blend.blender import margin
 from kvtier.blend.entries import empty_kv
 from kvtier.blend.model import BlendModel, TokenKV
-from kvtier.blend.prefill import attend, causal_groups
+from kvtier.blend.prefill import CausalGroups, attend
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def extend_all(
     positions = [
         torch.arange(at.num_tokens, at.num_tokens + len(ids), device=model.device) for at, ids in zip(begun, token_ids, strict=True)
     ]
-    groups = [causal_groups(each, begun[0].kv.keys.dtype) for each in positions]
+    groups = [CausalGroups(each, begun[0].kv.keys.dtype) for each in positions]
     sizes = [len(ids) for ids in token_ids]
     everywhere = torch.cat(positions)
     hidden = model.embed(torch.tensor([token for ids in token_ids for token in ids], device=model.device))

@@ -9,7 +9,7 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 
 from kvtier.blend.model import Projected, Rotary
-from kvtier.blend.transformers_models import check_family, frequencies_of
+from kvtier.blend.transformers_models import check_family, frequencies_of, inner_size_of
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 _PROBED_POSITIONS = (1, 7, 100)
@@ -18,8 +18,11 @@ _PROBED_POSITIONS = (1, 7, 100)
 class EngineModel:
     """A loaded model of vLLM, this worker's heads of it. Reads the weights where they are; holds no state of a prompt."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, max_rows: int) -> None:
         """
+        Args:
+            max_rows: tokens that are computed together at most: no more than in a step of the engine, whose memory is there
+
         Raises:
             BlendRefusedError: the model is of another family, or its keys depend on positions in a way that one rotation does not move.
         """
@@ -29,9 +32,12 @@ class EngineModel:
         self._decoder = model.model
         self._layers = list(model.model.layers)
         self.num_layers = len(self._layers)
+        self.max_rows = max_rows
         attention = self._layers[0].self_attn
         self._head_dim: int = attention.head_dim
         self._sizes: list[int] = [attention.q_size, attention.kv_size, attention.kv_size]
+        self.row_size = max(config.hidden_size, attention.q_size)
+        self.inner_size = inner_size_of(config)
         self.scale = float(attention.scaling)
         self.device: torch.device = next(model.parameters()).device
         self.rotary = Rotary(frequencies_of(config, self._head_dim), "neox")

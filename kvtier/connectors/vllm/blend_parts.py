@@ -40,14 +40,17 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config) -> BlendParts:
     return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), refusal, num_positions, max_step_tokens)
 
 
-def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig) -> ChunkBlender | None:
-    """A worker's blender; ``None``, and a warning that says why, where this worker cannot. Call it when KV memory is registered."""
+def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig, max_rows: int) -> ChunkBlender | None:
+    """A worker's blender; ``None``, and a warning that says why, where this worker cannot. Call it when KV memory is registered.
+
+    ``max_rows``: as :class:`~kvtier.connectors.vllm.blend_model.EngineModel` says.
+    """
     loaded = loaded_model()
     if loaded is None:
         _LOG.warning("kvtier: chunks are not reused: the loaded model is not at hand (is kvtier among VLLM_PLUGINS?)")
         return None
     try:
-        model = EngineModel(loaded)
+        model = EngineModel(loaded, max_rows)
         tokens = PagedTokens(model.attentions, num_blocks, sizes.engine_block_tokens)
         methods = methods_with(config.first_layer, config.last_layer)
         return ChunkBlender(

@@ -105,7 +105,14 @@ class KVTierConnector(KVConnectorBase_V1):
             )
         else:
             has_draft_layers = bool(drafter_of(vllm_config))
-            self._worker = WorkerSide(config, sizes, arena_path, num_blocks=kv_cache_config.num_blocks, has_draft_layers=has_draft_layers)
+            self._worker = WorkerSide(
+                config,
+                sizes,
+                arena_path,
+                num_blocks=kv_cache_config.num_blocks,
+                max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+                has_draft_layers=has_draft_layers,
+            )
 
     # ---- what kvtier is -----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvtier.blend.model import TokenKV
+from kvtier.blend.model import LayerKV
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 _BASE = 128
@@ -50,26 +50,22 @@ class PagedTokens:
         """``(layers, KV heads, head_dim)``"""
         return len(self._attentions), self._num_heads, self._head_dim
 
-    def write(self, kv: TokenKV, first_token: int, block_ids: Sequence[int]) -> None:
-        """Writes the KV of a prompt's tokens from ``first_token`` on into its blocks; ``kv`` is of these tokens alone."""
-        positions = torch.arange(first_token, first_token + kv.num_tokens, device=kv.keys.device)
-        blocks = torch.as_tensor(block_ids, device=kv.keys.device)
-        slots = blocks[positions // self.block_tokens] * self.block_tokens + positions % self.block_tokens
-        for layer, attention in enumerate(self._attentions):
-            self._update(attention, attention.kv_cache, kv.keys[layer], kv.values[layer], slots)
+    def write(self, layer: int, kv: LayerKV, first: int, block_ids: torch.Tensor) -> None:
+        """Writes the KV of a prompt's tokens from ``first`` on into its blocks; ``kv`` is of these tokens alone."""
+        positions = torch.arange(first, first + kv.keys.shape[1], device=block_ids.device)
+        slots = block_ids[positions // self.block_tokens] * self.block_tokens + positions % self.block_tokens
+        attention = self._attentions[layer]
+        self._update(attention, attention.kv_cache, kv.keys, kv.values, slots)
 
-    def read(self, first: int, end: int, block_ids: Sequence[int]) -> TokenKV:
-        """The KV of a request's tokens ``[first, end)``, in memory of its own."""
+    def read(self, layer: int, first: int, end: int, block_ids: torch.Tensor) -> LayerKV:
+        """The KV of a request's tokens ``[first, end)`` in one layer, in memory of its own."""
         first_block = first // self.block_tokens
-        wanted = torch.as_tensor(block_ids[first_block : -(-end // self.block_tokens)], device=self._places.device)
         skipped = first_block * self.block_tokens
-        layers = []
-        for attention in self._attentions:
-            flat = self._by_block(attention.kv_cache)[wanted].flatten(1)
-            rows = flat[:, self._places.flatten()].view(len(wanted), *self._places.shape)
-            layers.append(rows.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, first - skipped : end - skipped])
-        both = torch.stack(layers, 1)
-        return TokenKV(both[0].contiguous(), both[1].contiguous())
+        wanted = block_ids[first_block : -(-end // self.block_tokens)]
+        flat = self._by_block(self._attentions[layer].kv_cache)[wanted].flatten(1)
+        rows = flat[:, self._places.flatten()].view(len(wanted), *self._places.shape)
+        both = rows.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, first - skipped : end - skipped]
+        return LayerKV(both[0], both[1])
 
     def _update(self, attention: Any, memory: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         rows = (part.transpose(0, 1).contiguous() for part in (keys, values))

@@ -142,13 +142,21 @@ def _attach(config: Config, namespace: Namespace, sizes: BlockSizes, arena_path:
 class WorkerSide:
     """Owns one rank's mapping of the arena, copier and worker half. One thread."""
 
-    def __init__(self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int, has_draft_layers: bool = False) -> None:
-        """``has_draft_layers``: blocks hold KV of layers that run behind the model's, some of them several times in a step."""
+    def __init__(
+        self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int, max_step_tokens: int, has_draft_layers: bool = False
+    ) -> None:
+        """
+        Args:
+            num_blocks: of the engine
+            max_step_tokens: that the engine computes in one
+            has_draft_layers: blocks hold KV of layers that run behind the model's, some of them several times in a step
+        """
         self._sizes = sizes
         self._has_draft_layers = has_draft_layers
         self._has_reported = False
         """in this step"""
         self._num_blocks = num_blocks
+        self._max_step_tokens = max_step_tokens
         self._name = os.path.basename(arena_path)
         self._arena = open_arena(arena_path, config) if config.daemon.socket is None else None
         self._served: ServedArena[Movers] | None = None
@@ -178,7 +186,8 @@ class WorkerSide:
             with on_device(device):
                 return movers_of(arena, layout, views, layers=used_layers, pool_bytes=pool_bytes, settings=self._config.connector)
 
-        blender = blender_of(self._num_blocks, self._sizes, self._config.blend) if self._config.blend.enabled else None
+        is_blending = self._config.blend.enabled
+        blender = blender_of(self._num_blocks, self._sizes, self._config.blend, self._max_step_tokens) if is_blending else None
         if self._arena is not None:
             self._movers = movers_for(self._arena)
             self._half = WorkerHalf(self._arena, self._movers, part, blender=blender, stores_at_end=self._has_draft_layers)

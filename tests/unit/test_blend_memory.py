@@ -1,0 +1,191 @@
+"""What blending takes of a device's memory beside the engine's blocks: a few layers of the prompt, however many the model has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvtier.blend.blender import blend_into
+from kvtier.blend.chunks import anchor_of
+from kvtier.blend.entries import ChunkEntry, full_prefill
+from kvtier.blend.finding import ChunkSpace, Span
+from kvtier.blend.layout import PromptLayout, lay_out
+from kvtier.blend.methods import METHODS
+from kvtier.blend.model import LayerKV, Projected, Rotary, TokenKV
+from kvtier.blend.placing import EntrySource, PromptKV
+from kvtier.blend.ratio import FixedRatio
+from kvtier.blend.steps import finish
+from kvtier.connectors import blend_worker
+from kvtier.connectors.blend_memory import blend_bytes, entry_bytes
+from kvtier.connectors.chunk_rows import RowShape
+from kvtier.connectors.messages import ChunkSlots, EntryJob
+from kvtier.copy.rope import plain_frequencies
+from kvtier.hashing import request_root
+from tests.unit.blend_system import BLOCK, LAYERS, NAMESPACE, TOKEN_BYTES, System, document
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 8, 4, 64, 512
+BLOCK_TOKENS = 16
+
+
+class WideModel:
+    """Rows and KV of a size beside which positions count little; nothing happens in its layers but attention."""
+
+    max_rows = 64
+    row_size = inner_size = HIDDEN
+    scale = HEAD_DIM**-0.5
+    rotary = Rotary(plain_frequencies(10_000.0, HEAD_DIM), "neox")
+    device = torch.device("cpu")
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        chance = torch.Generator().manual_seed(3)
+        self._embedding = torch.randn(64, HIDDEN, generator=chance)
+        self._weight = torch.randn(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM, generator=chance) / HIDDEN
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self._embedding[token_ids]
+
+    def project(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
+        parts = (hidden @ self._weight).view(len(hidden), -1, HEAD_DIM).transpose(0, 1)
+        return Projected(parts[:HEADS], parts[HEADS : HEADS + KV_HEADS], parts[HEADS + KV_HEADS :])
+
+    def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        return hidden + attended
+
+    def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self._embedding.T
+
+
+class Blocks:
+    """An engine's, of one prompt."""
+
+    dtype = torch.float32
+
+    def __init__(self, num_layers: int, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.row_shape = (num_layers, KV_HEADS, HEAD_DIM)
+        self._kv = torch.zeros(num_layers, 2, KV_HEADS, num_tokens, HEAD_DIM)
+
+    def read(self, layer: int, num_tokens: int) -> LayerKV:
+        return LayerKV(*self._kv[layer, :, :, :num_tokens].clone())
+
+    def write(self, layer: int, kv: LayerKV) -> None:
+        self._kv[layer, 0], self._kv[layer, 1] = (part[:, : self.num_tokens] for part in kv)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors at once that were made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self._live = {key: (ref, size) for key, (ref, size) in self._live.items() if not ref.expired()}
+        for each in tree_leaves(out):
+            storage = each.untyped_storage() if isinstance(each, torch.Tensor) else None
+            if storage is not None and storage._cdata not in given and storage._cdata not in self._live:
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, sum(size for _, size in self._live.values()))
+        return out
+
+
+def prompt(model: WideModel, lengths: list[int], num_new: int) -> tuple[list[int], PromptLayout, list[ChunkEntry]]:
+    """Chunks with a token between each two, and a question; their KV is something."""
+    root = request_root(NAMESPACE.digest)
+    tokens = [1]
+    spans = []
+    for number, length in enumerate(lengths):
+        spans.append(Span(len(tokens), len(tokens) + length))
+        tokens += [*document(number, length), 2]
+    tokens += [3] * num_new
+    layout = lay_out(len(tokens), 0, ChunkSpace(root, anchor_of(root, [], BLOCK_TOKENS), BLOCK_TOKENS).place(tokens, spans))
+    entries = []
+    for at in layout.placements:
+        kv = torch.randn(2, model.num_layers, KV_HEADS, at.num_tokens, HEAD_DIM)
+        entries.append(ChunkEntry(at.chunk, TokenKV(kv[0], kv[1])))
+    return tokens, layout, entries
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(100, 700), min_size=1, max_size=4),
+    num_new=st.integers(0, 300),
+    method=st.sampled_from(sorted(METHODS)),
+    ratio=st.sampled_from([0.0, 0.15, 0.5, 1.0]),
+    num_layers=st.sampled_from([2, 8, 20]),
+    num_kept=st.sampled_from([0, 3]),
+    needs_logits=st.booleans(),
+)
+def test_a_blend_takes_what_was_asked_for(
+    lengths: list[int], num_new: int, method: str, ratio: float, num_layers: int, num_kept: int, needs_logits: bool
+) -> None:
+    """At most, and no less than a third of it: asking for too much would leave prompts to the engine that could be blended."""
+    model = WideModel(num_layers)
+    tokens, layout, entries = prompt(model, lengths, num_new)
+    shape = RowShape(num_layers, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32)
+    kept_bytes = num_kept * len(tokens) * shape.token_bytes
+    chosen, size = METHODS[method](), FixedRatio(ratio)
+    asked = blend_bytes(model, shape, layout, chosen.asks(num_layers), size, kept_bytes)
+    memory = Blocks(num_layers, len(tokens) - 1)
+    with torch.inference_mode(), LiveBytes() as live:
+        kv = PromptKV(memory, layout, EntrySource(entries), model, kept_bytes)
+        finish(blend_into(kv, model, tokens, layout, EntrySource(entries), chosen, size, end=len(tokens) - 1, needs_logits=needs_logits))
+        kv.finish()
+    assert asked / 3 < live.most <= asked
+
+
+def test_it_does_not_grow_with_the_model() -> None:
+    """Long prompts need a few layers, not all of them, whoever computes how much."""
+    shapes = [RowShape(num_layers, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32) for num_layers in (4, 40)]
+    for method in METHODS.values():
+        needed = []
+        for shape in shapes:
+            model = WideModel(shape.num_layers)
+            _, layout, _ = prompt(model, [1000], 5)
+            needed.append(blend_bytes(model, shape, layout, method().asks(shape.num_layers), FixedRatio(0.15), 0))
+        assert needed[0] == needed[1]
+
+
+@pytest.mark.parametrize("num_tokens", [50, 600])
+def test_a_chunk_takes_what_was_asked_for(num_tokens: int) -> None:
+    """Computed behind its anchor."""
+    model = WideModel(6)
+    asked = entry_bytes(model, RowShape(6, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32), num_tokens)
+    with torch.inference_mode(), LiveBytes() as live:
+        full_prefill(model, torch.tensor(document(1, num_tokens)))
+    assert asked / 3 < live.most <= asked
+
+
+@pytest.mark.parametrize("num_remembered", [0, 1, 2])
+def test_anchors_are_remembered_as_far_as_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_remembered: int) -> None:
+    """Those used last; the others are computed again."""
+    system = System(tmp_path)
+    anchors = [document(10 + number, 6) for number in range(3)]
+    monkeypatch.setattr(blend_worker, "ANCHOR_BYTES", num_remembered * 6 * LAYERS * TOKEN_BYTES)
+    computed = [stored(system, number, anchors[number]) - BLOCK for number in (0, 1, 2, 2, 1, 2)]
+    assert [6, 6, 6, *{0: [6, 6, 6], 1: [0, 6, 6], 2: [0, 0, 0]}[num_remembered]] == computed
+    system.close()
+
+
+def stored(system: System, number: int, anchor: list[int]) -> int:
+    """A chunk behind an anchor; how many tokens were computed for it."""
+    before = system.model.num_embedded
+    slots = ChunkSlots((0,), (number,), (system.arena.bump(number),))
+    job = EntryJob(number, b"chunk", bytes(anchor), tuple(anchor), (1,) * BLOCK, slots)
+    finish(system.blender.store(job, system.arena))
+    return system.model.num_embedded - before
