@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ T = TypeVar("T")
 ANOTHER_TENANT = "a slot has another tenant"
 ANOTHER_RANK = "another rank cannot"
 NOT_WANTED = "nobody wants it any more"
+PART_BYTES = 64 << 20
+"""of a chunk, and a few times as many while they are put in order, that are copied into slots at once"""
 ANCHOR_BYTES = 256 << 20
 """of KV of anchors that are remembered"""
 
@@ -158,14 +161,27 @@ class ChunkBlender:
         self._fill(job.slots, job.end - job.first, turned_back, arena)
 
     def _fill(self, slots: ChunkSlots, num_tokens: int, part: Callable[[int, int], TokenKV], arena: Arena) -> None:
-        """Copies a chunk, a part of it after the other, into its slots. Zeros behind the last token: what lay there may be another's."""
+        """Copies a chunk into its slots, some blocks of it after the others."""
         _check(arena, slots)
         size = self._shape.block_tokens
-        for position, slot in zip(slots.positions, slots.slots, strict=True):
-            first = position * size
-            kv = part(first, min(first + size, num_tokens))
-            slot_view(arena, self._shape, slot).copy_(F.pad(torch.stack((kv.keys, kv.values), 1), (0, 0, 0, size - kv.num_tokens)))
+        at_once = max(1, PART_BYTES // self._shape.block_bytes)
+        for number, group in itertools.groupby(zip(slots.positions, slots.slots, strict=True), lambda pair: pair[0] // at_once):
+            first = number * at_once
+            blocks = self._blocks_of(part(first * size, min((first + at_once) * size, num_tokens)))
+            for position, slot in group:
+                slot_view(arena, self._shape, slot).copy_(blocks[position - first])
         _check(arena, slots)
+
+    def _blocks_of(self, kv: TokenKV) -> torch.Tensor:
+        """KV as slots hold it: ``[blocks, layers, 2, KV heads, tokens, head_dim]``, where the model computes.
+
+        Zeros behind the last token: what lay there may be somebody else's.
+        """
+        block_tokens = self._shape.block_tokens
+        both = torch.stack((kv.keys, kv.values), 1)
+        padded = F.pad(both, (0, 0, 0, -kv.num_tokens % block_tokens))
+        blocks: torch.Tensor = padded.unflatten(3, (-1, block_tokens)).movedim(3, 0)
+        return blocks
 
     def _shared_out(self, steps: Steps[T], share: int | None, rest: Callable[[], None] = lambda: None) -> Shares[T]:
         """Leaves off where it has done its share, after ``rest``; None: never.
