@@ -46,7 +46,7 @@ class Blender(Protocol):
         ...
 
     def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> Shares[int]:
-        """Returns how many tokens of chunks it computed anew. Writes into the engine's blocks at the end only."""
+        """Returns how many tokens of chunks it computed anew. The job's blocks may hold anything before the end."""
         ...
 
     def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:

@@ -25,6 +25,7 @@ ENDINGS = ("sure", "unsure", "lost", "error")
 SYSTEM = prompt(9, 40)
 DOCUMENTS = [prompt(number, 100) for number in range(3)]
 QUESTION = [7, 7, 7]
+HALF_DONE = -3.0
 SERVING = ("step", "step", "step", "switch", "preempt", "abort", "reset all")
 
 
@@ -41,15 +42,18 @@ class NumberBlender:
         """chunks that were copied: whether that was what full prefill computes"""
 
     def blend(self, job: BlendJob, arena: Arena | None, rows: RowMover | None) -> Shares[int]:
-        """All tokens count as chosen. A job for several steps is done in three."""
+        """All tokens count as chosen. A job for several steps is done in three, and has something of no use in its blocks meanwhile."""
         assert self.rig is not None
         share = yield
         ending = "lost" if arena is None or share == 0 else self.ending()
         for _ in range(2 if job.is_spread and arena is not None else 0):
             if ending == "lost":
                 break
+            self._write(job, lambda _: HALF_DONE)
             share = yield
             ending = ending if share else "lost"
+        if arena is not None and share != 0:
+            self._write(job, lambda _: HALF_DONE)
         self.endings.append(ending)
         if ending == "unsure":
             raise UnsureError
@@ -58,9 +62,15 @@ class NumberBlender:
         if ending == "error":
             raise RuntimeError("injected: this blend fails")
         request = self.rig.scheduler.requests[job.request_id]
-        for index in range(job.first // BLOCK_TOKENS, job.end // BLOCK_TOKENS):
-            self.rig.write(job.block_ids[index], self.rig.value_of(request, index) + APPROXIMATE)
+        value_of = self.rig.value_of
+        self._write(job, lambda index: value_of(request, index) + APPROXIMATE)
         return job.end - job.first
+
+    def _write(self, job: BlendJob, value: Callable[[int], float]) -> None:
+        """The blocks that the job may fill."""
+        assert self.rig is not None
+        for index in range(job.first // BLOCK_TOKENS, job.end // BLOCK_TOKENS):
+            self.rig.write(job.block_ids[index], value(index))
 
     def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
         """What lies in the slots is nobody's concern here."""
