@@ -24,12 +24,13 @@ from kvtier.blend.placing import PromptKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import finish
 from kvtier.connectors import blend_worker
-from kvtier.connectors.blend_memory import blend_bytes, entry_bytes
+from kvtier.connectors.blend_memory import Room, blend_bytes, entry_bytes, room_for
+from kvtier.connectors.blend_steps import LostChunkError
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, RowShape, SlotSource, slot_view
-from kvtier.connectors.messages import CaptureJob, ChunkSlots, EntryJob
+from kvtier.connectors.messages import CaptureJob, ChunkSlots, EntryJob, WorkerReport
 from kvtier.copy.rope import plain_frequencies
 from kvtier.hashing import request_root
-from tests.unit.blend_system import BLOCK, BLOCK_BYTES, DIM, LAYERS, NAMESPACE, TOKEN_BYTES, System, document
+from tests.unit.blend_system import BLOCK, BLOCK_BYTES, DIM, LAYERS, NAMESPACE, TOKEN_BYTES, System, begun_blend, document
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 8, 4, 64, 512
 BLOCK_TOKENS = 16
@@ -227,4 +228,45 @@ def test_chunks_are_copied_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for index, part in enumerate((keys, values)):
             assert torch.equal(part[:, :, at], found[:, index, :, : at.stop - at.start])
         assert not found[:, :, :, at.stop - at.start :].any()
+    system.close()
+
+
+def test_what_lasts_between_steps_is_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what torch keeps for the engine. Inside of a step nobody asks how much is free."""
+    device = torch.device("cuda")
+    asked: list[torch.device] = []
+
+    def free(of: torch.device) -> tuple[int, int]:
+        asked.append(of)
+        return 100, 1000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert [True, False] == [room_for(num_bytes, device, must_last=True).is_lasting for num_bytes in (100, 101)]
+    assert [device] * 2 == asked
+    assert room_for(101, device, must_last=False).is_lasting
+    assert room_for(101, torch.device("cpu"), must_last=True).is_lasting
+    assert 2 == len(asked)
+
+
+@pytest.mark.parametrize("share", [None, 5, 0])
+def test_only_what_is_spread_must_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int | None) -> None:
+    """Blends, and chunks that are computed."""
+    system = System(tmp_path)
+    message, _ = begun_blend(system, num_computed_tokens=0)
+    asked: list[bool] = []
+
+    def no_room(_bytes: int, _device: torch.device, *, must_last: bool) -> Room:
+        asked.append(must_last)
+        return Room("none", is_lasting=False)
+
+    monkeypatch.setattr(blend_worker, "room_for", no_room)
+    entry = EntryJob(1, b"chunk", b"", (), (1,) * BLOCK, ChunkSlots((0,), (0,), (system.arena.bump(0),)))
+    for shares in (system.blender.blend(message.blends[0], system.arena), system.blender.store(entry, system.arena)):
+        next(shares)
+        with pytest.raises(LostChunkError):
+            shares.send(share)
+    assert [share is not None] * 2 == asked
+    system.finish(message, WorkerReport({message.blends[0].job_id: 1}))
+    system.half.request_finished("second")
     system.close()
