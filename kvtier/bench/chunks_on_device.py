@@ -19,12 +19,9 @@ from kvtier.blend.layout import Placement, PromptLayout, lay_out
 from kvtier.blend.methods import METHODS
 from kvtier.blend.model import LayerKV, TokenKV
 from kvtier.blend.prefill import CausalGroups, Rows, advance, attend, start
-from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import finish
 from kvtier.blend.transformers_models import TransformersModel
-from kvtier.connectors.blend_memory import blend_bytes
 from kvtier.connectors.blend_worker import ChunkBlender
-from kvtier.connectors.chunk_rows import RowShape
 from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob, Recompute
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_copier import ArenaPlace
@@ -148,20 +145,17 @@ class ChunksOnDevice:
 
     def taken(self) -> Iterator[Record]:
         """What a blend takes of a CUDA device's memory beside the engine's blocks, and as its limit what the worker asks for."""
-        model, device = self._model, self._device
-        layers, heads, head_dim = self.memory.row_shape
-        shape = RowShape(layers, heads, BLOCK_TOKENS, head_dim, self.memory.dtype)
+        device = self._device
         for name in ("combined", "cacheblend"):
-            ids, layout = self.prompt()
-            asked = blend_bytes(model, shape, layout, METHODS[name]().asks(layers), FixedRatio(RATIO), self._blender.kept_bytes)
+            job = self._job(*self.prompt(), name, RATIO)
             before = torch.cuda.memory_allocated(device)
-            shares = self._blender.blend(self._job(ids, layout, name, RATIO), self._arena, self.rows)
+            shares = self._blender.blend(job, self._arena, self.rows)
             next(shares)
             shares.send(1)  # it has asked for the memory, and given it back
             torch.cuda.reset_peak_memory_stats(device)
             finish(shares)
             taken = (torch.cuda.max_memory_allocated(device) - before) / 1e9
-            limit = asked / 1e9
+            limit = self._blender.bytes_for(job) / 1e9
             yield Record(f"device memory of a blend, {name}", {"tokens": self._num_tokens}, taken, "GB", 0.0, limit, taken / limit)
 
     def loading(self, rounds: int) -> Record:

@@ -111,16 +111,19 @@ class ChunkBlender:
             UnsureError: the first token's margin is less than the job asks for.
         """
         share = yield
-        method, ratio = self._methods[job.recompute.method](), FixedRatio(job.recompute.ratio)
-        num_bytes = blend_bytes(self._model, self._shape, job.layout, method.asks(self._model.num_layers), ratio, self.kept_bytes)
-        room = room_for(num_bytes, self._model.device, must_last=share is not None)
+        room = room_for(self.bytes_for(job), self._model.device, must_last=share is not None)
         problem = "there is no arena, or no prefix" if arena is None else _problem(arena, job) or room.problem
         problem = NOT_WANTED if share == 0 else problem
         if not self._ranks.agree(not problem) or arena is None:
             raise LostChunkError(problem or ANOTHER_RANK)
         share = self._bounded(share, room)
         self._is_amid = True
-        return (yield from self._blended(job, method, ratio, arena, rows, share))
+        return (yield from self._blended(job, arena, rows, share))
+
+    def bytes_for(self, job: BlendJob) -> int:
+        """Device memory that a blend takes beside the engine's blocks, at most."""
+        asks = self._methods[job.recompute.method]().asks(self._model.num_layers)
+        return blend_bytes(self._model, self._shape, job.layout, asks, FixedRatio(job.recompute.ratio), self.kept_bytes)
 
     @torch.inference_mode()
     def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
@@ -209,10 +212,9 @@ class ChunkBlender:
         """The first share of a job. Where a rank has no room to keep it over steps, all of it."""
         return share if share is not None and self._ranks.agree(room.is_lasting) else None
 
-    def _blended(
-        self, job: BlendJob, method: SelectionMethod, ratio: FixedRatio, arena: Arena, rows: RowMover | None, share: int | None
-    ) -> Shares[int]:
+    def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None, share: int | None) -> Shares[int]:
         model, layout, min_margin = self._model, job.layout, job.recompute.min_margin
+        method, ratio = self._methods[job.recompute.method](), FixedRatio(job.recompute.ratio)
         memory = RequestMemory(self._tokens, job.block_ids, job.first, job.end, model.device)
         is_checked = min_margin > 0
         with self.reading(job, arena, rows) as reads:
