@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvtier.blend.entries import empty_kv
+from kvtier.blend.entries import Context, empty_kv
 from kvtier.blend.layout import PromptLayout
 from kvtier.blend.mean_shift import MeanShift
 from kvtier.blend.methods.base import Asks, Evidence, Selection, SelectionMethod
@@ -19,7 +19,6 @@ from kvtier.blend.placing import ChunkSource, PromptKV
 from kvtier.blend.prefill import LayerHook, Rows, advance, attention_mask, mean_attention, project, start
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import Steps, finish
-from kvtier.errors import BlendRefusedError, RefusalReason
 
 MOST_ASKING = 64
 """tokens that nobody has are computed to find out what the question looks at, the last ones"""
@@ -81,29 +80,28 @@ def blend(  # noqa: PLR0913 - by keyword
     """:func:`blend_into` memory of its own.
 
     Args:
+        source: the KV of the layout's chunks
         prefix: the KV of the layout's prefix
 
     Raises:
-        BlendRefusedError: as it does.
-        ValueError: as it does; the prefix has another length than the layout says.
+        BlendRefusedError: the source has another chunk than the layout puts there.
+        ValueError: prompt, layout, source and prefix differ in length.
     """
     num_prefix = 0 if prefix is None else prefix.num_tokens
     if num_prefix != layout.num_prefix_tokens:
         raise ValueError(f"a prefix of {num_prefix} tokens, of the layout {layout.num_prefix_tokens}")
     memory = _WholeKV(model, layout.num_tokens, prefix, model.device)
     kv = PromptKV(memory, layout, source, model)
-    made = yield from blend_into(kv, model, token_ids, layout, source, method, ratio, end=end, needs_logits=needs_logits)
+    made = yield from blend_into(kv, model, token_ids, method, ratio, end=end, needs_logits=needs_logits)
     kv.finish()
     return Blended(**vars(made), kv=memory.kv)
 
 
 @torch.no_grad()
-def blend_into(  # noqa: PLR0913 - by keyword
+def blend_into(
     kv: PromptKV,
     model: BlendModel,
     token_ids: Sequence[int],
-    layout: PromptLayout,
-    source: ChunkSource,
     method: SelectionMethod,
     ratio: FixedRatio,
     *,
@@ -113,21 +111,21 @@ def blend_into(  # noqa: PLR0913 - by keyword
     """Blends a prompt, in steps; :func:`kvtier.blend.steps.finish` does all of them.
 
     Args:
-        kv: the prompt's, of the same layout and source; still to be finished
+        kv: the prompt's, with its layout and chunks; still to be finished
         end: the position from which on somebody else computes the prompt: there is no KV of use from there on
         needs_logits: whether the rest behind ``end`` is computed nevertheless, all of it, for the logits
 
     Raises:
-        BlendRefusedError: the source has another chunk than the layout puts there.
-        ValueError: prompt, layout and source differ in length.
+        ValueError: prompt and layout differ in length.
     """
-    _check(token_ids, layout, source)
-    layout = _without_foreign_context(layout, source)
+    if len(token_ids) != kv.layout.num_tokens:
+        raise ValueError(f"a prompt of {len(token_ids)} tokens, of the layout {kv.layout.num_tokens}")
+    layout = _without_foreign_context(kv.layout, kv.contexts)
     end = layout.num_tokens if end is None else end
     reach = layout.num_tokens if needs_logits else end
     prompt = _Prompt(model, torch.as_tensor(token_ids, device=model.device), layout, kv, range(end, reach))
     if len(prompt.candidates):
-        evidence = yield from prompt.found_out(method.asks(model.num_layers), Evidence(layout, source.contexts))
+        evidence = yield from prompt.found_out(method.asks(model.num_layers), Evidence(layout, kv.contexts))
         selection = method.select(evidence, ratio)
     else:
         selection = Selection(prompt.candidates.bool())
@@ -254,19 +252,8 @@ class _Prompt:
         return model.mean_over_ranks(total[self.candidates])
 
 
-def _without_foreign_context(layout: PromptLayout, source: ChunkSource) -> PromptLayout:
+def _without_foreign_context(layout: PromptLayout, contexts: Sequence[Context]) -> PromptLayout:
     """A chunk whose KV was computed behind other chunks is nowhere exact, also not directly behind its anchor."""
-    pairs = zip(layout.placements, source.contexts, strict=True)
+    pairs = zip(layout.placements, contexts, strict=True)
     placements = tuple(replace(at, is_exact=at.is_exact and not context.chunk_keys) for at, context in pairs)
     return replace(layout, placements=placements)
-
-
-def _check(token_ids: Sequence[int], layout: PromptLayout, source: ChunkSource) -> None:
-    given = (len(token_ids), len(source.chunks))
-    wanted = (layout.num_tokens, len(layout.placements))
-    if given != wanted:
-        raise ValueError(f"tokens and chunks are {given}, of the layout {wanted}")
-    for placement, chunk in zip(layout.placements, source.chunks, strict=True):
-        if chunk != placement.chunk:
-            text = f"the KV of chunk {chunk.key.hex()} for token {placement.start}, where chunk {placement.chunk.key.hex()} lies"
-            raise BlendRefusedError(RefusalReason.TOKENS_DIFFER, text)

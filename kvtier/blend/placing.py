@@ -17,6 +17,7 @@ from kvtier.blend.entries import ChunkEntry, Context
 from kvtier.blend.layout import PromptLayout
 from kvtier.blend.model import BlendModel, LayerKV, Rotary
 from kvtier.copy.rope import shift_table
+from kvtier.errors import BlendRefusedError, RefusalReason
 
 
 class ChunkSource(Protocol):
@@ -118,16 +119,23 @@ class PromptKV:
         memory: has the KV of the layout's prefix. Gets all of it in the end, and before it what does not stay here
         source: the KV of the layout's chunks
         kept_bytes: layers of so many bytes stay here
+
+    Raises:
+        BlendRefusedError: the source has another chunk than the layout puts there.
+        ValueError: layout and source differ in length.
     """
 
     def __init__(self, memory: KVMemory, layout: PromptLayout, source: ChunkSource, model: BlendModel, kept_bytes: int = 0) -> None:
+        _check(layout, source)
+        self.layout = layout
+        self.contexts = source.contexts
+        """of the chunks"""
         self._memory = memory
-        self._layout = layout
         self._source = source
         self._plan = PlacementPlan(layout, source.first_rows, model.rotary, model.device)
         self._num_placed = 0
         self._kept: dict[int, LayerKV] = {}
-        self._most_kept = kept_bytes // layer_bytes(memory, layout.num_tokens)
+        self._most_kept = kept_bytes // _layer_bytes(memory, layout.num_tokens)
 
     @contextlib.contextmanager
     def opened(self, layer: int) -> Iterator[LayerKV]:
@@ -155,7 +163,7 @@ class PromptKV:
 
     def _begun(self, layer: int) -> LayerKV:
         is_placed = layer < self._num_placed
-        kv = self._read(layer, self._memory.num_tokens if is_placed else self._layout.num_prefix_tokens)
+        kv = self._read(layer, self._memory.num_tokens if is_placed else self.layout.num_prefix_tokens)
         if not is_placed:
             if len(self._plan.rows):
                 self._source.place(layer, self._plan, kv)
@@ -165,7 +173,7 @@ class PromptKV:
     def _read(self, layer: int, num_tokens: int) -> LayerKV:
         """A layer of the prompt with its first tokens in place and zeros elsewhere."""
         _, num_heads, head_dim = self._memory.row_shape
-        size = (num_heads, self._layout.num_tokens, head_dim)
+        size = (num_heads, self.layout.num_tokens, head_dim)
         kv = LayerKV(*(torch.zeros(size, dtype=self._memory.dtype, device=self._plan.rows.device) for _ in range(2)))
         if num_tokens:
             for part, known in zip(kv, self._memory.read(layer, num_tokens), strict=True):
@@ -173,7 +181,16 @@ class PromptKV:
         return kv
 
 
-def layer_bytes(memory: KVMemory, num_tokens: int) -> int:
+def _check(layout: PromptLayout, source: ChunkSource) -> None:
+    if len(source.chunks) != len(layout.placements):
+        raise ValueError(f"{len(source.chunks)} chunks, of the layout {len(layout.placements)}")
+    for placement, chunk in zip(layout.placements, source.chunks, strict=True):
+        if chunk != placement.chunk:
+            text = f"the KV of chunk {chunk.key.hex()} for token {placement.start}, where chunk {placement.chunk.key.hex()} lies"
+            raise BlendRefusedError(RefusalReason.TOKENS_DIFFER, text)
+
+
+def _layer_bytes(memory: KVMemory, num_tokens: int) -> int:
     """Of so many tokens' keys and values in one layer."""
     _, num_heads, head_dim = memory.row_shape
     return 2 * num_heads * head_dim * memory.dtype.itemsize * num_tokens

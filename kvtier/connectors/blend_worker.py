@@ -220,7 +220,7 @@ class ChunkBlender:
         with self.reading(job, arena, rows) as reads:
             source = SlotSource([at.chunk for at in layout.placements], reads, self._shape, rows)
             kv = PromptKV(memory, layout, source, model, self.kept_bytes)
-            steps = blend_into(kv, model, job.token_ids, layout, source, method, ratio, end=job.end, needs_logits=is_checked)
+            steps = blend_into(kv, model, job.token_ids, method, ratio, end=job.end, needs_logits=is_checked)
             made = yield from self._shared_out(steps, share, reads.rest)
         _check(arena, *job.chunks)  # what was read while a slot changed hands may be anything
         if made.logits is not None and not margin(made.logits) >= min_margin:  # NaN is not sure of anything

@@ -7,7 +7,7 @@ import torch
 
 from kvtier.blend.blender import Blended, blend
 from kvtier.blend.chunks import anchor_of
-from kvtier.blend.entries import compute_entry, full_prefill
+from kvtier.blend.entries import ChunkEntry, compute_entry, full_prefill
 from kvtier.blend.finding import ChunkSpace, Span
 from kvtier.blend.layout import lay_out
 from kvtier.blend.methods import METHODS
@@ -71,3 +71,22 @@ def test_logits_behind_the_end_are_full_prefills(end: int) -> None:
     for ours in (made, plain):
         torch.testing.assert_close(ours.kv.part(0, end).keys, kv.part(0, end).keys, rtol=0, atol=1e-4)
         torch.testing.assert_close(ours.kv.part(0, end).values, kv.part(0, end).values, rtol=0, atol=1e-4)
+
+
+def test_lengths_that_differ_are_refused() -> None:
+    """Prompt, chunks and prefix are those of the layout, before anything is computed."""
+    model = CountingModel()
+    root = request_root(NAMESPACE.digest)
+    placements = ChunkSpace(root, anchor_of(root, [], BLOCK), BLOCK).place(TOKENS, SPANS)
+    layout = lay_out(len(TOKENS), 0, placements)
+    kv, _ = full_prefill(model, torch.tensor(TOKENS))
+    entries = [ChunkEntry(at.chunk, kv.part(at.start, at.end)) for at in placements]
+    model.num_finished = 0
+    for tokens, given, prefix, error in (
+        (TOKENS[:-1], entries, None, "a prompt of 24 tokens, of the layout 25"),
+        (TOKENS, entries[:1], None, "1 chunks, of the layout 2"),
+        (TOKENS, entries, kv.part(0, 3), "a prefix of 3 tokens, of the layout 0"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            finish(blend(model, tokens, layout, EntrySource(given), METHODS["epic"](), FixedRatio(0.5), prefix=prefix))
+    assert 0 == model.num_finished

@@ -159,7 +159,7 @@ def test_a_blend_takes_what_was_asked_for(
     with torch.inference_mode(), LiveBytes() as live:
         source = SlotSource([at.chunk for at in layout.placements], Ring(layout, shape), shape)
         kv = PromptKV(memory, layout, source, model, kept_bytes)
-        finish(blend_into(kv, model, tokens, layout, source, chosen, size, end=len(tokens) - 1, needs_logits=needs_logits))
+        finish(blend_into(kv, model, tokens, chosen, size, end=len(tokens) - 1, needs_logits=needs_logits))
         assert num_layers - min(num_kept, num_layers) == len(memory.written)
         kv.finish()
     assert num_layers == len(memory.written)
