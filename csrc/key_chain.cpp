@@ -52,38 +52,26 @@ class Tail {
   uint8_t buffer_[kShaBlockBytes];
 };
 
-// The same for messages that all end alike but for what is put in: no extra bytes, and all in one
-// block. Padding each anew takes a twentieth of the time that short blocks take.
-class FixedTail {
- public:
-  // `rest_bytes`: how many bytes of tokens follow the whole blocks.
-  FixedTail(size_t hashed_bytes, size_t rest_bytes) noexcept : rest_bytes_(rest_bytes) {
-    if (!Fits(rest_bytes)) return;
-    buffer_[rest_bytes + kKeyBytes] = 0x80;
-    const uint64_t num_bits = __builtin_bswap64((hashed_bytes + rest_bytes + kKeyBytes) * 8);
-    std::memcpy(buffer_ + kShaBlockBytes - 8, &num_bits, 8);
+// The words that follow the key before in the last block of a message of `hashed_bytes` and that key.
+struct Padding {
+  explicit Padding(uint64_t hashed_bytes) noexcept {
+    const uint64_t num_bits = (hashed_bytes + kKeyBytes) * 8;
+    words[0] = 0x80000000;
+    words[kShaPaddingWords - 2] = static_cast<uint32_t>(num_bits >> 32);
+    words[kShaPaddingWords - 1] = static_cast<uint32_t>(num_bits);
   }
 
-  static bool Fits(size_t rest_bytes) noexcept {
-    return rest_bytes + kKeyBytes + 1 + 8 <= kShaBlockBytes;
-  }
-
-  const uint8_t* Fill(const uint8_t* rest, const uint8_t* parent) noexcept {
-    if (rest_bytes_ > 0) std::memcpy(buffer_, rest, rest_bytes_);
-    std::memcpy(buffer_ + rest_bytes_, parent, kKeyBytes);
-    return buffer_;
-  }
-
- private:
-  size_t rest_bytes_;
-  uint8_t buffer_[kShaBlockBytes] = {};
+  uint32_t words[kShaPaddingWords] = {};
 };
 
-void StoreKey(const uint32_t* state, uint8_t* key) noexcept {
-  for (size_t word = 0; word < kKeyBytes / 4; ++word) {
-    const uint32_t big_endian = __builtin_bswap32(state[word]);
-    std::memcpy(key + 4 * word, &big_endian, 4);
-  }
+static_assert(kKeyBytes == 4 * kShaLinkWords, "a key is a link of the chain");
+
+// A key is the digest's first words, each with its highest byte first; also the way back.
+void SwapKey(void* target, const void* source) noexcept {
+  uint32_t words[kShaLinkWords];
+  std::memcpy(words, source, kKeyBytes);
+  for (uint32_t& word : words) word = __builtin_bswap32(word);
+  std::memcpy(target, words, kKeyBytes);
 }
 
 }  // namespace
@@ -96,9 +84,11 @@ void ChainKeys(const Sha256& sha, uint8_t parent[kKeyBytes], const uint32_t* tok
   const size_t token_bytes = block_tokens * sizeof(uint32_t);
   const size_t num_whole = token_bytes / kShaBlockBytes, whole_bytes = num_whole * kShaBlockBytes;
   const size_t rest_bytes = token_bytes - whole_bytes;
-  const bool is_fixed = extras.offsets == nullptr && FixedTail::Fits(rest_bytes);
-  FixedTail fixed_tail(whole_bytes, rest_bytes);
+  const bool is_linked = extras.offsets == nullptr && rest_bytes == 0;
+  const Padding padding(whole_bytes);
   const uint8_t* const data = reinterpret_cast<const uint8_t*>(tokens);
+  uint32_t link[kShaLinkWords];
+  SwapKey(link, parent);
   uint32_t states[4][kShaStateWords];  // of a message and the three after it
   for (size_t block = 0; block < 2 && block < num_blocks; ++block) {
     std::memcpy(states[block], kShaInitialState, sizeof(states[block]));
@@ -106,7 +96,10 @@ void ChainKeys(const Sha256& sha, uint8_t parent[kKeyBytes], const uint32_t* tok
   }
   for (size_t block = 0; block < num_blocks; ++block) {
     uint32_t* const state = states[block % 4];
+    uint32_t* const later_state = states[(block + 2) % 4];
     const uint8_t* const message = data + block * token_bytes;
+    const bool has_later = block + 2 < num_blocks && num_whole > 0;
+    const uint8_t* const later = has_later ? message + 2 * token_bytes : nullptr;
     if (block % 2 == 0 && num_whole > 1) {
       const uint8_t* const rest = message + kShaBlockBytes;
       if (block + 1 < num_blocks) {
@@ -115,27 +108,26 @@ void ChainKeys(const Sha256& sha, uint8_t parent[kKeyBytes], const uint32_t* tok
         sha.compress(state, rest, num_whole - 1);
       }
     }
-    Tail tail(sha, state, whole_bytes);
-    const uint8_t* last_block;
-    if (is_fixed) {
-      last_block = fixed_tail.Fill(message + whole_bytes, parent);
+    if (is_linked) {
+      sha.compress_link(link, state, padding.words, later_state, later);
+      SwapKey(parent, link);
     } else {
+      Tail tail(sha, state, whole_bytes);
       tail.Append(message + whole_bytes, rest_bytes);
       if (extras.offsets != nullptr) {
         tail.Append(extras.data + extras.offsets[block],
                     extras.offsets[block + 1] - extras.offsets[block]);
       }
       tail.Append(parent, kKeyBytes);
-      last_block = tail.Pad();
+      const uint8_t* const last_block = tail.Pad();
+      std::memcpy(later_state, kShaInitialState, sizeof(states[0]));
+      if (has_later) {
+        sha.compress_two(state, last_block, later_state, later, 1);
+      } else {
+        sha.compress(state, last_block, 1);
+      }
+      SwapKey(parent, state);
     }
-    uint32_t* const later_state = states[(block + 2) % 4];
-    std::memcpy(later_state, kShaInitialState, sizeof(states[0]));
-    if (block + 2 < num_blocks && num_whole > 0) {
-      sha.compress_two(state, last_block, later_state, message + 2 * token_bytes, 1);
-    } else {
-      sha.compress(state, last_block, 1);
-    }
-    StoreKey(state, parent);
     sink.take(sink.context, parent);
   }
 }

@@ -30,9 +30,8 @@ inline uint32_t LoadBigEndian(const uint8_t* p) noexcept {
   return uint32_t{p[0]} << 24 | uint32_t{p[1]} << 16 | uint32_t{p[2]} << 8 | p[3];
 }
 
-void PortableBlock(uint32_t* state, const uint8_t* data) noexcept {
-  uint32_t w[64];
-  for (int i = 0; i < 16; ++i) w[i] = LoadBigEndian(data + 4 * i);
+// The first sixteen of `w` are the block's words; the others are made here.
+void PortableRounds(uint32_t* state, uint32_t* w) noexcept {
   for (int i = 16; i < 64; ++i) {
     const uint32_t x = w[i - 15], y = w[i - 2];
     w[i] = w[i - 16] + (RotateRight(x, 7) ^ RotateRight(x, 18) ^ (x >> 3)) + w[i - 7] +
@@ -51,6 +50,12 @@ void PortableBlock(uint32_t* state, const uint8_t* data) noexcept {
   state[4] += e, state[5] += f, state[6] += g, state[7] += h;
 }
 
+void PortableBlock(uint32_t* state, const uint8_t* data) noexcept {
+  uint32_t w[64];
+  for (int i = 0; i < 16; ++i) w[i] = LoadBigEndian(data + 4 * i);
+  PortableRounds(state, w);
+}
+
 void PortableCompress(uint32_t* state, const uint8_t* data, size_t num_blocks) noexcept {
   for (; num_blocks > 0; --num_blocks, data += kShaBlockBytes) PortableBlock(state, data);
 }
@@ -61,66 +66,111 @@ void PortableCompressTwo(uint32_t* state_a, const uint8_t* data_a, uint32_t* sta
   PortableCompress(state_b, data_b, num_blocks);
 }
 
-constexpr Sha256 kPortable = {"portable", PortableCompress, PortableCompressTwo};
+void PortableLink(uint32_t* link, const uint32_t* state, const uint32_t* padding,
+                  uint32_t* later_state, const uint8_t* later) noexcept {
+  uint32_t digest[kShaStateWords], w[64];
+  std::memcpy(digest, state, sizeof(digest));
+  std::memcpy(w, link, kShaLinkWords * 4);
+  std::memcpy(w + kShaLinkWords, padding, kShaPaddingWords * 4);
+  PortableRounds(digest, w);
+  std::memcpy(link, digest, kShaLinkWords * 4);
+  if (later == nullptr) return;
+  std::memcpy(later_state, kShaInitialState, sizeof(kShaInitialState));
+  PortableBlock(later_state, later);
+}
+
+constexpr Sha256 kPortable = {"portable", PortableCompress, PortableCompressTwo, PortableLink};
 
 #if defined(__x86_64__)
 
 #define KVTIER_SHA_TARGET __attribute__((target("sha,sse4.1,ssse3")))
 
-// The instructions keep the eight state words as {A,B,E,F} and {C,D,G,H}, highest lane first.
-template <int kLanes>
-KVTIER_SHA_TARGET inline __attribute__((always_inline)) void ShaNi(uint32_t* const* states,
-                                                                   const uint8_t* const* messages,
-                                                                   size_t num_blocks) noexcept {
+#define KVTIER_SHA_INLINE KVTIER_SHA_TARGET inline __attribute__((always_inline))
+
+KVTIER_SHA_INLINE __m128i LoadWords(const void* source) noexcept {
+  return _mm_loadu_si128(static_cast<const __m128i*>(source));
+}
+
+KVTIER_SHA_INLINE void StoreWords(void* target, __m128i words) noexcept {
+  _mm_storeu_si128(static_cast<__m128i*>(target), words);
+}
+
+// Eight state words as the instructions keep them: {A,B,E,F} and {C,D,G,H}, highest lane first.
+struct ShaState {
+  __m128i abef, cdgh;
+};
+
+KVTIER_SHA_INLINE ShaState LoadState(const uint32_t* words) noexcept {
+  const __m128i cdab = _mm_shuffle_epi32(LoadWords(words), 0xb1);
+  const __m128i efgh = _mm_shuffle_epi32(LoadWords(words + 4), 0x1b);
+  return {_mm_alignr_epi8(cdab, efgh, 8), _mm_blend_epi16(efgh, cdab, 0xf0)};
+}
+
+KVTIER_SHA_INLINE void StoreState(uint32_t* words, const ShaState& state) noexcept {
+  const __m128i feba = _mm_shuffle_epi32(state.abef, 0x1b);
+  const __m128i dchg = _mm_shuffle_epi32(state.cdgh, 0xb1);
+  StoreWords(words, _mm_blend_epi16(feba, dchg, 0xf0));
+  StoreWords(words + 4, _mm_alignr_epi8(dchg, feba, 8));
+}
+
+// A block of 64 bytes: its sixteen words, and later the last sixteen that were made of them.
+struct ShaBlock {
+  __m128i words[4];
+};
+
+KVTIER_SHA_INLINE ShaBlock LoadBlock(const uint8_t* data) noexcept {
   const __m128i byte_swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-  __m128i abef[kLanes], cdgh[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const __m128i dcba = _mm_loadu_si128(reinterpret_cast<const __m128i*>(states[lane]));
-    const __m128i hgfe = _mm_loadu_si128(reinterpret_cast<const __m128i*>(states[lane] + 4));
-    const __m128i cdab = _mm_shuffle_epi32(dcba, 0xb1);
-    const __m128i efgh = _mm_shuffle_epi32(hgfe, 0x1b);
-    abef[lane] = _mm_alignr_epi8(cdab, efgh, 8);
-    cdgh[lane] = _mm_blend_epi16(efgh, cdab, 0xf0);
-  }
-  for (size_t block = 0; block < num_blocks; ++block) {
-    __m128i saved_abef[kLanes], saved_cdgh[kLanes], w[kLanes][4];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      saved_abef[lane] = abef[lane];
-      saved_cdgh[lane] = cdgh[lane];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {  // four rounds each
-      const __m128i constants = _mm_load_si128(reinterpret_cast<const __m128i*>(kRound + 4 * i));
+  ShaBlock block;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    block.words[i] = _mm_shuffle_epi8(LoadWords(data + 16 * i), byte_swap);
+  return block;
+}
+
+template <int kLanes>
+KVTIER_SHA_INLINE void ShaNiRounds(ShaState* states, ShaBlock* blocks) noexcept {
+  ShaState before[kLanes];
 #pragma GCC unroll 2
-      for (int lane = 0; lane < kLanes; ++lane) {
-        __m128i* m = w[lane];
-        __m128i& next = m[i % 4];
-        if (i < 4) {
-          const uint8_t* source = messages[lane] + block * kShaBlockBytes + 16 * i;
-          next = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)),
-                                  byte_swap);
-        } else {
-          const __m128i last = m[(i + 3) % 4];
-          const __m128i partial = _mm_add_epi32(_mm_sha256msg1_epu32(next, m[(i + 1) % 4]),
-                                                _mm_alignr_epi8(last, m[(i + 2) % 4], 4));
-          next = _mm_sha256msg2_epu32(partial, last);
-        }
-        const __m128i input = _mm_add_epi32(next, constants);
-        cdgh[lane] = _mm_sha256rnds2_epu32(cdgh[lane], abef[lane], input);
-        abef[lane] = _mm_sha256rnds2_epu32(abef[lane], cdgh[lane], _mm_shuffle_epi32(input, 0x0e));
-      }
-    }
+  for (int lane = 0; lane < kLanes; ++lane) before[lane] = states[lane];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {  // four rounds each
+    const __m128i constants = _mm_load_si128(reinterpret_cast<const __m128i*>(kRound + 4 * i));
+#pragma GCC unroll 2
     for (int lane = 0; lane < kLanes; ++lane) {
-      abef[lane] = _mm_add_epi32(abef[lane], saved_abef[lane]);
-      cdgh[lane] = _mm_add_epi32(cdgh[lane], saved_cdgh[lane]);
+      __m128i* const w = blocks[lane].words;
+      __m128i& next = w[i % 4];
+      if (i >= 4) {
+        const __m128i last = w[(i + 3) % 4];
+        const __m128i partial = _mm_add_epi32(_mm_sha256msg1_epu32(next, w[(i + 1) % 4]),
+                                              _mm_alignr_epi8(last, w[(i + 2) % 4], 4));
+        next = _mm_sha256msg2_epu32(partial, last);
+      }
+      const __m128i input = _mm_add_epi32(next, constants);
+      ShaState& state = states[lane];
+      state.cdgh = _mm_sha256rnds2_epu32(state.cdgh, state.abef, input);
+      state.abef =
+          _mm_sha256rnds2_epu32(state.abef, state.cdgh, _mm_shuffle_epi32(input, 0x0e));
     }
   }
+#pragma GCC unroll 2
   for (int lane = 0; lane < kLanes; ++lane) {
-    const __m128i feba = _mm_shuffle_epi32(abef[lane], 0x1b);
-    const __m128i dchg = _mm_shuffle_epi32(cdgh[lane], 0xb1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(states[lane]), _mm_blend_epi16(feba, dchg, 0xf0));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(states[lane] + 4), _mm_alignr_epi8(dchg, feba, 8));
+    states[lane].abef = _mm_add_epi32(states[lane].abef, before[lane].abef);
+    states[lane].cdgh = _mm_add_epi32(states[lane].cdgh, before[lane].cdgh);
   }
+}
+
+template <int kLanes>
+KVTIER_SHA_INLINE void ShaNi(uint32_t* const* states, const uint8_t* const* messages,
+                             size_t num_blocks) noexcept {
+  ShaState lanes[kLanes];
+  ShaBlock blocks[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = LoadState(states[lane]);
+  for (size_t block = 0; block < num_blocks; ++block) {
+    for (int lane = 0; lane < kLanes; ++lane)
+      blocks[lane] = LoadBlock(messages[lane] + block * kShaBlockBytes);
+    ShaNiRounds<kLanes>(lanes, blocks);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) StoreState(states[lane], lanes[lane]);
 }
 
 KVTIER_SHA_TARGET void ShaNiCompress(uint32_t* state, const uint8_t* data,
@@ -135,7 +185,23 @@ KVTIER_SHA_TARGET void ShaNiCompressTwo(uint32_t* state_a, const uint8_t* data_a
   ShaNi<2>(states, messages, num_blocks);
 }
 
-constexpr Sha256 kShaNi = {"sha-ni", ShaNiCompress, ShaNiCompressTwo};
+KVTIER_SHA_TARGET void ShaNiLink(uint32_t* link, const uint32_t* state, const uint32_t* padding,
+                                 uint32_t* later_state, const uint8_t* later) noexcept {
+  ShaState lanes[2] = {LoadState(state), LoadState(kShaInitialState)};
+  ShaBlock blocks[2] = {
+      {{LoadWords(link), LoadWords(padding), LoadWords(padding + 4), LoadWords(padding + 8)}}, {}};
+  if (later != nullptr) {
+    blocks[1] = LoadBlock(later);
+    ShaNiRounds<2>(lanes, blocks);
+    StoreState(later_state, lanes[1]);
+  } else {
+    ShaNiRounds<1>(lanes, blocks);
+  }
+  const __m128i dcba = _mm_unpackhi_epi64(lanes[0].cdgh, lanes[0].abef);
+  StoreWords(link, _mm_shuffle_epi32(dcba, 0x1b));
+}
+
+constexpr Sha256 kShaNi = {"sha-ni", ShaNiCompress, ShaNiCompressTwo, ShaNiLink};
 
 bool HasShaNi() noexcept {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;

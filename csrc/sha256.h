@@ -1,4 +1,4 @@
-// SHA-256's compression function, one and two messages at a time.
+// SHA-256's compression function, one and two messages at a time, and chains of messages.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,8 @@ namespace kvtier {
 
 constexpr size_t kShaBlockBytes = 64;
 constexpr size_t kShaStateWords = 8;
+constexpr size_t kShaLinkWords = 4;
+constexpr size_t kShaPaddingWords = kShaBlockBytes / 4 - kShaLinkWords;
 
 extern const uint32_t kShaInitialState[kShaStateWords];
 
@@ -20,6 +22,13 @@ struct Sha256 {
   // message wait for each other; those of two fill the gaps.
   void (*compress_two)(uint32_t* state_a, const uint8_t* data_a, uint32_t* state_b,
                        const uint8_t* data_b, size_t num_blocks) noexcept;
+  // One link of a chain: the digest of a message whose last block is `link` and then `padding`, and
+  // of which `state` holds what is before. `link` is the first words of that digest afterwards. It
+  // stays words all the way, as the next link waits for it: bytes in between would take a third
+  // longer. At the same time `later_state` takes the first 64 bytes of another message, `later`,
+  // unless that is null.
+  void (*compress_link)(uint32_t* link, const uint32_t* state, const uint32_t* padding,
+                        uint32_t* later_state, const uint8_t* later) noexcept;
 };
 
 // The fastest implementation on this CPU.

@@ -214,7 +214,11 @@ class KeyChain:
         parent = self._keys[-1] if self._keys else self._root
         extras = self._extras(first, num_blocks) if self._spans else None
         keys = _native.chain_keys(parent, token_ids, first * self._block_tokens, num_blocks - first, self._block_tokens, extras)
-        self._keys += cast("list[BlockKey]", keys)
+        new_keys = cast("list[BlockKey]", keys)
+        if first:
+            self._keys += new_keys
+        else:
+            self._keys = new_keys
 
     def _extras(self, first_block: int, end_block: int) -> list[bytes] | None:
         """For each block, the spans that overlap it and where they lie. ``None``: nowhere any."""
