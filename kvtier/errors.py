@@ -111,7 +111,8 @@ class RefusalReason(enum.Enum):
     MODEL = "model"
     METHOD = "method"
     BOUNDARIES = "boundaries"
-    """its messages were to be the chunks, and nobody knows what a message of this model begins with"""
+    """its messages were to be the chunks, and nobody knows what a message of this model begins with; or what lies between separators that
+    are a text, and the model has no tokenizer"""
     FORMAT = "format"
     """what was asked is not a mapping with the right keys and kinds of values"""
     OFF = "off"

@@ -1,4 +1,4 @@
-"""Where chunks lie in a prompt: as the caller says, between separators, or wherever stored ones occur. Pure.
+"""Where chunks lie in a prompt: as the caller says, with its messages, or wherever stored ones occur. Pure.
 
 Found without being told, a chunk is looked for by a hash of its first tokens over every window of the prompt (after Karp and Rabin,
 "Efficient randomized pattern-matching algorithms", 1987); where one matches, such a hash of all tokens is compared, and only then the
@@ -57,29 +57,6 @@ def check_spans(spans: Iterable[Span], num_tokens: int) -> list[Span]:
             )
         end = span.end
     return ordered
-
-
-def separated_spans(token_ids: Sequence[int], separator: Sequence[int]) -> list[Span]:
-    """What lies between each two occurrences of the separator. What is before the first and behind the last one is no chunk.
-
-    Raises:
-        ValueError: the separator is empty.
-    """
-    if not separator:
-        raise ValueError("a separator has at least one token")
-    tokens, pattern = list(token_ids), list(separator)
-    spans = []
-    previous_end = None
-    position = 0
-    while position + len(pattern) <= len(tokens):
-        if tokens[position : position + len(pattern)] != pattern:
-            position += 1
-            continue
-        if previous_end is not None and previous_end < position:
-            spans.append(Span(previous_end, position))
-        position += len(pattern)
-        previous_end = position
-    return spans
 
 
 def message_spans(token_ids: Sequence[int], turn_markers: Collection[int]) -> tuple[int, list[Span]]:

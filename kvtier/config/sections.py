@@ -81,12 +81,21 @@ class BlendConfig(Section):
     enabled: bool = setting(
         False, kind="boolean", allowed="`true`, `false`", about="Whether requests may reuse chunks (`kv_transfer_params`, key `blend`)."
     )
-    boundaries: Literal["request", "messages", "auto"] = setting(
+    separator: str | None = setting(
+        None,
+        kind="text",
+        allowed="null, or a text of at most 1000 characters",
+        about="What lies between the chunks of a prompt with `boundaries: separator`, and before the first one and behind the last one, "
+        "where the request does not say.",
+        min_length=1,
+        max_length=1000,
+    )
+    boundaries: Literal["request", "messages", "separator", "auto"] = setting(
         "request",
         kind="name",
-        allowed="`request`, `messages`, `auto`",
+        allowed="`request`, `messages`, `separator` (with `separator`), `auto`",
         about="Where the chunks of a request's prompt begin and end, where the request does not say. `request`: it has to say. `messages`: "
-        "with the messages of the chat. `auto`: wherever chunks lie that earlier requests named.",
+        "with the messages of the chat. `separator`: at each `separator`. `auto`: wherever chunks lie that earlier requests named.",
     )
     method: Literal["none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined"] = setting(
         "combined",
@@ -157,6 +166,13 @@ class BlendConfig(Section):
         about="A neutral document that chunks are computed behind, after what the prompts begin with. Some hundred words; it improves the "
         "answers and costs nothing when a prompt is served. null: none.",
     )
+
+    @field_validator("boundaries")
+    @classmethod
+    def _with_a_separator(cls, boundaries: str, info: ValidationInfo) -> str:
+        if boundaries == "separator" and info.data.get("separator", "") is None:  # absent where it is wrong itself
+            raise ValueError("separator is null")
+        return boundaries
 
     @field_validator("last_layer")
     @classmethod

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvtier.blend.chunks import anchor_of, served_anchor
-from kvtier.blend.finding import ChunkSpace, Span, check_spans, message_spans, separated_spans
+from kvtier.blend.finding import ChunkSpace, Span, check_spans, message_spans
+from kvtier.blend.separators import MAX_SEPARATOR, TokenTexts, separated_spans
 from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.messages import Recompute
 from kvtier.connectors.requests import BlendState
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 METHODS = ("none", "cacheblend", "epic", "prophetkv", "cachecraft", "combined")
-BOUNDARIES = ("messages", "auto")
+BOUNDARIES = ("messages", "separator", "auto")
 KEYS = ("spans", "separator", "boundaries", "tokens", "anchor", "method", "ratio", "min_margin")
 
 
@@ -28,6 +29,10 @@ class BlendSettings(Protocol):
     @property
     def boundaries(self) -> str:
         """Where chunks begin and end, where a request does not say."""
+
+    @property
+    def separator(self) -> str | None:
+        """What lies between the chunks where they lie between separators and a request does not say which."""
 
     @property
     def entries(self) -> str:
@@ -61,6 +66,8 @@ class Surroundings:
     """tokens that chunks are computed behind too, after what the prompt begins with"""
     turn_markers: frozenset[int] = frozenset()
     """tokens that a message begins with"""
+    texts: TokenTexts | None = None
+    """finds separators that are given as a text"""
     known: KnownChunks = field(default_factory=KnownChunks)
 
 
@@ -98,7 +105,7 @@ def _placed(
     asked: Mapping[str, Any], prompt: Sequence[int], settings: BlendSettings, around: Surroundings, recompute: Recompute
 ) -> BlendState:
     """The chunks at the places that the request gives, or its messages."""
-    first, spans = _spans(asked, prompt, around.turn_markers)
+    first, spans = _spans(asked, prompt, settings, around)
     num_anchor = asked.get("anchor", first)
     if not _is_number(num_anchor) or not 0 <= num_anchor <= first:
         raise _bad(f"anchor is {num_anchor!r}; a number of tokens up to the first chunk, 0 to {first}, is allowed")
@@ -123,24 +130,32 @@ def _share(name: str, value: Any, reason: RefusalReason) -> float:
     return float(value)
 
 
-def _spans(asked: Mapping[str, Any], prompt: Sequence[int], turn_markers: frozenset[int]) -> tuple[int, list[Span]]:
+def _spans(asked: Mapping[str, Any], prompt: Sequence[int], settings: BlendSettings, around: Surroundings) -> tuple[int, list[Span]]:
     """Where the chunks lie, and how many tokens before them are their anchor."""
-    if "separator" in asked:
-        separator = asked["separator"]
-        if not separator or not _is_tokens(separator):
-            raise _bad(f"separator is {separator!r}; a list of token ids is allowed")
-        spans = separated_spans(prompt, separator)
-    elif "spans" in asked:
+    if "spans" in asked:
         given = asked["spans"]
         if not _is_list(given) or not all(_is_span(span) for span in given):
             raise _bad(f"spans is {given!r}; a list of [start, end] is allowed")
         spans = [Span(start, end) for start, end in given]
         check_spans(spans, len(prompt))
+    elif "separator" in asked or asked.get("boundaries", settings.boundaries) == "separator":
+        spans = _separated(asked.get("separator", settings.separator), prompt, around.texts)
     else:
-        if not turn_markers:
+        if not around.turn_markers:
             raise BlendRefusedError(RefusalReason.BOUNDARIES, "boundaries is messages, and no token is known that begins one")
-        return message_spans(prompt, turn_markers)
+        return message_spans(prompt, around.turn_markers)
     return min((span.start for span in spans), default=0), spans
+
+
+def _separated(separator: Any, prompt: Sequence[int], texts: TokenTexts | None) -> list[Span]:
+    if isinstance(separator, str):
+        if texts is None:
+            raise BlendRefusedError(RefusalReason.BOUNDARIES, "separator is a text, and the model has no tokenizer to find it by")
+        return texts.separated_spans(prompt, separator)
+    if not separator or not _is_tokens(separator):
+        allowed = f"a text of at most {MAX_SEPARATOR} characters, or a list of token ids, is allowed"
+        raise _bad(f"separator is {separator!r}, in the request or in blend.separator; {allowed}")
+    return separated_spans(prompt, separator)
 
 
 def _is_list(value: object) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.layout import Placement, lay_out
+from kvtier.blend.separators import TokenTexts
 from kvtier.cache import Cache
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
@@ -45,6 +46,8 @@ class BlendParts:
     """tokens of the neutral document that chunks are computed behind"""
     turn_markers: frozenset[int] = frozenset()
     """tokens that a message of a chat begins with"""
+    texts: TokenTexts | None = None
+    """finds separators that are given as a text; ``None``: the model has no tokenizer"""
     refusal: str = ""
     """why the model's chunks cannot be reused; empty: they can"""
     num_positions: int = NEVER
@@ -112,7 +115,7 @@ class Blending:
             parts = self._parts
             prompt = tuple(request.token_ids[:num_prompt_tokens])
             root = request_root(self._geometry.namespace, identity.extras)
-            around = Surroundings(root, self._geometry.block_tokens, parts.primer, parts.turn_markers, self._known)
+            around = Surroundings(root, self._geometry.block_tokens, parts.primer, parts.turn_markers, parts.texts, self._known)
             request.blend = read_request(asked, prompt, parts.settings, around)
             self._engine.stats.add("blend.chunks", len(request.blend.placements))
         except BlendRefusedError as error:

@@ -11,6 +11,7 @@ from tests.engine.scenarios import SENTENCES, metrics
 
 SYSTEM = "You answer questions about the texts below, shortly and truthfully. Here are the texts. "
 QUESTION = "\nQuestion {number}: what happened then? Answer:"
+SEPARATOR = "\n-----\n"
 MAX_TOKENS = 10
 METHODS = ("combined", "epic", "cacheblend", "prophetkv", "cachecraft", "none")
 ORDERS = ([0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 1, 0], [3, 1], [2, 3, 0, 1])
@@ -57,6 +58,10 @@ class Asker:
         tools = "".join(f"<|im_start|>tool\n{SENTENCES[document] * 4}<|im_end|>\n" for document in order)
         turns = f"{tools}<|im_start|>user{QUESTION.format(number=number)}<|im_end|>\n<|im_start|>assistant\n"
         return self.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{turns}")
+
+    def separated(self, order: Sequence[int], number: int) -> Piece:
+        """The documents as parts of one text, which is divided into tokens as a whole."""
+        return self.encode(SEPARATOR.join([SYSTEM, *(SENTENCES[document] * 4 for document in order), QUESTION.format(number=number)]))
 
     def sampling(self, options: Result | None, max_tokens: int = MAX_TOKENS) -> Any:
         """Greedy, with kvtier's options."""
@@ -156,12 +161,18 @@ def blended(llm: Any, settings: Result) -> Result:
 
 
 def unnamed(asker: Asker, prompt: Piece, ratio: float | None) -> list[Result]:
-    """A prompt of chunks that others named, and a chat whose messages are chunks."""
-    asked: list[tuple[Piece, str]] = [(prompt, "auto"), (asker.chat([1, 0], 51), "messages")]
+    """A prompt of chunks that others named, a chat whose messages are chunks, and a text whose parts are."""
+    by_text: Result = {"separator": SEPARATOR}
+    asked: list[tuple[Piece, Result]] = [
+        (prompt, {"boundaries": "auto"}),
+        (asker.chat([1, 0], 51), {"boundaries": "messages"}),
+        (asker.separated([1, 0], 53), by_text),
+    ]
     if ratio is None:
         return [asker.one(ids) for ids, _ in asked]
     asker.stored(asker.chat([0, 1], 50), {"boundaries": "messages"})
-    return [asker.one(ids, {"blend": {"boundaries": boundaries, "ratio": ratio}, "store": False}) for ids, boundaries in asked]
+    asker.stored(asker.separated([0, 1], 52), by_text)
+    return [asker.one(ids, {"blend": {**blend, "ratio": ratio}, "store": False}) for ids, blend in asked]
 
 
 def abort_blended(asker: Asker, asked: Sequence[tuple[Piece, Result | None]]) -> None:

@@ -63,7 +63,9 @@ def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
         assert_same(alone[name if name in alone else "alone"][: len(result[name])], result[name])
     assert all(answer["loaded"]["blend"]["tokens"] > 40 for answer in result["sure"])
     assert all(answer["loaded"]["blend"] == {"tokens": 0, "refused": "unsure"} for answer in result["unsure"]), "the engine computed them"
-    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in result["unnamed"]), "found by their tokens; by the chat's messages"
+    assert all(answer["loaded"]["blend"]["tokens"] > 100 for answer in result["unnamed"]), (
+        "found by their tokens, the chat's messages, a text between"
+    )
     taken = [answer["loaded"]["blend"]["tokens"] for answer in result["alone"]]
     assert all(tokens > 40 for tokens in taken[: len(ORDERS)]), taken
     assert all(tokens > 40 for tokens in taken), taken
@@ -77,7 +79,7 @@ def test_all_computed_anew_gives_full_prefill(alone: Result) -> None:
     assert {**{f"blend.refused_{name}": 1 for name in REFUSED}, "blend.refused_unsure": 4} == {
         name: value for name, value in result["counters"].items() if name.startswith("blend.refused_")
     }
-    assert 8 + 2 == result["counters"]["blend.stored_chunks"]
+    assert 8 + 2 + 2 == result["counters"]["blend.stored_chunks"]
     assert not {"connector.errors", "blend.failed"} & set(result["counters"])
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvtier.blend import finding
 from kvtier.blend.chunks import NO_ANCHOR, Anchor, Chunk, anchor_of, chunk_of
-from kvtier.blend.finding import HEAD_TOKENS, ChunkFinder, ChunkSpace, Span, check_spans, separated_spans
+from kvtier.blend.finding import HEAD_TOKENS, ChunkFinder, ChunkSpace, Span
 from kvtier.blend.layout import Placement, PromptLayout, lay_out
+from kvtier.blend.separators import separated_spans
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import KeyChain, Namespace, chunk_root, request_root, whole_keys
 
@@ -84,18 +85,6 @@ def test_spans_that_are_not_the_named_chunk_are_refused() -> None:
     with pytest.raises(BlendRefusedError, match=chunk.key.hex()) as caught:
         SPACE.place(tokens, [Span(4, 10)], {Span(4, 10): chunk.key})
     assert RefusalReason.TOKENS_DIFFER == caught.value.reason
-
-
-@given(few_tokens, st.lists(st.integers(0, 2), min_size=1, max_size=3))
-def test_separated_chunks_are_what_lies_between(tokens: list[int], separator: list[int]) -> None:
-    """Joined again, with the separators and both ends, they are the prompt; and none holds a separator."""
-    spans = separated_spans(tokens, separator)
-    assert spans == check_spans(spans, len(tokens))
-    for span in spans:
-        inside = tokens[span.start : span.end]
-        assert separator == tokens[span.start - len(separator) : span.start]
-        assert separator == tokens[span.end : span.end + len(separator)]
-        assert all(separator != inside[at : at + len(separator)] for at in range(len(inside)))
 
 
 def naive_find(tokens: list[int], chunks: list[list[int]]) -> list[tuple[int, int]]:

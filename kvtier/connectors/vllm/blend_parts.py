@@ -12,6 +12,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.request import Request
 
 from kvtier.blend.methods import methods_with
+from kvtier.blend.separators import TokenTexts
 from kvtier.blend.transformers_models import check_family, frequencies_of
 from kvtier.config import BlendConfig, Config
 from kvtier.connectors.blend_worker import ChunkBlender, Ranks
@@ -21,11 +22,12 @@ from kvtier.connectors.vllm.drafters import drafter_of
 from kvtier.connectors.vllm.geometry import BlockSizes
 from kvtier.connectors.vllm.model_access import loaded_model
 from kvtier.connectors.vllm.paged_tokens import PagedTokens
-from kvtier.errors import BlendRefusedError, ConfigError
+from kvtier.errors import BlendRefusedError, ConfigError, RefusalReason
 
 _LOG = logging.getLogger(__name__)
 TURN_MARKERS = ("<|im_start|>", "<|start_header_id|>", "[INST]", "[TOOL_RESULTS]", "<tool_response>")
 """texts of the tokens that messages begin with, in the chat templates of the families that chunks can be reused with"""
+_BEFORE = "a"
 
 
 def blend_parts_of(vllm_config: VllmConfig, config: Config) -> BlendParts:
@@ -37,7 +39,9 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config) -> BlendParts:
     num_positions = max(model_config.max_model_len, getattr(model_config.hf_text_config, "max_position_embeddings", 0))
     refusal = _refusal(vllm_config)
     max_step_tokens = config.blend.max_step_tokens or vllm_config.scheduler_config.max_num_batched_tokens
-    return BlendParts(config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), refusal, num_positions, max_step_tokens)
+    return BlendParts(
+        config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), token_texts(tokenizer), refusal, num_positions, max_step_tokens
+    )
 
 
 def blender_of(num_blocks: int, sizes: BlockSizes, config: BlendConfig, max_rows: int) -> ChunkBlender | None:
@@ -117,6 +121,23 @@ def _tokenizer(vllm_config: VllmConfig) -> Any | None:
 def _turn_markers(tokenizer: Any | None) -> frozenset[int]:
     added = {} if tokenizer is None else tokenizer.get_added_vocab()
     return frozenset(added[text] for text in TURN_MARKERS if text in added)
+
+
+def token_texts(tokenizer: Any | None) -> TokenTexts | None:
+    """The texts of a tokenizer's tokens; ``None`` where there is none."""
+    if tokenizer is None:
+        return None
+    pieces = [piece or "\0" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    before = "".join(tokenizer.tokenize(_BEFORE))
+
+    def written(text: str) -> str:
+        # Some tokenizers mark what a text begins with, and a separator is in the middle of one.
+        whole = "".join(tokenizer.tokenize(_BEFORE + text))
+        if not whole.startswith(before):
+            raise BlendRefusedError(RefusalReason.FORMAT, f"separator is {text!r}, which the tokenizer writes otherwise behind other text")
+        return whole.removeprefix(before)
+
+    return TokenTexts(pieces, written)
 
 
 def _primer(tokenizer: Any | None, config: Config) -> tuple[int, ...]:

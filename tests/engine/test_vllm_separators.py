@@ -1,0 +1,98 @@
+"""Separators that are a text, with tokenizers as models have them: byte-level ones, and those that mark what a text begins with."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from kvtier.blend.separators import TokenTexts
+from kvtier.connectors.vllm.blend_parts import token_texts
+
+pytestmark = pytest.mark.engine
+SEPARATORS = ("\n---\n", "<doc>", " # # ", "\n\n", "~", "a", "é", "🙂")
+documents = st.lists(st.text(st.sampled_from("ab -#\n<d>é🙂.") | st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=4)
+
+
+@cache
+def tokenizer(kind: str) -> Any:
+    """SmolLM2's, or one of Llama 2's kind: words begin with a mark, so does every text, and what is no word is bytes."""
+    if kind == "byte-level":
+        return AutoTokenizer.from_pretrained(os.environ["KVTIER_TEST_MODEL"])
+    words = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "a",
+        "b",
+        "d",
+        "▁a",
+        "▁b",
+        "ab",
+        "▁ab",
+        "-",
+        "--",
+        "#",
+        "▁#",
+        "<",
+        ">",
+        "do",
+        "c",
+    ]
+    merges = [("▁", "a"), ("▁", "b"), ("a", "b"), ("▁a", "b"), ("▁", "ab"), ("-", "-"), ("▁", "#")]
+    model = models.BPE({word: number for number, word in enumerate(words)}, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    made = Tokenizer(model)
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+@cache
+def texts(kind: str) -> TokenTexts:
+    found = token_texts(tokenizer(kind))
+    assert found is not None
+    return found
+
+
+def chunks(kind: str, text: str, separator: str) -> list[list[int]]:
+    """Token ids of what is found between separators."""
+    ids = list(tokenizer(kind)(text, add_special_tokens=False)["input_ids"])
+    return [ids[span.start : span.end] for span in texts(kind).separated_spans(ids, separator)]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "marked"])
+@given(documents=documents, separator=st.sampled_from(SEPARATORS))
+@example(documents=["ab\n", "\n\nab"], separator="\n\n")
+@example(documents=[" a", "b "], separator=" # # ")
+def test_documents_are_found_in_any_order(kind: str, documents: list[str], separator: str) -> None:
+    """What is found is text of the documents without a separator in it, and the same tokens wherever the document stands."""
+    documents = [document for document in documents if separator not in document]
+    joined = separator.join(["What is asked.", *documents, "Answer:"])
+    turned = separator.join(["What is asked.", *reversed(documents), "Answer:"])
+    found = chunks(kind, joined, separator)
+    assert len(found) <= joined.count(separator)
+    for ids in found:
+        assert separator not in tokenizer(kind).decode(ids)
+    if joined.count(separator) == turned.count(separator) == len(documents) + 1:
+        assert sorted(found) == sorted(chunks(kind, turned, separator))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "marked"])
+@pytest.mark.parametrize("separator", ["\n---\n", "<doc>", " # # ", "\n\n"])
+def test_whole_documents(kind: str, separator: str) -> None:
+    """A chunk is all of its document, but for a first word that is one token with the space before it, where that is the separator's."""
+    parts = ["ab ab", "ab ab ab\nab"]
+    found = chunks(kind, separator.join(["ab", *parts, "b"]), separator)
+    expected = [part.removeprefix("ab ") for part in parts] if separator.endswith(" ") else parts
+    assert expected == [tokenizer(kind).decode(ids).strip() for ids in found]
+
+
+def test_no_tokenizer_no_texts() -> None:
+    """Such a model's separators have to be token ids."""
+    assert token_texts(None) is None
