@@ -46,22 +46,36 @@ class TokenBlocks(Protocol):
 
 
 class RequestMemory:
-    """The blocks of one request, as :class:`~kvtier.blend.placing.KVMemory` says; tokens before ``first`` are its prefix."""
+    """The blocks of one request, as :class:`~kvtier.blend.placing.KVMemory` says.
 
-    def __init__(self, tokens: TokenBlocks, block_ids: Sequence[int], first: int, end: int, device: torch.device) -> None:
+    Tokens before ``first`` are its prefix, whose blocks others may read, and somebody may be computing: there is KV of the first
+    ``num_there`` of them. That of those in between is kept here where it is written, and not in the blocks.
+    """
+
+    def __init__(
+        self, tokens: TokenBlocks, block_ids: Sequence[int], first: int, end: int, device: torch.device, num_there: int | None = None
+    ) -> None:
         self.num_tokens = end
         self.row_shape = tokens.row_shape
         self.dtype = tokens.dtype
         self._tokens = tokens
         self._first = first
+        self._num_there = first if num_there is None else num_there
+        self._between: dict[int, LayerKV] = {}
         self._block_ids = torch.as_tensor(block_ids, dtype=torch.long, device=device)
 
     def read(self, layer: int, num_tokens: int) -> LayerKV:
         """As ``KVMemory`` says."""
-        return self._tokens.read(layer, 0, num_tokens, self._block_ids)
+        kv = self._tokens.read(layer, 0, num_tokens, self._block_ids)
+        if layer in self._between:
+            for part, between in zip(kv, self._between[layer], strict=True):
+                part[:, self._num_there : self._first] = between
+        return kv
 
     def write(self, layer: int, kv: LayerKV) -> None:
         """As ``KVMemory`` says."""
+        if self._num_there < self._first:
+            self._between[layer] = LayerKV(*(part[:, self._num_there : self._first].clone() for part in kv))
         own = slice(self._first, self.num_tokens)
         self._tokens.write(layer, LayerKV(kv.keys[:, own], kv.values[:, own]), self._first, self._block_ids)
 
@@ -95,17 +109,21 @@ def room_for(num_bytes: int, device: torch.device, *, must_last: bool) -> Room:
     return Room("", is_lasting)
 
 
-def blend_bytes(model: BlendModel, shape: RowShape, layout: PromptLayout, asks: Asks, ratio: FixedRatio, kept_bytes: int) -> int:
-    """Device memory that blending a prompt takes beside the engine's blocks, at most."""
+def blend_bytes(
+    model: BlendModel, shape: RowShape, layout: PromptLayout, asks: Asks, ratio: FixedRatio, kept_bytes: int, first: int
+) -> int:
+    """Device memory that blending a prompt takes beside the engine's blocks, at most. ``first``: as in :class:`RequestMemory`."""
     num_tokens, num_reused = layout.num_tokens, sum(at.num_tokens for at in layout.placements)
     num_rows = num_tokens - layout.num_prefix_tokens - num_reused
     num_rows += num_reused if asks.deviation_layer is not None else ratio.num_tokens(num_reused)
     layer_bytes = num_tokens * shape.token_bytes
     slot_bytes = sum(len(at.chunk.block_keys) for at in layout.placements) * shape.layer_bytes
     kept = min(kept_bytes, shape.num_layers * layer_bytes)
+    between = (first - layout.num_prefix_tokens) * shape.token_bytes * (shape.num_layers - kept // layer_bytes)
     looked_at = MOST_ASKING * (model.row_size // shape.head_dim) * num_tokens if asks.attention_layers else 0
     return (
         kept
+        + between
         + (LAYERS_AHEAD + 1) * slot_bytes
         + LAYERS_AT_ONCE * layer_bytes
         + rows_bytes(model, shape, num_rows, num_tokens)

@@ -123,7 +123,7 @@ class ChunkBlender:
     def bytes_for(self, job: BlendJob) -> int:
         """Device memory that a blend takes beside the engine's blocks, at most."""
         asks = self._methods[job.recompute.method]().asks(self._model.num_layers)
-        return blend_bytes(self._model, self._shape, job.layout, asks, FixedRatio(job.recompute.ratio), self.kept_bytes)
+        return blend_bytes(self._model, self._shape, job.layout, asks, FixedRatio(job.recompute.ratio), self.kept_bytes, job.first)
 
     @torch.inference_mode()
     def store(self, job: EntryJob, arena: Arena | None) -> Shares[int]:
@@ -215,7 +215,7 @@ class ChunkBlender:
     def _blended(self, job: BlendJob, arena: Arena, rows: RowMover | None, share: int | None) -> Shares[int]:
         model, layout, min_margin = self._model, job.layout, job.recompute.min_margin
         method, ratio = self._methods[job.recompute.method](), FixedRatio(job.recompute.ratio)
-        memory = RequestMemory(self._tokens, job.block_ids, job.first, job.end, model.device)
+        memory = RequestMemory(self._tokens, job.block_ids, job.first, job.end, model.device, job.layout.num_prefix_tokens)
         is_checked = min_margin > 0
         with self.reading(job, arena, rows) as reads:
             source = SlotSource([at.chunk for at in layout.placements], reads, self._shape, rows)

@@ -24,7 +24,7 @@ from kvtier.blend.placing import PromptKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import finish
 from kvtier.connectors import blend_worker
-from kvtier.connectors.blend_memory import Room, blend_bytes, entry_bytes, room_for
+from kvtier.connectors.blend_memory import RequestMemory, Room, blend_bytes, entry_bytes, room_for
 from kvtier.connectors.blend_steps import LostChunkError
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, RowShape, SlotSource, slot_view
 from kvtier.connectors.messages import CaptureJob, ChunkSlots, EntryJob, WorkerReport
@@ -72,19 +72,20 @@ class Blocks:
     """An engine's, of one prompt."""
 
     dtype = torch.float32
+    block_tokens = BLOCK_TOKENS
 
     def __init__(self, num_layers: int, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
         self.row_shape = (num_layers, KV_HEADS, HEAD_DIM)
         self._kv = torch.zeros(num_layers, 2, KV_HEADS, num_tokens, HEAD_DIM)
         self.written: set[int] = set()
 
-    def read(self, layer: int, num_tokens: int) -> LayerKV:
-        return LayerKV(*self._kv[layer, :, :, :num_tokens].clone())
+    def read(self, layer: int, first: int, end: int, block_ids: torch.Tensor) -> LayerKV:
+        return LayerKV(*self._kv[layer, :, :, first:end].clone())
 
-    def write(self, layer: int, kv: LayerKV) -> None:
+    def write(self, layer: int, kv: LayerKV, first: int, block_ids: torch.Tensor) -> None:
         self.written.add(layer)
-        self._kv[layer, 0], self._kv[layer, 1] = (part[:, : self.num_tokens] for part in kv)
+        for target, part in zip(self._kv[layer], kv, strict=True):
+            target[:, first : first + part.shape[1]] = part
 
 
 class LiveBytes(TorchDispatchMode):
@@ -144,25 +145,30 @@ def prompt(lengths: list[int], num_new: int) -> tuple[list[int], PromptLayout]:
     num_layers=st.sampled_from([2, 8, 20]),
     num_kept=st.sampled_from([0, 3]),
     needs_logits=st.booleans(),
+    num_between=st.sampled_from([0, 0, 90]),
 )
 def test_a_blend_takes_what_was_asked_for(
-    lengths: list[int], num_new: int, method: str, ratio: float, num_layers: int, num_kept: int, needs_logits: bool
+    lengths: list[int], num_new: int, method: str, ratio: float, num_layers: int, num_kept: int, needs_logits: bool, num_between: int
 ) -> None:
-    """At most, and no less than half of it, about: asking for too much would leave prompts to the engine that could be blended."""
+    """At most, and no less than half of it, about: asking for too much would leave prompts to the engine that could be blended.
+
+    Also where it makes the KV of ``num_between`` tokens for its own use, whose blocks somebody else fills.
+    """
     model = WideModel(num_layers)
     tokens, layout = prompt(lengths, num_new)
     shape = RowShape(num_layers, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32)
     kept_bytes = num_kept * len(tokens) * shape.token_bytes
     chosen, size = METHODS[method](), FixedRatio(ratio)
-    asked = blend_bytes(model, shape, layout, chosen.asks(num_layers), size, kept_bytes)
-    memory = Blocks(num_layers, len(tokens) - 1)
+    asked = blend_bytes(model, shape, layout, chosen.asks(num_layers), size, kept_bytes, num_between)
+    blocks = Blocks(num_layers, len(tokens) - 1)
+    memory = RequestMemory(blocks, [], num_between, len(tokens) - 1, model.device, layout.num_prefix_tokens)
     with torch.inference_mode(), LiveBytes() as live:
         source = SlotSource([at.chunk for at in layout.placements], Ring(layout, shape), shape)
         kv = PromptKV(memory, layout, source, model, kept_bytes)
         finish(blend_into(kv, model, tokens, chosen, size, end=len(tokens) - 1, needs_logits=needs_logits))
-        assert num_layers - min(num_kept, num_layers) == len(memory.written)
+        assert num_layers - min(num_kept, num_layers) == len(blocks.written)
         kv.finish()
-    assert num_layers == len(memory.written)
+    assert num_layers == len(blocks.written)
     assert 0.45 * asked < live.most <= asked
 
 
@@ -174,7 +180,7 @@ def test_it_does_not_grow_with_the_model() -> None:
         for shape in shapes:
             model = WideModel(shape.num_layers)
             _, layout = prompt([1000], 5)
-            needed.append(blend_bytes(model, shape, layout, method().asks(shape.num_layers), FixedRatio(0.15), 0))
+            needed.append(blend_bytes(model, shape, layout, method().asks(shape.num_layers), FixedRatio(0.15), 0, 0))
         assert needed[0] == needed[1]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvtier.blend.model import LayerKV, TokenKV
@@ -42,6 +42,12 @@ def make(tmp_path: Path) -> Callable[..., System]:
     in_flight=st.booleans(),
     num_kept=st.integers(0, LAYERS),
     max_rows=st.sampled_from([1, 7, 1000]),
+)
+@example(
+    lengths=[14, 13], order=[0, 1], system=SYSTEM, num_question=3, num_local=4, method="combined", in_flight=True, num_kept=0, max_rows=64
+)
+@example(
+    lengths=[14, 13], order=[0, 1], system=SYSTEM, num_question=3, num_local=4, method="prophetkv", in_flight=True, num_kept=1, max_rows=64
 )
 def test_all_computed_anew_is_full_prefill(
     lengths: list[int],
