@@ -10,12 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # type: ignore[import-not-found]
 
 from kvtier.blend.separators import TokenTexts
 from kvtier.connectors.vllm.blend_parts import token_texts
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.every_version]
 SEPARATORS = ("\n---\n", "<doc>", " # # ", "\n\n", "~", "a", "é", "🙂")
 documents = st.lists(st.text(st.sampled_from("ab -#\n<d>é🙂.") | st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=4)
 

@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from kvtier.config import Config
 from kvtier.connectors.vllm.drafters import drafter_of, refused_method
+from kvtier.connectors.vllm.kv_memory import by_blocks
 from kvtier.connectors.vllm.versions import allocated_bytes, unnamed_layout, vllm_version
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
@@ -212,7 +213,7 @@ def layers_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[l
 
 def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
     """One layer's block as contiguous runs of bytes: as a rule one, or two where K and V lie apart."""
-    tensor, dim = _by_blocks(name, tensor, num_blocks)
+    tensor, dim = by_blocks(name, tensor, num_blocks)
     item = tensor.element_size()
     axes = [Axis(size, stride * item) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     try:
@@ -222,19 +223,6 @@ def _views(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tenso
         raise UnsupportedModelError(f"layer {name}: kvtier cannot say where its blocks lie ({what}): {error}") from error
     start = tensor.untyped_storage().data_ptr()
     return [_bytes_view(tensor, s.base_address - start, (num_blocks, s.num_bytes), s.stride_bytes) for s in segments]
-
-
-def _by_blocks(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, int]:
-    """The tensor with a dimension that counts the scheduler's blocks, and which one that is.
-
-    Some attention kernels have smaller blocks of their own: a block of the scheduler is then several neighbours of theirs.
-    """
-    for dim, size in enumerate(tensor.shape[:2]):  # what lies behind may have as many places by chance
-        if size == num_blocks:
-            return tensor, dim
-        if size and size % num_blocks == 0:
-            return tensor.unflatten(dim, (num_blocks, size // num_blocks)), dim
-    raise UnsupportedModelError(f"layer {name}: no dimension of {tuple(tensor.shape)} is the number of blocks, {num_blocks}")
 
 
 def _bytes_view(tensor: torch.Tensor, offset: int, shape: tuple[int, int], stride: int) -> torch.Tensor:

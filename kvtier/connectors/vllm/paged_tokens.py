@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvtier.blend.model import LayerKV
+from kvtier.connectors.vllm.kv_memory import by_blocks
 from kvtier.errors import BlendRefusedError, RefusalReason
 
 _BASE = 128
@@ -29,6 +30,7 @@ class PagedTokens:
 
     Raises:
         BlendRefusedError: the backend writes no KV outside of its forward pass, or not every element lies exactly once in its block.
+        UnsupportedModelError: no dimension of a layer's memory counts the blocks. Nothing has been written then.
     """
 
     def __init__(self, attentions: Sequence[Any], num_blocks: int, block_tokens: int) -> None:
@@ -62,7 +64,7 @@ class PagedTokens:
         first_block = first // self.block_tokens
         skipped = first_block * self.block_tokens
         wanted = block_ids[first_block : -(-end // self.block_tokens)]
-        flat = self._by_block(self._attentions[layer].kv_cache)[wanted].flatten(1)
+        flat = self._by_block(layer)[wanted].flatten(1)
         rows = flat[:, self._places.flatten()].view(len(wanted), *self._places.shape)
         both = rows.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, first - skipped : end - skipped]
         return LayerKV(both[0], both[1])
@@ -71,19 +73,18 @@ class PagedTokens:
         rows = (part.transpose(0, 1).contiguous() for part in (keys, values))
         attention.impl.do_kv_cache_update(attention, *rows, memory, slots)
 
-    def _by_block(self, memory: torch.Tensor) -> torch.Tensor:
-        """The layer's memory with the dimension first that counts blocks."""
-        for dim, size in enumerate(memory.shape):
-            if size == self._num_blocks:
-                return memory.movedim(dim, 0)
-        raise BlendRefusedError(RefusalReason.MODEL, f"no dimension of {tuple(memory.shape)} is the number of blocks, {self._num_blocks}")
+    def _by_block(self, layer: int) -> torch.Tensor:
+        """The layer's memory with the dimension first that counts the engine's blocks."""
+        blocks, dim = by_blocks(str(layer), self._attentions[layer].kv_cache, self._num_blocks)
+        return blocks.movedim(dim, 0)
 
     def _find_places(self) -> torch.Tensor:
         """Writes every element's number, digit by digit, and reads which element lies where."""
         attention = self._attentions[0]
         memory = attention.kv_cache
-        dim = next((index for index, size in enumerate(memory.shape) if size == self._num_blocks), 0)
-        block = torch.zeros_like(memory.narrow(dim, 0, 1), memory_format=torch.preserve_format)
+        _, dim = by_blocks("0", memory, self._num_blocks)
+        kernel_blocks = memory.shape[dim] // self._num_blocks
+        block = torch.zeros_like(memory.narrow(dim, 0, kernel_blocks), memory_format=torch.preserve_format)
         shape = (2, self._num_heads, self.block_tokens, self._head_dim)
         count = 2 * self._num_heads * self.block_tokens * self._head_dim
         numbers = torch.arange(count, device=memory.device).view(shape)
@@ -93,7 +94,7 @@ class PagedTokens:
         while factor < count:
             digits = (numbers // factor % _BASE).to(self.dtype)
             self._update(attention, block, digits[0], digits[1], slots)
-            found += block.movedim(dim, 0).flatten().long() * factor
+            found += block.unflatten(dim, (1, kernel_blocks)).movedim(dim, 0).flatten().long() * factor
             factor *= _BASE
         if block.numel() != count or not torch.equal(found.sort().values, numbers.flatten()):
             text = f"{type(attention.impl).__name__}: the elements of a block are not where they can be found"
