@@ -40,7 +40,7 @@ def blend_parts_of(vllm_config: VllmConfig, config: Config) -> BlendParts:
     refusal = _refusal(vllm_config)
     max_step_tokens = config.blend.max_step_tokens or vllm_config.scheduler_config.max_num_batched_tokens
     return BlendParts(
-        config.blend, _primer(tokenizer, config), _turn_markers(tokenizer), token_texts(tokenizer), refusal, num_positions, max_step_tokens
+        config.blend, _primer(tokenizer, config), turn_markers(tokenizer), token_texts(tokenizer), refusal, num_positions, max_step_tokens
     )
 
 
@@ -113,14 +113,15 @@ def _tokenizer(vllm_config: VllmConfig) -> Any | None:
     model = vllm_config.model_config
     try:
         return AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # one may need a package that is not there
         _LOG.warning("kvtier: no tokenizer: %s", error)
         return None
 
 
-def _turn_markers(tokenizer: Any | None) -> frozenset[int]:
-    added = {} if tokenizer is None else tokenizer.get_added_vocab()
-    return frozenset(added[text] for text in TURN_MARKERS if text in added)
+def turn_markers(tokenizer: Any | None) -> frozenset[int]:
+    """The tokens that messages begin with; none where there is no tokenizer."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    return frozenset(vocabulary[text] for text in TURN_MARKERS if text in vocabulary)
 
 
 def token_texts(tokenizer: Any | None) -> TokenTexts | None:
