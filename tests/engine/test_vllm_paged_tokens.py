@@ -28,10 +28,21 @@ class Backend:
     do_kv_cache_update = CPUAttentionBackendImpl.do_kv_cache_update
 
 
+class KeysFirst(Backend):
+    """One whose memory is ``[keys and values, blocks, tokens, heads, head_dim]``."""
+
+    def do_kv_cache_update(self, _layer: Any, keys: torch.Tensor, values: torch.Tensor, memory: torch.Tensor, slots: torch.Tensor) -> None:
+        """Token by token."""
+        for kind, rows in enumerate((keys, values)):
+            memory[kind, slots // memory.shape[2], slots % memory.shape[2]] = rows
+
+
 def attention_of(memory: torch.Tensor) -> Any:
     """A layer with this KV memory."""
     scales = {"_k_scale_float": 1.0, "_v_scale_float": 1.0}
-    return SimpleNamespace(impl=Backend(), kv_cache=memory, num_kv_heads=HEADS, head_size=HEAD_DIM, isa="vec", **scales)
+    return SimpleNamespace(
+        impl=Backend() if memory.dim() == 4 else KeysFirst(), kv_cache=memory, num_kv_heads=HEADS, head_size=HEAD_DIM, isa="vec", **scales
+    )
 
 
 def memory_of(kernel_tokens: int, num_blocks: int = NUM_BLOCKS) -> torch.Tensor:
@@ -54,10 +65,13 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return behind
 
 
+@pytest.mark.parametrize("has_keys_first", [False, True])
 @pytest.mark.parametrize("kernel_tokens", [64, 32])
-def test_what_was_written_is_read(guards: list[torch.Tensor], kernel_tokens: int) -> None:
+def test_what_was_written_is_read(guards: list[torch.Tensor], kernel_tokens: int, has_keys_first: bool) -> None:
     """Where kernels have smaller blocks than the scheduler, too; nothing is written but a request's own tokens."""
     memory = memory_of(kernel_tokens)
+    if has_keys_first:
+        memory = torch.zeros(2, len(memory), kernel_tokens, HEADS, HEAD_DIM)
     tokens = PagedTokens([attention_of(memory)], NUM_BLOCKS, BLOCK_TOKENS)
     assert bool((guards[0] == NOBODYS).all())
     block_ids = torch.tensor([4, 1, 3])
@@ -67,7 +81,8 @@ def test_what_was_written_is_read(guards: list[torch.Tensor], kernel_tokens: int
         for expected, found in zip(kv, tokens.read(0, first, end, block_ids), strict=True):
             assert torch.equal(expected[:, first - 37 : end - 37], found)
     assert not tokens.read(0, 0, 37, block_ids).keys.any()
-    assert not memory.view(NUM_BLOCKS, -1)[[0, 2, 5]].any()
+    by_block = memory.unflatten(int(has_keys_first), (NUM_BLOCKS, -1))
+    assert not by_block.index_select(int(has_keys_first), torch.tensor([0, 2, 5])).any()
 
 
 def test_memory_without_blocks_is_refused_before_anything_is_written(guards: list[torch.Tensor]) -> None:

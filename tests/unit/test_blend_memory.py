@@ -145,20 +145,21 @@ def prompt(lengths: list[int], num_new: int) -> tuple[list[int], PromptLayout]:
     num_layers=st.sampled_from([2, 8, 20]),
     num_kept=st.sampled_from([0, 3]),
     needs_logits=st.booleans(),
-    num_between=st.sampled_from([0, 0, 90]),
+    between=st.sampled_from([0, 0, 0.9]),
 )
 def test_a_blend_takes_what_was_asked_for(
-    lengths: list[int], num_new: int, method: str, ratio: float, num_layers: int, num_kept: int, needs_logits: bool, num_between: int
+    lengths: list[int], num_new: int, method: str, ratio: float, num_layers: int, num_kept: int, needs_logits: bool, between: float
 ) -> None:
     """At most, and no less than half of it, about: asking for too much would leave prompts to the engine that could be blended.
 
-    Also where it makes the KV of ``num_between`` tokens for its own use, whose blocks somebody else fills.
+    Also where it makes the KV of the first tokens, a share ``between``, for its own use: somebody else fills their blocks.
     """
     model = WideModel(num_layers)
     tokens, layout = prompt(lengths, num_new)
     shape = RowShape(num_layers, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32)
     kept_bytes = num_kept * len(tokens) * shape.token_bytes
     chosen, size = METHODS[method](), FixedRatio(ratio)
+    num_between = int(between * len(tokens))
     asked = blend_bytes(model, shape, layout, chosen.asks(num_layers), size, kept_bytes, num_between)
     blocks = Blocks(num_layers, len(tokens) - 1)
     memory = RequestMemory(blocks, [], num_between, len(tokens) - 1, model.device, layout.num_prefix_tokens)

@@ -40,7 +40,13 @@ def test_separated_chunks_are_what_lies_between(tokens: list[int], separator: li
         assert all(separator != inside[at : at + len(separator)] for at in range(len(inside)))
 
 
+def test_separators_do_not_overlap() -> None:
+    """What is left of a second one, which begins within the first, is a part of the chunk."""
+    assert [Span(2, 4)] == separated_spans([0, 0, 0, 1, 0, 0], [0, 0])
+
+
 @given(few_tokens, texts)
+@example([2, 2, 2, 0, 2, 2], "||")
 def test_a_text_is_found_wherever_tokens_divide_it(tokens: list[int], separator: str) -> None:
     """Between the occurrences of the text all tokens that hold no part of one, and no others."""
     text = "".join(PIECES[token] for token in tokens)
@@ -72,7 +78,7 @@ def test_a_text_that_is_one_token_separates_as_that_token(tokens: list[int], sep
 
 def test_a_token_without_a_text_separates_nothing() -> None:
     """Ids beyond the tokenizer's, as padded vocabularies have them, neither match nor join what is beside them."""
-    assert [Span(2, 3)] == TokenTexts(["a", "b", "c"], same).separated_spans([0, 1, 2, 0, 1, 0, 99, 1], "ab")
+    assert [Span(2, 3)] == TokenTexts(["a", "b", "c"], same).separated_spans([0, 1, 2, 0, 1, 2, 0, 99, 1], "ab")
 
 
 @pytest.mark.parametrize("separator", ["", "x" * (MAX_SEPARATOR + 1), "\ud800"])
