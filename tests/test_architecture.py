@@ -90,6 +90,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     ),
     "torch": (
         *BLEND_WITH_TORCH,
+        "kvtier.copy.pinning",
         "kvtier.copy.pool",
         "kvtier.copy.torch_copier",
         "kvtier.connectors",

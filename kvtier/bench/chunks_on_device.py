@@ -26,6 +26,7 @@ from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJo
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_copier import ArenaPlace
 from kvtier.copy.device import Device, cuda_copier
+from kvtier.copy.pinning import pin_arena, unpin
 from kvtier.layout import KVLayout, Segment
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
@@ -67,7 +68,10 @@ class ChunksOnDevice:
 
     Args:
         shape: the sizes of a Llama's configuration
-        directory: where host memory gets its file
+        directory: where host memory gets its file: for a CUDA device one of a file system in memory, as others may not be pinned
+
+    Raises:
+        RuntimeError: a CUDA device does not take host memory.
     """
 
     def __init__(self, device: torch.device, shape: Mapping[str, Any], num_tokens: int, chunk_tokens: int, directory: Path) -> None:
@@ -94,7 +98,7 @@ class ChunksOnDevice:
         self._arena = self._stack.enter_context(arena)
         arena.prefault()
         arena.wait_prefaulted(600.0)
-        self.rows = self._open_rows() if device.type == "cuda" else None
+        self.rows = _open_rows(arena, device, self._stack) if device.type == "cuda" else None
         self._slots = self._store()
 
     def __enter__(self) -> Self:
@@ -239,20 +243,6 @@ class ChunksOnDevice:
         both = torch.cat([torch.frombuffer(block, dtype=self.memory.dtype).view(shape) for block in raw], 3)[:, :, :, :num_tokens]
         return TokenKV(both[:, 0].to(self._device), both[:, 1].to(self._device))
 
-    def _open_rows(self) -> RowMover | None:
-        number = self._device.index or 0
-        runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(self._arena.address, self._arena.capacity_bytes, 2)) != 0:
-            return None
-        self._stack.callback(runtime.cudaHostUnregister, self._arena.address)
-        page = torch.zeros(PAGE_BYTES, dtype=torch.uint8, device=self._device)
-        layout = KVLayout((Segment(page.data_ptr(), PAGE_BYTES, PAGE_BYTES),), 1)
-        device = Device(number, lambda: int(torch.cuda.current_stream(number).cuda_stream))
-        copier = cuda_copier(layout, device, ArenaPlace(self._arena.address, self._arena.capacity_bytes))
-        if copier is not None:
-            self._stack.callback(copier.close)
-        return copier
-
     # ---- one case -----------------------------------------------------------------------------------------------
 
     def _case(self, name: str, ids: list[int], layout: PromptLayout) -> Callable[[], object]:
@@ -302,6 +292,26 @@ class ChunksOnDevice:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _open_rows(arena: Arena, device: torch.device, stack: contextlib.ExitStack) -> RowMover | None:
+    """What brings chunks to a CUDA device; None without CuPy. ``stack`` lets go of what it takes.
+
+    Raises:
+        RuntimeError: the arena cannot be pinned. Copies from memory that is not would be other figures, and other copies to test.
+    """
+    number = device.index or 0
+    pinned_bytes = pin_arena(arena, number)
+    if not pinned_bytes:
+        raise RuntimeError(f"CUDA did not take {arena.path} as pinned memory: is it in a file system in memory, such as /dev/shm?")
+    stack.callback(unpin, arena.address, number)
+    page = torch.zeros(PAGE_BYTES, dtype=torch.uint8, device=device)
+    layout = KVLayout((Segment(page.data_ptr(), PAGE_BYTES, PAGE_BYTES),), 1)
+    on_device = Device(number, lambda: int(torch.cuda.current_stream(number).cuda_stream))
+    copier = cuda_copier(layout, on_device, ArenaPlace(arena.address, pinned_bytes))
+    if copier is not None:
+        stack.callback(copier.close)
+    return copier
 
 
 def _random_model(shape: Mapping[str, Any], device: torch.device) -> Any:

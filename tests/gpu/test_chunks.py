@@ -12,16 +12,21 @@ pytest.importorskip("transformers", reason="NOTHING WAS CHECKED ON A GPU: transf
 
 from kvtier.bench.chunks_on_device import ChunksOnDevice  # noqa: E402 - only where there is torch
 from kvtier.bench.gpu_chunks import SHAPES  # noqa: E402 - only where there is torch
+from kvtier.bench.scratch import scratch_directory  # noqa: E402 - only where there is torch
 
 ROUNDS = 10
 METHODS = ("none", "epic", "cacheblend", "combined")
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[ChunksOnDevice]:
+def bench() -> Iterator[ChunksOnDevice]:
     if not torch.cuda.is_available():
         pytest.skip("NOTHING WAS CHECKED ON A GPU: torch sees none")
-    with torch.inference_mode(), ChunksOnDevice(torch.device("cuda:0"), SHAPES["tiny"], 2000, 90, tmp_path) as bench:
+    with (
+        scratch_directory(Path("/dev/shm")) as directory,
+        torch.inference_mode(),
+        ChunksOnDevice(torch.device("cuda:0"), SHAPES["tiny"], 2000, 90, directory) as bench,
+    ):
         yield bench
 
 

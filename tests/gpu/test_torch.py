@@ -12,9 +12,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="NOTHING WAS CHECKED ON A GPU: torch is not installed")
 
-from kvtier.connectors.vllm.movers import forget_error, movers_of, pin_arena  # noqa: E402 - only where there is torch
+from kvtier.connectors.vllm.movers import movers_of  # noqa: E402 - only where there is torch
 from kvtier.copy.base import BlockCopy, Movers  # noqa: E402 - only where there is torch
 from kvtier.copy.cuda_batch import tolerate_captures  # noqa: E402 - only where there is torch
+from kvtier.copy.pinning import pin_arena, unpin  # noqa: E402 - only where there is torch
 from kvtier.copy.torch_copier import TorchCopier  # noqa: E402 - only where there is torch
 from kvtier.layout import KVLayout, Segment  # noqa: E402 - only where there is torch
 from kvtier.memory.arena import Arena  # noqa: E402 - only where there is torch
@@ -124,8 +125,7 @@ def test_memory_that_is_pinned_already(arena: Arena) -> None:
     assert pin_arena(arena, 0) == arena.ready_bytes
     assert 0 == pin_arena(arena, 0)
     assert [1.0] == torch.ones(1, device=DEVICE).tolist()
-    assert 0 == int(torch.cuda.cudart().cudaHostUnregister(arena.address))
-    forget_error(0)
+    assert unpin(arena.address, 0)
 
 
 def test_what_a_thread_prepares_breaks_no_capture(arena: Arena) -> None:
@@ -176,4 +176,4 @@ def test_blocks_come_back(arena: Arena, way: str, own_stream: bool) -> None:
         engine.round_trip(movers, engine.copies, engine.copies)
         movers.release()
         assert pin_arena(arena, 0) == arena.ready_bytes
-        assert 0 == int(torch.cuda.cudart().cudaHostUnregister(arena.address))
+        assert unpin(arena.address, 0)

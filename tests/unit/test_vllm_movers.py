@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from kvtier.bench import chunks_on_device  # noqa: E402 - only where there is torch
 from kvtier.connectors.vllm import movers  # noqa: E402 - only where there is torch
 from kvtier.copy.base import Movers  # noqa: E402
 from kvtier.layout import KVLayout, Segment  # noqa: E402
@@ -78,6 +79,26 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch, arena: Ar
     assert ["launch"] == cuda.log
     assert ["cudaHostRegister" in record.getMessage() for record in caplog.records] == [True]
     made.release()
+
+
+def test_a_benchmark_does_not_go_on_without_pinned_memory(monkeypatch: pytest.MonkeyPatch, arena: Arena) -> None:
+    """Its figures would be of other copies: it ends, and says where memory can be pinned. The refusal is not left to the next launch."""
+    cuda = Cuda(monkeypatch, register=2)
+    with contextlib.ExitStack() as stack, pytest.raises(RuntimeError, match=f"{arena.path} as pinned memory.*/dev/shm"):
+        chunks_on_device._open_rows(arena, torch.device("cuda:0"), stack)
+    assert ["launch"] == cuda.log
+
+
+def test_a_benchmark_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch, arena: Arena) -> None:
+    """After what copies from it."""
+    cuda = Cuda(monkeypatch)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **more: torch.empty(4096))
+    monkeypatch.setattr(chunks_on_device, "cuda_copier", lambda *args: cuda)
+    with contextlib.ExitStack() as stack:
+        chunks_on_device._open_rows(arena, torch.device("cuda:0"), stack)
+        assert [arena.address] == cuda.pinned
+    assert ["close", "unregister"] == cuda.log
+    assert [] == cuda.pinned
 
 
 def test_memory_that_cannot_be_given_back(monkeypatch: pytest.MonkeyPatch, arena: Arena, caplog: pytest.LogCaptureFixture) -> None:

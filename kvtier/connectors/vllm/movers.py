@@ -17,6 +17,7 @@ from kvtier.copy.cpu import NativeCopier
 from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
 from kvtier.copy.device import Device, cuda_copier, way_of
 from kvtier.copy.layered import ThreadedLayerLoader
+from kvtier.copy.pinning import pin_arena, unpin
 from kvtier.copy.pool import PoolCopier
 from kvtier.copy.torch_copier import TorchCopier
 from kvtier.layout import KVLayout
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from kvtier.config import ConnectorConfig
 
 _LOG = logging.getLogger(__name__)
-PREFAULT_TIMEOUT_S = 600.0
-REGISTER_MAPPED = 2
-"""a flag of CUDA: kernels may use the addresses"""
 
 
 def movers_of(
@@ -84,36 +82,12 @@ def _on_cuda(arena: Arena, layout: KVLayout, views: Sequence[torch.Tensor], laye
     return Movers(copier, by_layer, by_layer, copier, release)
 
 
-def pin_arena(arena: Arena, device: int) -> int:
-    """Registers host memory with CUDA, for direct and asynchronous copies. Returns how much; 0 (slower, but right) where that fails.
-
-    A kernel must not touch host memory behind that.
-    """
-    arena.wait_prefaulted(PREFAULT_TIMEOUT_S)
-    num_bytes = arena.ready_bytes
-    error = torch.cuda.cudart().cudaHostRegister(arena.address, num_bytes, REGISTER_MAPPED)
-    if int(error) != 0:
-        _LOG.warning("kvtier: cudaHostRegister of %d bytes failed (%s); copies go through pageable memory", num_bytes, error)
-        forget_error(device)
-        return 0
-    return num_bytes
-
-
-def forget_error(device: int) -> None:
-    """CUDA keeps the error of a call that was refused, and torch would raise it at the engine's next kernel: it is raised here instead."""
-    with contextlib.suppress(RuntimeError):
-        torch.ones(1, device=f"cuda:{device}")  # a launch, after which torch looks
-
-
 def _release(copier: CudaCopier | None, address: int, device: int) -> None:
     # Memory that is unmapped while CUDA knows it stays known: whatever is mapped there next would be copied from the old pages.
     try:
         with torch.cuda.device(device):
             if copier is not None:
                 copier.close()
-            error = torch.cuda.cudart().cudaHostUnregister(address)
-            if int(error) != 0:
-                _LOG.warning("kvtier: cudaHostUnregister failed (%s)", error)
-                forget_error(device)
+            unpin(address, device)
     except RuntimeError as error:
         _LOG.warning("kvtier: the device did not let go of host memory: %s", error)
