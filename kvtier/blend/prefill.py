@@ -5,6 +5,7 @@ The reference of every other implementation. With all tokens it is full prefill;
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -179,12 +180,24 @@ def attend(
     shared = queries.reshape(keys.shape[0], -1, num_rows, head_dim)
     parts = []
     first = 0
-    for mask in groups:
-        part = shared[:, :, first : first + len(mask)]
-        attended = (_folded if folds else _shared)(part, keys[:, : mask.shape[1]], values[:, : mask.shape[1]], mask, scale)
-        parts.append(attended.reshape(num_heads, len(mask), head_dim))
-        first += len(mask)
+    with _without_cudnn():
+        for mask in groups:
+            part = shared[:, :, first : first + len(mask)]
+            attended = (_folded if folds else _shared)(part, keys[:, : mask.shape[1]], values[:, : mask.shape[1]], mask, scale)
+            parts.append(attended.reshape(num_heads, len(mask), head_dim))
+            first += len(mask)
     return torch.cat(parts, 1).transpose(0, 1).reshape(first, -1)
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """torch's attention by any of its kernels but cuDNN's, which makes a plan of 0.1 s and more for each new shape: every group has one."""
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def _folded(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -245,6 +246,35 @@ def test_attention_is_the_same_however_heads_share_keys(positions: list[int], he
     groups = CausalGroups(at, torch.float32, group_rows)
     for folds in (True, False):
         torch.testing.assert_close(attend(queries, keys, values, groups, 0.3, folds=folds), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("folds", [False, True])
+def test_attention_in_groups_is_kept_from_cudnn(monkeypatch: pytest.MonkeyPatch, folds: bool, fails: bool, was_enabled: bool) -> None:
+    """It makes a plan for every new shape. Whoever computes attention next finds torch as it was, also behind an error."""
+    seen: list[bool] = []
+    compute = torch.nn.functional.scaled_dot_product_attention
+
+    def computed(*args: Any, **more: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        if fails:
+            raise RuntimeError("no kernel")
+        return compute(*args, **more)
+
+    queries, keys = torch.ones(4, 6, 8), torch.ones(2, 6, 8)
+    groups = CausalGroups(torch.arange(6), torch.float32, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", computed)
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+        try:
+            with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+                attend(queries, keys, keys, groups, 0.3, folds=folds)
+            assert was_enabled is torch.backends.cuda.cudnn_sdp_enabled()
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+    assert [False] * (1 if fails else 2) == seen
 
 
 def test_attention_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
