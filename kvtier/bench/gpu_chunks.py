@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvtier.bench.options import add_json, add_rounds, whole
-from kvtier.bench.report import publish
+from kvtier.bench.report import Record, publish, write
 from kvtier.bench.scratch import scratch_directory
+
+if TYPE_CHECKING:
+    from kvtier.bench.chunks_on_device import ChunksOnDevice
 
 MOST_TOKENS = 131_072
 MOST_CHUNK_TOKENS = 8192
@@ -74,8 +78,20 @@ def run(args: argparse.Namespace) -> int:
         ChunksOnDevice(device, SHAPES[args.shape], args.tokens, args.chunk_tokens, directory) as bench,
     ):
         bench.check()
-        records = [*bench.first_tokens(args.rounds), bench.loading(args.rounds), bench.storing(args.rounds), *bench.attention(args.rounds)]
-        if device.type == "cuda":
-            records += bench.taken()
+        records: list[Record] = []
+        for item in _figures(bench, args.rounds, has_memory=device.type == "cuda"):
+            records.append(item)
+            if args.json is not None:
+                write(records, args.json)  # also where time runs out before the next one
     publish("kvtier bench gpu-chunks", records, args.json)
     return 0
+
+
+def _figures(bench: ChunksOnDevice, rounds: int, *, has_memory: bool) -> Iterator[Record]:
+    """All, each when it is measured. ``has_memory``: the device tells what was taken of its memory."""
+    yield from bench.first_tokens(rounds)
+    yield bench.loading(rounds)
+    yield bench.storing(rounds)
+    yield from bench.attention(rounds)
+    if has_memory:
+        yield from bench.taken()

@@ -110,8 +110,13 @@ def publish(title: str, records: Sequence[Record], json_path: Path | None) -> No
             table.add_row(*row)
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     if json_path is not None:
-        document = {"environment": environment(), "records": [asdict(item) for item in records]}
-        json_path.write_text(json.dumps(document, indent=1) + "\n")
+        write(records, json_path)
+
+
+def write(records: Sequence[Record], json_path: Path) -> None:
+    """The JSON of these figures, in place of what the file had."""
+    document = {"environment": environment(), "records": [asdict(item) for item in records]}
+    json_path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _cells(item: Record) -> tuple[str, ...]:

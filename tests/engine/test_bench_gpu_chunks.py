@@ -32,6 +32,20 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
     assert 0.1 > bound["value"]
 
 
+def test_what_was_measured_stays_where_the_rest_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures are in the file as soon as they are there; so are they where time runs out."""
+    path = tmp_path / "figures.json"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChunksOnDevice, "loading", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "gpu-chunks", "--device", "cpu", *SMALL, "--json", str(path)])
+    names = {record["name"] for record in json.loads(path.read_text())["records"]}
+    assert {"time to first token, computed", "time to first token, combined"} <= names
+
+
 def test_memory_is_asked_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most that was allocated since the first share, less what was there before, beside what the worker asks for."""
     asked: list[str] = []
