@@ -26,6 +26,7 @@ from kvtier.testing.cuda_rows import RowCase
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 GUARD_BYTES = 256
+IDLE = "nothing was shown: the engine's stream was done before the copies behind it were submitted"
 SMALL = CopySettings(slice_bytes=1 << 20, num_buffers=2, num_blocks=4)
 
 
@@ -138,11 +139,34 @@ def _places(to: int, source: int) -> tuple[np.ndarray[Any, np.dtype[np.uint64]],
     return np.array([to], np.uint64), np.array([source], np.uint64)
 
 
+class _Work:
+    """What keeps an engine's stream busy. Whatever is submitted while it is must wait for it, and would be seen not to."""
+
+    num_copies = 8
+
+    def __init__(self, runtime: CudaRuntime, num_bytes: int) -> None:
+        self._runtime = runtime
+        self._memory = runtime.allocate(num_bytes)
+        self._half = np.array([num_bytes // 2], np.int64)
+        self._places = _places(self._memory.address, self._memory.address + num_bytes // 2)
+
+    def submit(self, stream: int) -> None:
+        """Queues it."""
+        for _ in range(self.num_copies):
+            self._runtime.copy(stream, *self._places, self._half)
+
+    def close(self) -> None:
+        """Gives its memory back."""
+        self._memory.close()
+
+
 class _OnDevice(ABC):
     """What needs a device."""
 
     rounds = 3
     """how often what might be a race is tried; raise it on a real device"""
+    busy_bytes = 1 << 12
+    """of device memory, one half of which is copied to the other again and again to keep a stream busy; on a real device, for some ms"""
 
     @abstractmethod
     def open_runtime(self) -> CudaRuntime:
@@ -201,17 +225,21 @@ class WayContract(_OnDevice):
     def test_copies_are_ordered_with_the_engines_stream(self) -> None:
         """Without the host's waiting: a store sees what was computed before it, and what is computed after a load sees the load."""
         for memory, way, copier in self.cases(SHAPES[:3]):
+            work = _Work(memory.runtime, self.busy_bytes)
+            stores, loads = [(block, block) for block in range(8)], [(block, block) for block in range(8, 16)]
+            _compile(memory, copier)
             for number in range(self.rounds):
                 pages = np.random.default_rng(100 + number).integers(0, 256, len(memory.pages), dtype=np.uint8)
                 runtime, size = memory.runtime, np.array([len(pages)], np.int64)
                 new, after = runtime.allocate(len(pages)), runtime.allocate(len(pages))
                 runtime.copy(memory.stream, *_places(new.address, pages.ctypes.data), size)
                 runtime.record(memory.stream).wait()
-                for _ in range(self.rounds):  # what keeps the stream busy
-                    runtime.copy(memory.stream, *_places(after.address, new.address), size)
+                work.submit(memory.stream)
                 runtime.copy(memory.stream, *_places(memory.device.address, new.address), size)
-                stored = copier.gather(memory.copies([(block, block) for block in range(8)]))
-                loaded = copier.scatter(memory.copies([(block, block) for block in range(8, 16)]))
+                computed = runtime.record(memory.stream)
+                stored = copier.gather(memory.copies(stores))
+                loaded = copier.scatter(memory.copies(loads))
+                assert not computed.done(), IDLE
                 loaded.order_compute()
                 runtime.copy(memory.stream, *_places(after.address, memory.device.address), size)
                 result = np.zeros_like(pages)
@@ -219,12 +247,13 @@ class WayContract(_OnDevice):
                 runtime.record(memory.stream).wait()
                 stored.wait()
                 memory.pages[:] = pages
-                memory.expect([(block, block) for block in range(8)], "store")
-                memory.expect([(block, block) for block in range(8, 16)], "load")
+                memory.expect(stores, "store")
+                memory.expect(loads, "load")
                 assert memory.pages.tobytes() == result.tobytes(), f"{memory.shape.name}, {way.value}: the engine saw too old bytes"
                 memory.check(f"{way.value}, round {number}")
                 new.close()
                 after.close()
+            work.close()
 
     def test_layers_arrive_in_order(self) -> None:
         """Each layer's event is the end of its bytes; all together are whole blocks."""
@@ -241,6 +270,8 @@ class WayContract(_OnDevice):
         """Each layer is written on the busy stream of the engine, then stored without the host waiting."""
         for memory, way, copier in self.cases(SHAPES[:2], layers=_pairs_of_segments):
             runtime = memory.runtime
+            work = _Work(runtime, self.busy_bytes)
+            _compile(memory, copier)
             pairs = _pairs(memory.shape.num_blocks, 10, seed=3)
             pages = np.random.default_rng(200).integers(0, 256, len(memory.pages), dtype=np.uint8)
             new = runtime.allocate(len(pages))
@@ -248,16 +279,19 @@ class WayContract(_OnDevice):
             store = copier.gather_layers(memory.copies(pairs))
             for index, layer in enumerate(_pairs_of_segments(memory.shape)):
                 start, stop = memory.span(layer)
-                for _ in range(self.rounds):  # also what keeps the stream busy
-                    places = _places(memory.device.address + start, new.address + start)
-                    runtime.copy(memory.stream, *places, np.array([stop - start], np.int64))
+                work.submit(memory.stream)
+                places = _places(memory.device.address + start, new.address + start)
+                runtime.copy(memory.stream, *places, np.array([stop - start], np.int64))
+                computed = runtime.record(memory.stream)
                 store.copy_layer(index)
+                assert not computed.done(), IDLE
                 memory.pages[start:stop] = pages[start:stop]
             store.end().wait()
             memory.expect(pairs, "store")
             memory.check(f"{way.value}, by layers")
             runtime.record(memory.stream).wait()
             new.close()
+            work.close()
 
 
 class DeviceContract(_OnDevice):
@@ -329,6 +363,13 @@ class CudaContract(WayContract, DeviceContract):
 
 
 _PAIRS: tuple[Pairs, ...] = ("neox", "interleaved")
+
+
+def _compile(memory: Memory, copier: CudaCopier) -> None:
+    """Kernels are compiled when they are first needed, which takes so long that no stream would be busy still."""
+    copier.gather(memory.copies([(0, 0)])).wait()
+    copier.scatter(memory.copies([(0, 0)])).wait()
+    memory.expect([(0, 0)], "store")
 
 
 def _pairs_of_segments(shape: Shape) -> list[range]:

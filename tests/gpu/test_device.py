@@ -51,9 +51,10 @@ def test_batches_go_in_one_call() -> None:
 
 
 class OnGpu:
-    """The device; often, for races."""
+    """The device; often, for races, and behind streams that are busy for some milliseconds."""
 
     rounds = 20
+    busy_bytes = 4 << 30
 
     def open_runtime(self) -> cuda_cupy.CupyRuntime:  # type: ignore[name-defined]
         return cuda_cupy.CupyRuntime(0)

@@ -48,6 +48,40 @@ class TestContractCanFail:
         with pytest.raises(AssertionError, match="wrong bytes on the"):
             Contract().test_every_way_moves_every_byte_of_every_layout()
 
+    @pytest.mark.parametrize("test", ["test_copies_are_ordered_with_the_engines_stream", "test_layers_are_stored_as_they_are_computed"])
+    def test_copies_that_do_not_wait_for_the_engine(self, test: str) -> None:
+        """Are caught by the bytes alone, as on a device that checks no order."""
+
+        class Hasty(SimulatedCuda):
+            def wait(self, stream, event):  # type: ignore[no-untyped-def]
+                pass
+
+            def _check(self, operation):  # type: ignore[no-untyped-def]
+                pass
+
+        class Contract(WayContract):
+            def open_runtime(self) -> SimulatedCuda:
+                return Hasty()
+
+        with pytest.raises(AssertionError, match=r"wrong bytes on the|too old bytes"):
+            getattr(Contract(), test)()
+
+    @pytest.mark.parametrize("test", ["test_copies_are_ordered_with_the_engines_stream", "test_layers_are_stored_as_they_are_computed"])
+    def test_a_device_that_is_idle_when_a_copy_is_submitted(self, test: str) -> None:
+        """Shows nothing of the order, so it does not pass: a copy that waits for nobody would be right there."""
+
+        class Idle(SimulatedCuda):
+            def copy(self, stream, to, source, num_bytes):  # type: ignore[no-untyped-def]
+                super().copy(stream, to, source, num_bytes)
+                self.finish()
+
+        class Contract(WayContract):
+            def open_runtime(self) -> SimulatedCuda:
+                return Idle()
+
+        with pytest.raises(AssertionError, match="nothing was shown"):
+            getattr(Contract(), test)()
+
     def test_a_way_that_the_device_lacks(self) -> None:
         """Is not a success: the test says that nothing was checked."""
 
