@@ -27,8 +27,8 @@ class PoolCopier:
     :meth:`allocate` makes one with its pool.
 
     Args:
-        direct: copies between the engine and the arena
-        within: copies between the engine and ``pool``, which is in the arena's place for it
+        direct: copies between the engine and the arena; stays the caller's
+        within: copies between the engine and ``pool``, which is in the arena's place for it; closed with this one
         arena: writable, all of the arena's payload; registered with CUDA where the pool is there
         pool: int8, on the device of the engine's blocks
         block_bytes: of one engine block
@@ -89,6 +89,16 @@ class PoolCopier:
             # ordered behind these runs, and not the engine: inside, this stream is the one that the scatter is submitted after
             events.append(self._within.scatter(_in_pool(pooled)))
         return _all_of(events, events)
+
+    def close(self) -> None:
+        """Waits for running copies, and gives back what the copies between the engine and the pool took of the device. Idempotent.
+
+        ``direct`` stays open, and the pool lives as long as this object.
+        """
+        for stream in (self._out, self._in):
+            stream.event().wait()
+        if isinstance(self._within, CudaCopier):
+            self._within.close()
 
     def _runs(self, copies: Sequence[BlockCopy]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Pieces of the pool and of the arena that belong together; blocks that are neighbours in both are one piece."""

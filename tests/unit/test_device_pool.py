@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from kvtier.connectors.jobs import LoadJob
 from kvtier.connectors.messages import MoveJob
 from kvtier.copy.base import BlockCopy, CopyEvent
+from kvtier.copy.cuda_copier import ArenaPlace, CudaCopier
 from kvtier.copy.pool import PoolCopier
 from kvtier.copy.torch_copier import TorchCopier
 from kvtier.hashing import Namespace
+from kvtier.layout import KVLayout, Segment
 from kvtier.testing.fake_system import FakeSystem, FakeSystemOptions
+from kvtier.testing.simulated_cuda import SimulatedCuda
 
 PROMPT = list(range(40))
 NUM_BLOCKS = 8
@@ -184,3 +187,21 @@ def test_the_engine_does_not_wait_for_the_bus() -> None:
     copier.scatter([BlockCopy(3, 32, pool_offset=16), BlockCopy(5, 0, pool_offset=16, in_pool=True)]).wait()
     assert ["enter", "scatter", "leave"] == log
     assert 2 * [list(range(32, 48))] == [pages[3].tolist(), pages[5].tolist()]
+
+
+def test_the_pool_gives_back_what_its_kernels_took() -> None:
+    """The copier between the engine and the pool is the pool's own, and is closed with it; the one across the bus is not."""
+    device = SimulatedCuda()
+    pages, arena = torch.zeros(NUM_BLOCKS, 16, dtype=torch.int8), bytearray(NUM_BLOCKS * 16)
+    layout = KVLayout((Segment(pages.data_ptr(), 16, 16),), NUM_BLOCKS)
+    place = ArenaPlace(torch.frombuffer(arena, dtype=torch.int8).data_ptr(), len(arena))
+    direct = CudaCopier(layout, device, place, compute_stream=lambda: device.compute)
+    free_bytes, num_streams = device.free_bytes, len(device.streams)
+    copier = PoolCopier.allocate(direct, [pages], memoryview(arena), NUM_BLOCKS * 16)
+    assert device.free_bytes < free_bytes
+    copier.scatter([BlockCopy(0, 0, pool_offset=16)]).wait()
+    for _ in range(2):
+        copier.close()
+    assert device.free_bytes == free_bytes
+    assert set(range(num_streams, len(device.streams))) == device.closed_streams
+    direct.close()

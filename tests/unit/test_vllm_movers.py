@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ torch = pytest.importorskip("torch")
 from kvtier.bench import chunks_on_device  # noqa: E402 - only where there is torch
 from kvtier.connectors.vllm import movers  # noqa: E402 - only where there is torch
 from kvtier.copy.base import Movers  # noqa: E402
+from kvtier.copy.pool import PoolCopier  # noqa: E402 - only where there is torch
 from kvtier.layout import KVLayout, Segment  # noqa: E402
 from kvtier.memory.arena import Arena  # noqa: E402
 
@@ -79,6 +81,45 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch, arena: Ar
     assert ["launch"] == cuda.log
     assert ["cudaHostRegister" in record.getMessage() for record in caplog.records] == [True]
     made.release()
+
+
+class TestPool:
+    """A pool in front of host memory."""
+
+    @pytest.fixture
+    def cuda(self, monkeypatch: pytest.MonkeyPatch) -> Cuda:
+        return Cuda(monkeypatch)
+
+    def made(self, arena: Arena, monkeypatch: pytest.MonkeyPatch, pool: Any) -> Movers:
+        """With this for a pool."""
+        monkeypatch.setattr(PoolCopier, "allocate", pool)
+        view: Any = SimpleNamespace(device=torch.device("cuda:0"))
+        settings: Any = SimpleNamespace(gpu_copy="auto", copy_threads=1)
+        return movers.movers_of(arena, LAYOUT, [view], layers=None, pool_bytes=4096, settings=settings)
+
+    @pytest.mark.parametrize("is_broken", [False, True])
+    def test_it_is_closed_before_the_copier(self, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, arena: Arena, is_broken: bool) -> None:
+        """Or each daemon that comes back would cost its streams and tables once more. What it raises keeps nothing pinned."""
+
+        def close() -> None:
+            cuda.log.append("close pool")
+            if is_broken:
+                raise RuntimeError("an illegal address")
+
+        self.made(arena, monkeypatch, lambda *_: SimpleNamespace(close=close)).release()
+        assert ["close pool", "close", "unregister"] == cuda.log
+        assert [] == cuda.pinned
+
+    def test_nothing_stays_pinned_where_it_does_not_fit(self, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, arena: Arena) -> None:
+        """The error is the caller's."""
+
+        def refused(*_: object) -> Any:
+            raise MemoryError("no room")
+
+        with pytest.raises(MemoryError):
+            self.made(arena, monkeypatch, refused)
+        assert ["close", "unregister"] == cuda.log
+        assert [] == cuda.pinned
 
 
 def test_a_benchmark_does_not_go_on_without_pinned_memory(monkeypatch: pytest.MonkeyPatch, arena: Arena) -> None:

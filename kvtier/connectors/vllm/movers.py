@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -54,7 +54,12 @@ def movers_of(
     if not pool_bytes:
         return movers
     assert movers.copier is not None
-    return replace(movers, copier=PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes))
+    try:
+        pool = PoolCopier.allocate(movers.copier, views, arena.buffer, pool_bytes)
+    except BaseException:
+        movers.release()
+        raise
+    return replace(movers, copier=pool, release=functools.partial(_release_pool, pool, views[0].device, movers.release))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -80,6 +85,15 @@ def _on_cuda(arena: Arena, layout: KVLayout, views: Sequence[torch.Tensor], laye
         return Movers(TorchCopier(views, arena.buffer), release=release)
     by_layer = None if layers is None else copier
     return Movers(copier, by_layer, by_layer, copier, release)
+
+
+def _release_pool(pool: PoolCopier, device: torch.device, release_rest: Callable[[], None]) -> None:
+    try:
+        with on_device(device):
+            pool.close()
+    except RuntimeError as error:
+        _LOG.warning("kvtier: the pool's copies did not end well: %s", error)
+    release_rest()
 
 
 def _release(copier: CudaCopier | None, address: int, device: int) -> None:
