@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -37,7 +37,10 @@ TESTS = {
 """step -> its tests. A process for each: what a kernel breaks, it breaks for the whole process"""
 
 LIMITS_S = {**dict.fromkeys(TESTS, 40.0), "benchmark": 115.0, "chunk-benchmark": 80.0, "sanitizer": 60.0}
-"""together under nine minutes"""
+"""what each step gets at least, where those before it have kept to theirs"""
+
+DEADLINE_S = 540.0
+"""of all together"""
 
 COUNTED = ("tests", "failures", "errors", "skipped")
 TAIL_CHARACTERS = 3000
@@ -69,6 +72,22 @@ class Step:
         return self.outcome in ("FAILED", "TIMEOUT")
 
 
+class Deadline:
+    """Shares the time of all steps among them: what one leaves over goes to those behind it."""
+
+    def __init__(self, total_s: float = DEADLINE_S, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._end_s = now_s() + total_s
+        self._limits_s = dict(LIMITS_S)
+        """of the steps that have not begun"""
+
+    def begin(self, name: str) -> float:
+        """How long a step may take that begins now: its limit, or its share of what is left where that is more."""
+        left_s = max(0.0, self._end_s - self._now_s())
+        share = self._limits_s[name] / sum(self._limits_s.values())
+        return min(left_s, max(self._limits_s.pop(name), share * left_s))
+
+
 def usable_python() -> str | None:
     """A Python that has what is needed and sees a GPU: this one, or the development environment's."""
     for python in (sys.executable, str(ROOT / ".venv" / "bin" / "python")):
@@ -80,8 +99,8 @@ def usable_python() -> str | None:
     return None
 
 
-def run(name: str, out: Path, *command: str) -> Step:
-    """Runs one command in the checkout; its output goes to a log and to the screen."""
+def run(name: str, out: Path, limit_s: float, *command: str) -> Step:
+    """Runs one command in the checkout, for ``limit_s`` at most; its output goes to a log and to the screen."""
     print(f"\n== {name}", flush=True)
     log = out / f"{name}.log"
     environment = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
@@ -91,7 +110,7 @@ def run(name: str, out: Path, *command: str) -> Step:
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
-            outcome = "ok" if process.wait(LIMITS_S[name]) == 0 else "FAILED"
+            outcome = "ok" if process.wait(limit_s) == 0 else "FAILED"
         except subprocess.TimeoutExpired:
             outcome = "TIMEOUT"
             os.killpg(process.pid, signal.SIGKILL)  # what it started too, or the next step shares the GPU with that
@@ -100,11 +119,11 @@ def run(name: str, out: Path, *command: str) -> Step:
     return Step(name, outcome, round(time.monotonic() - started_s, 1), log.name)
 
 
-def test(name: str, out: Path, pytest: Sequence[str]) -> Step:
+def test(name: str, out: Path, limit_s: float, pytest: Sequence[str]) -> Step:
     """One group of tests. It is ``ok`` only where tests have passed; where all were skipped it was not run."""
     report = out / f"{name}.xml"
     report.unlink(missing_ok=True)
-    step = run(name, out, *pytest, "--timeout", str(LIMITS_S[name] - 5), f"--junitxml={report}", *TESTS[name])
+    step = run(name, out, limit_s, *pytest, *timeout(limit_s), f"--junitxml={report}", *TESTS[name])
     if not report.is_file():
         return step if step.is_bad else replace(step, outcome="FAILED", detail="no report")
     counts = {what: sum(int(suite.get(what, "0")) for suite in ET.parse(report).iter("testsuite")) for what in COUNTED}
@@ -114,27 +133,33 @@ def test(name: str, out: Path, pytest: Sequence[str]) -> Step:
     return replace(step, outcome=outcome, detail=detail)
 
 
-def benchmark(out: Path, python: str, broken: Sequence[str]) -> Step:
+def timeout(limit_s: float) -> tuple[str, str]:
+    """pytest's own limit: a little less, so that it says which test hangs."""
+    return "--timeout", str(max(1.0, limit_s - 5))
+
+
+def benchmark(out: Path, limit_s: float, python: str, broken: Sequence[str]) -> Step:
     """The figures, without the ways whose tests failed: they may hang."""
     without = [argument for way in broken for argument in ("--without", way)]
-    step = run("benchmark", out, python, "-m", "kvtier", "bench", "gpu", "--json", str(out / "gpu.json"), *without)
+    step = run("benchmark", out, limit_s, python, "-m", "kvtier", "bench", "gpu", "--json", str(out / "gpu.json"), *without)
     text = (out / step.log).read_text(errors="replace")
     return replace(step, detail=f"{text.count('TARGET MISSED')} targets missed, {text.count('WRONG BYTES')} figures of wrong bytes")
 
 
-def benchmark_chunks(out: Path, python: str) -> Step:
+def benchmark_chunks(out: Path, limit_s: float, python: str) -> Step:
     """The figures of chunk reuse; not run where transformers is missing."""
-    step = run("chunk-benchmark", out, python, "-m", "kvtier", "bench", "gpu-chunks", "--json", str(out / "gpu-chunks.json"))
+    command = (python, "-m", "kvtier", "bench", "gpu-chunks", "--json", str(out / "gpu-chunks.json"))
+    step = run("chunk-benchmark", out, limit_s, *command)
     is_missing = "nothing was measured" in (out / step.log).read_text(errors="replace")
     return replace(step, outcome="not run") if is_missing else step
 
 
-def sanitize(out: Path, tests: Sequence[str]) -> Step:
+def sanitize(out: Path, limit_s: float, tests: Sequence[str]) -> Step:
     """Some of the tests under compute-sanitizer; not run where there is none or it does not know the device."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return Step("sanitizer", "not run", 0.0, "")
-    step = run("sanitizer", out, tool, *SANITIZER, *tests, "--timeout", str(LIMITS_S["sanitizer"] - 5), DEVICE_TESTS, "-k", SANITIZED)
+    step = run("sanitizer", out, limit_s, tool, *SANITIZER, *tests, *timeout(limit_s), DEVICE_TESTS, "-k", SANITIZED)
     text = (out / step.log).read_text(errors="replace")
     if step.is_bad and any(words in text for words in NOT_SUPPORTED):
         return replace(step, outcome="not run")
@@ -145,6 +170,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Check and measure kvtier on a GPU.")
     parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "gpu", help="where JSON and logs go (default: .cache/gpu)")
     out: Path = parser.parse_args(arguments).out
+    deadline = Deadline()
     python = usable_python()
     if python is None:
         print(
@@ -155,9 +181,11 @@ def main(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     tests = (python, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider")
-    steps = [test(name, out, tests) for name in TESTS]
+    steps = [test(name, out, deadline.begin(name), tests) for name in TESTS]
     broken = [step.name for step in steps if step.is_bad and step.name in ("dma", "staged", "direct", "bulk")]
-    steps += [benchmark(out, python, broken), benchmark_chunks(out, python), sanitize(out, tests)]
+    steps.append(benchmark(out, deadline.begin("benchmark"), python, broken))
+    steps.append(benchmark_chunks(out, deadline.begin("chunk-benchmark"), python))
+    steps.append(sanitize(out, deadline.begin("sanitizer"), tests))
     smi = shutil.which("nvidia-smi")
     gpus = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False).stdout.splitlines() if smi else []
     (out / "summary.json").write_text(json.dumps({"gpus": gpus, "steps": [asdict(step) for step in steps]}, indent=1) + "\n")

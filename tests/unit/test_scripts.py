@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +19,8 @@ import run_tests
 import setup_progress
 import system_libraries
 import wheel_requirements
+from hypothesis import given
+from hypothesis import strategies as st
 from setup_progress import Progress, SetupError
 
 from kvtier.copy.cuda_choice import Way
@@ -285,10 +289,9 @@ class TestGpuCheck:
     @pytest.mark.parametrize(
         ("code", "expected"), [("", "ok"), ("raise SystemExit(3)", "FAILED"), ("import time; time.sleep(60)", "TIMEOUT")]
     )
-    def test_outcomes_of_a_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: str) -> None:
+    def test_outcomes_of_a_step(self, tmp_path: Path, code: str, expected: str) -> None:
         """A command that fails or takes too long is not a success."""
-        monkeypatch.setitem(gpu_check.LIMITS_S, "rest", 2.0)
-        step = gpu_check.run("rest", tmp_path, sys.executable, "-c", code)
+        step = gpu_check.run("rest", tmp_path, 2.0, sys.executable, "-c", code)
         assert expected == step.outcome
         assert (expected != "ok") == step.is_bad
 
@@ -311,9 +314,8 @@ class TestGpuCheck:
         (tmp_path / "test_it.py").write_text(f"import pytest\n{body}\n")
         monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
         monkeypatch.setitem(gpu_check.TESTS, "rest", (str(tmp_path),))
-        monkeypatch.setitem(gpu_check.LIMITS_S, "rest", 9.0)
         pytest_of = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout_method=thread")
-        step = gpu_check.test("rest", tmp_path, pytest_of)
+        step = gpu_check.test("rest", tmp_path, 9.0, pytest_of)
         assert expected == (step.outcome, step.detail)
         if "sleep" in body:
             assert "time.sleep(60)" in (tmp_path / "rest.log").read_text()
@@ -328,9 +330,43 @@ class TestGpuCheck:
         assert files == {Path(tests[0]).name for tests in gpu_check.TESTS.values()}
         assert all(f"not {tests}" in gpu_check.TESTS["rest"][-1] for tests in ways.values())
 
-    def test_all_limits_together(self) -> None:
-        """Are less than nine minutes."""
-        assert sum(gpu_check.LIMITS_S.values()) < 540
+    @given(st.lists(st.floats(0, 1), min_size=len(gpu_check.LIMITS_S), max_size=len(gpu_check.LIMITS_S)))
+    def test_time_that_is_left_over(self, used: list[float]) -> None:
+        """Goes to the steps behind: each may take its limit at least, and the last one all there is. Together nine minutes."""
+        now_s = 1000.0
+        deadline = gpu_check.Deadline(now_s=lambda: now_s)
+        for name, part in zip(gpu_check.LIMITS_S, used, strict=True):
+            end_s = 1000.0 + gpu_check.DEADLINE_S
+            limit_s = deadline.begin(name)
+            assert min(gpu_check.LIMITS_S[name], end_s - now_s) <= limit_s + 1e-6
+            assert now_s + limit_s <= end_s + 1e-6
+            if name == [*gpu_check.LIMITS_S][-1]:
+                assert end_s - now_s == pytest.approx(limit_s)
+            now_s += part * limit_s
+
+    @pytest.mark.parametrize(("late_s", "expected_s"), [(0.0, gpu_check.LIMITS_S["sanitizer"]), (gpu_check.DEADLINE_S + 9, 0.0)])
+    def test_limits_where_nothing_is_left_over(self, late_s: float, expected_s: float) -> None:
+        """All steps get theirs, though each takes all of it; nobody gets less than nothing."""
+        now_s = 0.0
+        deadline = gpu_check.Deadline(now_s=lambda: now_s)
+        now_s += late_s
+        for name in gpu_check.LIMITS_S:
+            limit_s = deadline.begin(name)
+            now_s += limit_s
+        assert limit_s == pytest.approx(expected_s, abs=5)
+
+    def test_all_steps_run_and_are_told_of(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the limits that the deadline gives."""
+        monkeypatch.setattr(gpu_check, "usable_python", lambda: sys.executable)
+        monkeypatch.setattr(gpu_check, "run", lambda name, out, limit_s, *_: gpu_check.Step(name, "FAILED", limit_s, f"{name}.log"))
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+        for name in gpu_check.LIMITS_S:
+            (tmp_path / f"{name}.log").write_text("")
+        assert 1 == gpu_check.main(["--out", str(tmp_path)])
+        steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
+        assert [*gpu_check.LIMITS_S] == [step["name"] for step in steps]
+        assert all(step["seconds"] >= gpu_check.LIMITS_S[step["name"]] for step in steps[:-1])
+        assert steps[-2]["seconds"] > 2 * gpu_check.LIMITS_S["chunk-benchmark"], "the others took no time"
 
 
 class TestSystemLibraries:
