@@ -275,7 +275,7 @@ class Request:
         self.num_computed_tokens = 0
         """what the engine had when it asked last"""
         self.num_done_tokens = 0
-        """tokens whose KV the engine has after the last step: computed or loaded"""
+        """tokens whose KV the engine has after the last step: computed or loaded; no more than that, or others read what is not there"""
         self.is_admitted = False
         """the engine has given it blocks"""
         self.num_keys = 0
@@ -327,11 +327,13 @@ class Request:
         if state.job_id == job_id:
             state.num_tokens = 0
             first, self.blended_from = self.blended_from, state.exact_before
+            self.num_done_tokens = min(self.num_done_tokens, first)
             self.store_again(first // block_tokens, block_tokens)
 
     def load_failed(self, first_block: int, block_tokens: int) -> None:
         """The engine computes from ``first_block`` on. No second try to load: a failure that lasts must not go round for ever."""
         self.can_load = False
+        self.num_done_tokens = min(self.num_done_tokens, first_block * block_tokens)
         self.store_again(first_block, block_tokens)
 
     def store_again(self, first_block: int, block_tokens: int) -> None:

@@ -1,0 +1,79 @@
+"""What goes wrong around blends in the scheduler half: nobody reads what is not there, waits for good, or is told of an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
+from tests.unit.blend_system import BLOCK, SYSTEM, System, document, joined
+
+DOCUMENTS = [document(1, 14), document(2, 13)]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., System]:
+    return lambda **more: System(tmp_path, **more)
+
+
+@pytest.mark.parametrize("kind", ["load", "blend"])
+@pytest.mark.parametrize("async_load", [False, True])
+def test_blocks_that_were_not_filled_are_not_there_for_others(make: Callable[..., System], kind: str, async_load: bool) -> None:
+    """A load or a blend fails, and its request computes these blocks in a later step: a blend of that step, of a request that shares them
+    through the engine's prefix cache, does not read them."""
+    system = make(async_load=async_load)
+    tokens, spans = joined(DOCUMENTS, SYSTEM, [1, 2])
+    assert 2 == system.serve("first", tokens, spans=spans)
+    if kind == "load":
+        _store(system, tokens[: 4 * BLOCK])
+        loaded = [*tokens[: 4 * BLOCK], 50, 51]
+        system.half.add_request("loads", loaded, num_prompt_tokens=len(loaded))
+    else:
+        loaded = tokens
+        system.add("loads", loaded, spans=spans)
+    matched = system.half.match("loads", len(loaded), BLOCK)
+    assert matched.num_tokens
+    block_ids = system.blocks(len(loaded))
+    system.half.allocated("loads", block_ids, matched.num_tokens)
+    message = system.half.build_step([] if async_load else [ScheduledRequest("loads", block_ids, len(loaded))])
+    assert 1 == len([*message.loads, *message.async_loads, *message.blends])
+    system.half.finish_step(_all_fails(message), set(block_ids[1:]))
+    system.add("shares", tokens, spans=spans)
+    num_local = 3 * BLOCK
+    matched = system.half.match("shares", len(tokens), num_local)
+    assert matched.is_blended
+    shared = [*block_ids[:3], *system.blocks(len(tokens) - num_local)]
+    system.half.allocated("shares", shared, matched.num_tokens or 0)
+    message = system.half.build_step([ScheduledRequest("loads", block_ids, len(loaded))])
+    (job,) = message.blends
+    assert BLOCK == job.layout.num_prefix_tokens, "what the engine had before"
+    system.half.finish_step(_all_fails(message))
+    _end(system, "loads", "shares")
+
+
+def _all_fails(message: StepMessage) -> WorkerReport:
+    """What a worker reports that can do nothing of what it is told."""
+    moves = [*message.loads, *message.async_loads, *message.stores]
+    job_ids = [job.job_id for job in moves] + [job.job_id for job in message.blends] + [job.job_id for job in message.captures]
+    return WorkerReport(done=dict.fromkeys(job_ids, 1), failed={job_id: {0} for job_id in job_ids})
+
+
+def _store(system: System, tokens: list[int]) -> None:
+    """Keeps these tokens under their prefix keys, too."""
+    system.half.add_request("stores", tokens, num_prompt_tokens=len(tokens))
+    system.half.match("stores", len(tokens), 0)
+    block_ids = system.blocks(len(tokens))
+    system.half.allocated("stores", block_ids, 0)
+    message = system.half.build_step([ScheduledRequest("stores", block_ids, len(tokens))])
+    system.half.finish_step(WorkerReport(done={job.job_id: 1 for job in message.stores}))
+    system.half.request_finished("stores")
+
+
+def _end(system: System, *names: str) -> None:
+    for name in names:
+        system.half.request_finished(name)
+    while system.half.has_pending_work:
+        system.step()
+    system.close()
