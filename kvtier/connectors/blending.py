@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.layout import Placement, lay_out
@@ -13,8 +14,9 @@ from kvtier.blend.separators import TokenTexts
 from kvtier.cache import Cache
 from kvtier.config import BlendConfig
 from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
+from kvtier.connectors.blend_runs import BlendRuns
+from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.chunk_entries import ChunkEntries, chunk_slots
-from kvtier.connectors.jobs import BlendRun
 from kvtier.connectors.known_chunks import KnownChunks
 from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
 from kvtier.connectors.requests import (
@@ -33,6 +35,8 @@ from kvtier.hashing import request_root
 
 _LOG = logging.getLogger(__name__)
 _LATER = Matched(None)
+LosePromise: TypeAlias = Callable[[Request, Sequence[int], int, bool], None]
+"""for a request: the engine blocks, the token that they begin at, and whether it waits outside of the batch"""
 LEAST_SHARE = 4
 """one in so many of a step's tokens goes to what is spread, however much the engine computes beside"""
 
@@ -75,18 +79,28 @@ class Blending:
     """
 
     def __init__(
-        self, engine: Cache, geometry: Geometry, settings: ConnectorSettings, parts: BlendParts, clock: Callable[[], float]
+        self,
+        engine: Cache,
+        geometry: Geometry,
+        settings: ConnectorSettings,
+        parts: BlendParts,
+        *,
+        clock: Callable[[], float],
+        boundary: Boundary,
+        lose: LosePromise,
     ) -> None:
+        """``lose``: has blocks that were promised to the engine reported as not filled."""
         self._engine = engine
         self._geometry = geometry
         self._settings = settings
         self._parts = parts
         self._clock = clock
+        self._boundary = boundary
+        self._lose = lose
         self._num_blenders = 0
         self._num_attached = 0
         self._new_blends: list[_Order] = []
-        self._blends: dict[int, BlendRun] = {}
-        self._abandoned: set[int] = set()
+        self._runs = BlendRuns(engine, geometry, boundary)
         self._entries = ChunkEntries(engine, geometry.num_workers, parts.max_step_tokens)
         self._captures: list[CaptureJob] = []
         self._known = KnownChunks()
@@ -96,7 +110,7 @@ class Blending:
     @property
     def has_pending_work(self) -> bool:
         """Whether workers have something to report, or will get something to do."""
-        return bool(self._blends) or self._entries.has_work
+        return bool(self._runs) or self._entries.has_work
 
     def begin(self, request: Request, identity: RequestIdentity, num_prompt_tokens: int) -> None:
         """Reads what a new request asks. What is refused is counted, and the request is served as any other."""
@@ -180,7 +194,7 @@ class Blending:
 
     def _has_room_for(self, plan: BlendPlan) -> bool:
         """Whether a blend may be begun in this step. One that is spread over steps has them to itself."""
-        if self._is_spreading:
+        if self._runs.is_spreading:
             return False
         num_tokens = sum(order.plan.num_computed for order in self._new_blends)
         return not self._new_blends or num_tokens + plan.num_computed <= self._parts.max_step_tokens
@@ -201,12 +215,7 @@ class Blending:
     @property
     def is_spread(self) -> bool:
         """Whether workers may go on in this step with what an earlier one began."""
-        return self._entries.is_spread or self._is_spreading
-
-    @property
-    def _is_spreading(self) -> bool:
-        """Whether they may go on with a blend."""
-        return any(blend.is_spread for blend in self._blends.values())
+        return self._entries.is_spread or self._runs.is_spreading
 
     def take_blends(self, scheduled: Iterable[tuple[ScheduledRequest, int]]) -> list[BlendJob]:
         """Those ordered since the last call. ``scheduled``: who computes in this step, and the first token that each computes.
@@ -284,20 +293,23 @@ class Blending:
         return bool(tiers) and sharing.probe(keys, num_known, request.tenant, tiers=tiers)
 
     def _order(self, request: Request, state: BlendState, plan: BlendPlan, block_ids: Sequence[int]) -> None:
-        load_ids: list[int] = []
-        chunks = []
-        for placement in plan.placements:
-            keys = placement.chunk.block_keys
-            leased = self._engine.begin_load(keys, pooled=False)
-            load_ids.append(leased.job_id)
-            chunks.append(chunk_slots(range(len(leased.slots)), leased.slots))
-            self._engine.touch(keys)
-        num_blocks = plan.end // self._geometry.engine_block_tokens
-        self._new_blends.append(_Order(load_ids[0], request, state, plan, tuple(chunks), tuple(block_ids[:num_blocks])))
-        self._blends[load_ids[0]] = BlendRun(request, load_ids, plan.num_reused, self._geometry.num_workers, self._is_spread(plan))
-        request.begin_blend(load_ids[0], plan)
-        self._engine.stats.add("blend.requests")
-        self._engine.stats.add("blend.hit_chunks", len(plan.placements))
+        """Leases the chunks and orders the blend. The engine has been promised its tokens: where that is not possible, they are lost."""
+        leases = []
+        with self._boundary.at("lease chunks"):
+            for placement in plan.placements:
+                leases.append(self._engine.begin_load(placement.chunk.block_keys, pooled=False))
+                self._engine.touch(placement.chunk.block_keys)
+        load_ids = [leased.job_id for leased in leases]
+        size = self._geometry.engine_block_tokens
+        if len(leases) < len(plan.placements):
+            self._runs.end_leases(load_ids)
+            state.is_over = True
+            self._lose(request, block_ids[plan.num_exact // size : plan.end // size], plan.num_exact, self._is_async(plan))
+            self._engine.stats.add("blend.failed")
+            return
+        chunks = tuple(chunk_slots(range(len(leased.slots)), leased.slots) for leased in leases)
+        job_id = self._runs.begin(request, plan, load_ids, is_spread=self._is_spread(plan))
+        self._new_blends.append(_Order(job_id, request, state, plan, chunks, tuple(block_ids[: plan.end // size])))
 
     # ---- storing ------------------------------------------------------------------------------------------------
 
@@ -345,7 +357,7 @@ class Blending:
     def take_entries(self, *, is_prefilling: bool) -> list[EntryJob]:
         """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""
         self.is_waiting = False
-        return self._entries.take(is_prefilling=is_prefilling or self._is_spreading) if self._can_blend else []
+        return self._entries.take(is_prefilling=is_prefilling or self._runs.is_spreading) if self._can_blend else []
 
     # ---- what became of it --------------------------------------------------------------------------------------
 
@@ -357,40 +369,21 @@ class Blending:
             self._parts = replace(self._parts, refusal="a worker cannot run the loaded model outside of its steps")
             self._entries.give_up()
         for job_id, count in report.done.items():
-            if job_id in self._blends:
-                self._advance_blend(job_id, report)
+            if job_id in self._runs:
+                self._runs.advance(job_id, report)
             elif job_id in self._entries:
                 self._entries.advance(job_id, count, has_failed=job_id in report.failed)
 
     def abandon(self, request: Request | None = None) -> None:
         """Nobody wants what the workers are putting together over several steps, for a request or for any."""
-        self._abandoned.update(job_id for job_id, blend in self._blends.items() if blend.is_spread and request in (None, blend.request))
+        self._runs.abandon(request)
 
     def take_abandoned(self) -> tuple[int, ...]:
         """The blends that are to end, of those that were ordered in earlier steps."""
-        abandoned, self._abandoned = self._abandoned, set()
-        return tuple(sorted(abandoned & self._blends.keys()))
+        return self._runs.take_abandoned()
 
     def forget(self) -> None:
         """The cache is being reset: what was begun is not gone on with, chunks that wait are not stored, and later ones need their anchor
         computed anew."""
         self.abandon()
         self._entries.reset()
-
-    def _advance_blend(self, job_id: int, report: WorkerReport) -> None:
-        blend, stats = self._blends[job_id], self._engine.stats
-        blend.advance(job_id, report)
-        if blend.remaining > 0:
-            return
-        del self._blends[job_id]
-        for load_id in blend.load_ids:
-            self._engine.end_load(load_id)
-        if blend.failed:  # also where another worker is unsure: of what came of it
-            blend.request.give_up_blend(job_id, self._geometry.block_tokens)
-            stats.add("blend.failed")
-        elif blend.is_unsure:
-            blend.request.give_up_blend(job_id, self._geometry.block_tokens, RefusalReason.UNSURE.value)
-            stats.add(f"blend.refused_{RefusalReason.UNSURE.value}")
-        else:
-            stats.add("blend.tokens", blend.num_tokens)
-            stats.add("blend.chosen_tokens", blend.num_chosen)

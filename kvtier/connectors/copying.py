@@ -92,11 +92,18 @@ class Copying:
             device_slots,
             device_ready,
         )
-        job = LoadJob(move, self._async_load and not before_blend, first_block, self._geometry.num_workers)
-        if move.missing:
+        self._order_load(request, LoadJob(move, self._async_load and not before_blend, first_block, self._geometry.num_workers))
+
+    def plan_lost(self, request: Request, block_ids: Sequence[int], first_token: int, is_async: bool) -> None:
+        """What was promised in these blocks, which begin at ``first_token``, comes from nowhere: a load of which all is missing."""
+        move = MoveJob(next(self._lost_ids), request.request_id, (), (), (), missing=tuple(block_ids))
+        self._order_load(request, LoadJob(move, is_async, first_token // self._block_tokens, self._geometry.num_workers))
+
+    def _order_load(self, request: Request, job: LoadJob) -> None:
+        if job.move.missing:
             request.load_failed(job.first_failed_block(self._blocks_per_slot), self._block_tokens)
         self._new_loads.append(job)
-        self.loads[job_id] = job
+        self.loads[job.move.job_id] = job
 
     def plan_stores(self, scheduled: Sequence[tuple[Request, ScheduledRequest]]) -> list[MoveJob]:
         """Slots for the blocks that are full after this step: the cache is asked once for all requests."""

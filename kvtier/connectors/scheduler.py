@@ -72,7 +72,9 @@ class SchedulerHalf:
         self._requests: dict[str, Request] = {}
         self._meter = StepMeter(engine.estimates, clock)
         self._copying = Copying(engine, geometry, self._requests, self._boundary, async_load=bool(settings.async_load))
-        self._blending = Blending(engine, geometry, settings, blend or BlendParts(), clock)
+        self._blending = Blending(
+            engine, geometry, settings, blend or BlendParts(), clock=clock, boundary=self._boundary, lose=self._lose_promise
+        )
         self._held: list[str] = []
         self._num_attached_workers = 0
         self._stats_seen = engine.stats.snapshot()
@@ -377,6 +379,9 @@ class SchedulerHalf:
         for hint in hints:
             with contextlib.suppress(ControlError):
                 self._engine.hint(hint)
+
+    def _lose_promise(self, request: Request, block_ids: Sequence[int], first_token: int, is_async: bool) -> None:
+        self._copying.plan_lost(request, block_ids, first_token, is_async)
 
     def _start_over(self, request: Request) -> None:
         request.start_over()

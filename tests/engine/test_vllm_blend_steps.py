@@ -21,6 +21,8 @@ from tests.engine.rig import APPROXIMATE, BLOCK_TOKENS, Rig, host, prompt
 from tests.engine.switch import Switch
 
 pytestmark = [pytest.mark.engine, pytest.mark.every_version]
+MODES = [(None, False), (True, False), (None, True)]
+"""asynchronous loads; asynchronous scheduling"""
 ENDINGS = ("sure", "unsure", "lost", "error")
 SYSTEM = prompt(9, 40)
 DOCUMENTS = [prompt(number, 100) for number in range(3)]
@@ -151,7 +153,7 @@ def ask(rig: Rig, name: str, tokens: list[int], spans: list[list[int]], **more: 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("min_margin", [0.0, 0.5])
 @pytest.mark.parametrize("max_step_tokens", [None, 20])
-@pytest.mark.parametrize(("async_load", "runs_ahead"), [(None, False), (True, False), (None, True)])
+@pytest.mark.parametrize(("async_load", "runs_ahead"), MODES)
 def test_every_ending_gives_the_right_tokens(
     async_load: bool | None, runs_ahead: bool, max_step_tokens: int | None, min_margin: float, ending: str
 ) -> None:
@@ -186,7 +188,7 @@ def test_every_ending_gives_the_right_tokens(
         (None, [3], [], []),
     ],
 )
-@pytest.mark.parametrize(("async_load", "runs_ahead"), [(None, False), (True, False), (None, True)])
+@pytest.mark.parametrize(("async_load", "runs_ahead"), MODES)
 def test_blends_are_spread_over_steps(
     async_load: bool | None, runs_ahead: bool, max_step_tokens: int | None, ended: list[int], apart: list[int], ahead: list[int]
 ) -> None:
@@ -212,8 +214,33 @@ def test_blends_are_spread_over_steps(
         assert [3, 3, 3] == [sum(len(one.new_token_ids) for one in rig.outputs[f"{number}"]) for number in range(3)]
 
 
+@pytest.mark.parametrize("num_leased", [0, 2])
+@pytest.mark.parametrize("max_step_tokens", [None, 20])
+@pytest.mark.parametrize(("async_load", "runs_ahead"), MODES)
+def test_chunks_that_cannot_be_leased_are_computed(
+    monkeypatch: pytest.MonkeyPatch, async_load: bool | None, runs_ahead: bool, max_step_tokens: int | None, num_leased: int
+) -> None:
+    """vLLM has been promised them by then."""
+    blender = NumberBlender()
+    with rig_with(blender, async_load=async_load, runs_ahead=runs_ahead, max_step_tokens=max_step_tokens) as rig:
+        engine = rig.connector._half.half._engine
+        begin_load, num_calls = engine.begin_load, itertools.count()
+
+        def broken(*args: Any, pooled: bool = True) -> Any:
+            if not pooled and next(num_calls) == num_leased:
+                raise RuntimeError("injected: no lease")
+            return begin_load(*args, pooled=pooled)
+
+        tokens, spans = joined([2, 0, 1])
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "begin_load", broken)
+            assert {"tokens": 0} == ask(rig, "a", tokens, spans)["blend"]
+        assert [] == blender.endings
+        assert (1, 1) == (engine.stats["connector.errors"], engine.stats["blend.failed"])
+
+
 @settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), ahead=st.sampled_from([(None, False), (True, False), (None, True)]), step_tokens=st.sampled_from([64, 1024]))
+@given(data=st.data(), ahead=st.sampled_from(MODES), step_tokens=st.sampled_from([64, 1024]))
 def test_any_order_of_blends_and_preemptions(data: st.DataObject, ahead: tuple[bool | None, bool], step_tokens: int) -> None:
     """Requests with and without reuse over the same documents, preempted, aborted; blends end in any way, some over several steps. Nobody
     computes with KV that was not loaded, and only who asked for it with an approximation."""
@@ -237,7 +264,7 @@ def test_any_order_of_blends_and_preemptions(data: st.DataObject, ahead: tuple[b
 
 
 @settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), ahead=st.sampled_from([(None, False), (True, False), (None, True)]), step_tokens=st.sampled_from([64, 160, 1024]))
+@given(data=st.data(), ahead=st.sampled_from(MODES), step_tokens=st.sampled_from([64, 160, 1024]))
 def test_only_exact_kv_is_copied_into_chunks(data: st.DataObject, ahead: tuple[bool | None, bool], step_tokens: int) -> None:
     """Ever new chunks of the same documents; loads and blends fail, requests are preempted and aborted, caches reset under them. What is
     copied from a request's blocks and stored is full prefill's; a few copies of other things are made, and come to nothing."""

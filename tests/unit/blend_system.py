@@ -129,15 +129,15 @@ class System:
         reports: Sequence[WorkerReport] = (CAN_BLEND,),
         num_workers: int = 1,
         async_load: bool = False,
+        strict: bool = True,
     ) -> None:
         arena = Arena.open(str(directory / "arena"), host_blocks * 4096, huge_pages=False)
         arena.unlink()
         config = Config.from_mapping({"tiers": [{"type": "host", "capacity": host_blocks * 4096}, *below]})
         self.cache = CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES, arena=arena)
         geometry = Geometry(NAMESPACE.digest, BLOCK, BLOCK, num_workers, host_blocks)
-        self.half = SchedulerHalf(
-            self.cache, geometry, DefaultSettings(async_load=async_load), blend=parts or BlendParts(BlendConfig(enabled=True)), strict=True
-        )
+        settings = DefaultSettings(async_load=async_load)
+        self.half = SchedulerHalf(self.cache, geometry, settings, blend=parts or BlendParts(BlendConfig(enabled=True)), strict=strict)
         self.model = SmallModel()
         self.memory = Memory()
         self.blender = ChunkBlender(self.model, self.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
+from kvtier.types import BlockKey, LoadPlan
 from tests.unit.blend_system import BLOCK, SYSTEM, System, document, joined
 
 DOCUMENTS = [document(1, 14), document(2, 13)]
@@ -51,6 +53,45 @@ def test_blocks_that_were_not_filled_are_not_there_for_others(make: Callable[...
     assert BLOCK == job.layout.num_prefix_tokens, "what the engine had before"
     system.half.finish_step(_all_fails(message))
     _end(system, "loads", "shares")
+
+
+@pytest.mark.parametrize("num_leased", [0, 1])
+@pytest.mark.parametrize("async_load", [False, True])
+def test_chunks_that_cannot_be_leased(
+    make: Callable[..., System], monkeypatch: pytest.MonkeyPatch, async_load: bool, num_leased: int
+) -> None:
+    """The engine has been promised their tokens: all of these blocks are reported as not filled, and the leases that were had end."""
+    system = make(async_load=async_load, strict=False)
+    tokens, spans = joined(DOCUMENTS, SYSTEM, [1, 2])
+    system.serve("first", tokens, spans=spans)
+    tokens, spans = joined(DOCUMENTS[::-1], SYSTEM, [1, 2])
+    _store(system, tokens[:BLOCK])
+    system.add("second", tokens, spans=spans)
+    matched = system.half.match("second", len(tokens), 0)
+    assert (True, async_load) == (matched.is_blended, matched.is_async)
+    block_ids = system.blocks(len(tokens))
+    begin_load, num_calls = system.cache.begin_load, itertools.count()
+
+    def broken(keys: Sequence[BlockKey], *, pooled: bool = True) -> LoadPlan:
+        if not pooled and next(num_calls) == num_leased:
+            raise RuntimeError("injected: no lease")
+        return begin_load(keys, pooled=pooled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system.cache, "begin_load", broken)
+        system.half.allocated("second", block_ids, matched.num_tokens or 0)
+    message = system.half.build_step([] if async_load else [ScheduledRequest("second", block_ids, len(tokens))])
+    exact, *lost = [*message.loads, *message.async_loads]
+    assert ((block_ids[0],), ()) == (exact.block_ids, exact.missing)
+    assert [("second", (), tuple(block_ids[1 : (matched.num_tokens or 0) // BLOCK]))] == [
+        (job.request_id, job.block_ids, job.missing) for job in lost
+    ]
+    assert ((), len(message.async_loads)) == (message.blends, int(async_load))
+    done = {job.job_id: 1 for job in (exact, *lost)}
+    system.finish(message, WorkerReport(done=done))
+    assert 1 == system.cache.stats["blend.failed"] == system.cache.stats["connector.errors"]
+    assert {"tokens": 0} == system.half.blended("second")
+    _end(system, "second")
 
 
 def _all_fails(message: StepMessage) -> WorkerReport:
