@@ -62,6 +62,12 @@ class BlendRuns:
             stats.add("blend.tokens", run.num_tokens)
             stats.add("blend.chosen_tokens", run.num_chosen)
 
+    def lose(self, job_id: int) -> None:
+        """The workers are not going to be told of one: it has failed."""
+        run = self._runs.pop(job_id)
+        self.end_leases(run.load_ids)
+        run.request.give_up_blend(job_id, self._geometry.block_tokens)
+
     def end_leases(self, load_ids: Iterable[int]) -> None:
         """Nobody reads these chunks' slots any more."""
         for load_id in load_ids:

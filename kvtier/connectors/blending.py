@@ -9,16 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from kvtier.blend.chunks import Chunk
-from kvtier.blend.layout import Placement, lay_out
+from kvtier.blend.layout import Placement
 from kvtier.blend.separators import TokenTexts
 from kvtier.cache import Cache
 from kvtier.config import BlendConfig
+from kvtier.connectors.blend_orders import BlendOrder, blocks_in_flight, job_of
 from kvtier.connectors.blend_request import BlendSettings, Surroundings, read_request
 from kvtier.connectors.blend_runs import BlendRuns
 from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.chunk_entries import ChunkEntries, chunk_slots
 from kvtier.connectors.known_chunks import KnownChunks
-from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob, ScheduledRequest, WorkerReport
+from kvtier.connectors.messages import BlendJob, CaptureJob, EntryJob, ScheduledRequest, StepBlends, WorkerReport
 from kvtier.connectors.requests import (
     NEVER,
     BlendPlan,
@@ -30,6 +31,7 @@ from kvtier.connectors.requests import (
     RequestIdentity,
     end_of_wait,
 )
+from kvtier.connectors.step_meter import StepTokens
 from kvtier.errors import BlendRefusedError, RefusalReason
 from kvtier.hashing import request_root
 
@@ -60,18 +62,6 @@ class BlendParts:
     """as many tokens may the blends of a step compute, and a chunk that is to be stored; what needs more is spread over steps"""
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """A blend of the step that is being built."""
-
-    job_id: int
-    request: Request
-    state: BlendState
-    plan: BlendPlan
-    chunks: tuple[ChunkSlots, ...]
-    block_ids: tuple[int, ...]
-
-
 class Blending:
     """Plans blends and the storing of chunks, and takes in what became of them. One thread, the scheduler half's.
 
@@ -99,13 +89,13 @@ class Blending:
         self._lose = lose
         self._num_blenders = 0
         self._num_attached = 0
-        self._new_blends: list[_Order] = []
+        self._new_blends: list[BlendOrder] = []
         self._runs = BlendRuns(engine, geometry, boundary)
         self._entries = ChunkEntries(engine, geometry.num_workers, parts.max_step_tokens)
         self._captures: list[CaptureJob] = []
         self._known = KnownChunks()
         self.is_waiting = False
-        """whether a request waits for chunks, since the last ``take_entries``"""
+        """whether a request waits for chunks, since the last ``take_orders``"""
 
     @property
     def has_pending_work(self) -> bool:
@@ -184,7 +174,7 @@ class Blending:
 
     @property
     def has_new_blends(self) -> bool:
-        """Whether some were ordered since the last ``take_blends``."""
+        """Whether some were ordered since the last ``take_orders``."""
         return bool(self._new_blends)
 
     @property
@@ -207,51 +197,48 @@ class Blending:
         """Whether the request waits for its blend outside of the batch."""
         return bool(self._settings.async_load) or self._is_spread(plan)
 
-    def share_tokens(self, num_tokens: int) -> int:
-        """What is spread over steps may compute so many tokens in a step in which the engine computes ``num_tokens``: what these leave."""
-        most = self._parts.max_step_tokens
-        return max(most - num_tokens, most // LEAST_SHARE, 1) if self.is_spread else 0
-
     @property
     def is_spread(self) -> bool:
         """Whether workers may go on in this step with what an earlier one began."""
         return self._entries.is_spread or self._runs.is_spreading
 
-    def take_blends(self, scheduled: Iterable[tuple[ScheduledRequest, int]]) -> list[BlendJob]:
-        """Those ordered since the last call. ``scheduled``: who computes in this step, and the first token that each computes.
+    def take_orders(self, scheduled: Iterable[tuple[ScheduledRequest, int]], tokens: StepTokens) -> StepBlends:
+        """What was ordered since the last call, and the chunk that this step begins to compute. Raises nothing.
 
-        A prefix that the engine's own cache gave may be computed in this very step, by a request beside: what is not there before the
-        forward pass is computed by the blend too, for its own use.
+        ``scheduled``: who computes in this step, and the first token that each computes. ``tokens``: how many that is.
         """
         orders, self._new_blends = self._new_blends, []
-        if not orders:
-            return []
-        size = self._geometry.engine_block_tokens
-        in_flight = {
-            block_id for item, first in scheduled for block_id in item.block_ids[first // size : -(-item.num_computed_tokens // size)]
-        }
-        return [self._job(order, in_flight) for order in orders]
+        captures, self._captures = self._captures, []
+        blends = self._jobs(orders, scheduled) if orders else []
+        entries: list[EntryJob] = []
+        with self._boundary.at("take chunk"):
+            entries = self._take_entries(is_prefilling=tokens.num_prefill > 0 or bool(blends))
+        ordered = StepBlends(tuple(blends), tuple(entries), tuple(captures))
+        with self._boundary.at("share out"):
+            share_tokens = self._share_tokens(tokens.num_prefill + tokens.num_decode)
+            return replace(ordered, abandoned=self._runs.take_abandoned(), share_tokens=share_tokens)
+        return ordered
 
-    def _job(self, order: _Order, in_flight: AbstractSet[int]) -> BlendJob:
-        plan, state = order.plan, order.state
+    def _jobs(self, orders: Sequence[BlendOrder], scheduled: Iterable[tuple[ScheduledRequest, int]]) -> list[BlendJob]:
+        """Orders that cannot be carried out are lost."""
+        jobs: dict[int, BlendJob] = {}
         size = self._geometry.engine_block_tokens
-        prefix_ids = order.block_ids[: plan.num_exact // size]
-        num_there = next((place for place, block_id in enumerate(prefix_ids) if block_id in in_flight), len(prefix_ids))
-        layout = lay_out(state.num_prompt_tokens, num_there * size, plan.placements)
-        request = order.request
-        return BlendJob(
-            order.job_id,
-            request.request_id,
-            tuple(request.token_ids[: state.num_prompt_tokens]),
-            layout,
-            order.chunks,
-            plan.num_exact,
-            plan.end,
-            plan.recompute,
-            order.block_ids,
-            self._is_async(plan),
-            self._is_spread(plan),
-        )
+        with self._boundary.at("in flight"):
+            in_flight = blocks_in_flight(scheduled, size)
+            for order in orders:
+                with self._boundary.at("order blend"):
+                    jobs[order.job_id] = job_of(order, in_flight, size)
+        for order in orders:
+            if order.job_id not in jobs:
+                with self._boundary.at("lose blend"):
+                    self._runs.lose(order.job_id)
+                    self._lose_blend(order.request, order.plan, order.block_ids)
+        return list(jobs.values())
+
+    def _share_tokens(self, num_tokens: int) -> int:
+        """What is spread over steps may compute so many tokens in a step in which the engine computes ``num_tokens``: what these leave."""
+        most = self._parts.max_step_tokens
+        return max(most - num_tokens, most // LEAST_SHARE, 1) if self.is_spread else 0
 
     def _is_ready(self, chunk: Chunk) -> bool:
         return self._engine.match(chunk.block_keys).ready_blocks == len(chunk.block_keys)
@@ -300,16 +287,21 @@ class Blending:
                 leases.append(self._engine.begin_load(placement.chunk.block_keys, pooled=False))
                 self._engine.touch(placement.chunk.block_keys)
         load_ids = [leased.job_id for leased in leases]
-        size = self._geometry.engine_block_tokens
+        block_ids = tuple(block_ids[: plan.end // self._geometry.engine_block_tokens])
         if len(leases) < len(plan.placements):
             self._runs.end_leases(load_ids)
             state.is_over = True
-            self._lose(request, block_ids[plan.num_exact // size : plan.end // size], plan.num_exact, self._is_async(plan))
-            self._engine.stats.add("blend.failed")
+            self._lose_blend(request, plan, block_ids)
             return
         chunks = tuple(chunk_slots(range(len(leased.slots)), leased.slots) for leased in leases)
-        job_id = self._runs.begin(request, plan, load_ids, is_spread=self._is_spread(plan))
-        self._new_blends.append(_Order(job_id, request, state, plan, chunks, tuple(block_ids[: plan.end // size])))
+        is_spread = self._is_spread(plan)
+        job_id = self._runs.begin(request, plan, load_ids, is_spread=is_spread)
+        self._new_blends.append(BlendOrder(job_id, request, state, plan, chunks, block_ids, self._is_async(plan), is_spread))
+
+    def _lose_blend(self, request: Request, plan: BlendPlan, block_ids: Sequence[int]) -> None:
+        """Has it reported that nobody fills the request's blocks from the plan's first token on."""
+        self._lose(request, block_ids[plan.num_exact // self._geometry.engine_block_tokens :], plan.num_exact, self._is_async(plan))
+        self._engine.stats.add("blend.failed")
 
     # ---- storing ------------------------------------------------------------------------------------------------
 
@@ -345,16 +337,11 @@ class Blending:
                 self._captures += self._entries.capture(at, request.tenant, item.block_ids[: -(-at.end // size)])
         request.capture_next()
 
-    def take_captures(self) -> list[CaptureJob]:
-        """Those ordered since the last call."""
-        captures, self._captures = self._captures, []
-        return captures
-
     def void(self, block_ids: AbstractSet[int]) -> None:
         """What was computed from these engine blocks is wrong."""
         self._entries.void(block_ids)
 
-    def take_entries(self, *, is_prefilling: bool) -> list[EntryJob]:
+    def _take_entries(self, *, is_prefilling: bool) -> list[EntryJob]:
         """The chunk that this step computes and stores: at most one, and none beside prompts unless it has waited for long."""
         self.is_waiting = False
         return self._entries.take(is_prefilling=is_prefilling or self._runs.is_spreading) if self._can_blend else []
@@ -369,18 +356,15 @@ class Blending:
             self._parts = replace(self._parts, refusal="a worker cannot run the loaded model outside of its steps")
             self._entries.give_up()
         for job_id, count in report.done.items():
-            if job_id in self._runs:
-                self._runs.advance(job_id, report)
-            elif job_id in self._entries:
-                self._entries.advance(job_id, count, has_failed=job_id in report.failed)
+            with self._boundary.at("end blend"):
+                if job_id in self._runs:
+                    self._runs.advance(job_id, report)
+                elif job_id in self._entries:
+                    self._entries.advance(job_id, count, has_failed=job_id in report.failed)
 
     def abandon(self, request: Request | None = None) -> None:
         """Nobody wants what the workers are putting together over several steps, for a request or for any."""
         self._runs.abandon(request)
-
-    def take_abandoned(self) -> tuple[int, ...]:
-        """The blends that are to end, of those that were ordered in earlier steps."""
-        return self._runs.take_abandoned()
 
     def forget(self) -> None:
         """The cache is being reset: what was begun is not gone on with, chunks that wait are not stored, and later ones need their anchor

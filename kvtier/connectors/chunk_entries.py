@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -11,7 +12,7 @@ from kvtier.blend.chunks import Chunk
 from kvtier.blend.layout import Placement
 from kvtier.cache import Cache
 from kvtier.connectors.messages import CaptureJob, ChunkSlots, EntryJob
-from kvtier.types import SlotRef, StorePlan
+from kvtier.types import SlotRef
 
 MAX_WAITING_CHUNKS = 256
 """chunks that are to be computed and stored; more are not stored"""
@@ -89,40 +90,43 @@ class ChunkEntries:
         self._num_deferred_steps = 0
         entry = self._waiting.popleft()
         chunk = entry.chunk
-        plan = self._begin(entry)
-        if plan is None:
-            return []
-        slots = chunk_slots(plan.positions, plan.slots)
+        self._keys.discard(chunk.key)  # until there are slots for it
         anchor_key = chunk.anchor.key + self._num_resets.to_bytes(8, "little")
         entry.is_spread = len(entry.anchor_ids) + len(entry.token_ids) > self._step_tokens
-        return [EntryJob(plan.job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots, entry.is_spread)]
+        begun = self._begin(entry)
+        if begun is None:
+            return []
+        job_id, slots = begun
+        return [EntryJob(job_id, chunk.key, anchor_key, entry.anchor_ids, entry.token_ids, slots, entry.is_spread)]
 
     def capture(self, at: Placement, tenant: str, block_ids: Sequence[int]) -> list[CaptureJob]:
         """Has a wanted chunk copied in this step. ``block_ids``: those of the request's tokens up to its end, and no others."""
-        entry = _Entry(at.chunk, tenant, read_block_ids=block_ids)
-        self._keys.add(at.chunk.key)
-        plan = self._begin(entry)
-        if plan is None:
+        begun = self._begin(_Entry(at.chunk, tenant, read_block_ids=block_ids))
+        if begun is None:
             return []
-        return [CaptureJob(plan.job_id, at.start, at.end, at.shift, tuple(block_ids), chunk_slots(plan.positions, plan.slots))]
+        job_id, slots = begun
+        return [CaptureJob(job_id, at.start, at.end, at.shift, tuple(block_ids), slots)]
 
     def void(self, block_ids: AbstractSet[int]) -> None:
         """What was computed from these engine blocks is wrong: chunks that are copied from there are not stored."""
         for entry in self._running.values():
             entry.failed = entry.failed or not block_ids.isdisjoint(entry.read_block_ids)
 
-    def _begin(self, entry: _Entry) -> StorePlan | None:
-        """Slots for all of a chunk; None where there is no room."""
+    def _begin(self, entry: _Entry) -> tuple[int, ChunkSlots] | None:
+        """The job's id, and slots for all of a chunk; None where there is no room."""
         plan = self._engine.begin_store(entry.chunk.block_keys, 0, entry.tenant, pooled=False)
-        if plan.num_refused or plan.num_declined or not plan.slots:
+        with contextlib.ExitStack() as undo:
             if plan.slots:
-                self._engine.abort_store(plan.job_id)
-            self._keys.discard(entry.chunk.key)
-            self._engine.stats.add("blend.unstored_chunks")
-            return None
-        entry.remaining = self._num_workers
-        self._running[plan.job_id] = entry
-        return plan
+                undo.callback(self._engine.abort_store, plan.job_id)
+            if plan.num_refused or plan.num_declined or not plan.slots:
+                self._engine.stats.add("blend.unstored_chunks")
+                return None
+            slots = chunk_slots(plan.positions, plan.slots)
+            entry.remaining = self._num_workers
+            self._running[plan.job_id] = entry
+            self._keys.add(entry.chunk.key)
+            undo.pop_all()
+        return plan.job_id, slots
 
     def advance(self, job_id: int, count: int, *, has_failed: bool) -> None:
         """So many workers have reported a chunk."""

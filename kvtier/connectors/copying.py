@@ -44,6 +44,11 @@ class Copying:
         self._lost_ids = itertools.count(-1, -1)
         """for loads that could not be planned: no plan of the engine has a negative id"""
 
+    @property
+    def has_new_loads(self) -> bool:
+        """Whether some were planned since the last ``take_new_loads``."""
+        return bool(self._new_loads)
+
     def take_new_loads(self) -> list[LoadJob]:
         """The loads planned since the last call."""
         loads, self._new_loads = self._new_loads, []

@@ -154,6 +154,18 @@ class CaptureJob:
 
 
 @dataclass(frozen=True, slots=True)
+class StepBlends:
+    """The part of a :class:`StepMessage` that is about chunks."""
+
+    blends: tuple[BlendJob, ...] = ()
+    entries: tuple[EntryJob, ...] = ()
+    captures: tuple[CaptureJob, ...] = ()
+    abandoned: tuple[int, ...] = ()
+    share_tokens: int = 1
+    """never 0, so that what was begun comes to an end"""
+
+
+@dataclass(frozen=True, slots=True)
 class StepMessage:
     """Everything the workers must do around one forward pass."""
 

@@ -7,7 +7,6 @@ Call order within one engine step, as vLLM has it::
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -18,11 +17,10 @@ from kvtier.connectors.boundary import Boundary
 from kvtier.connectors.copying import Copying
 from kvtier.connectors.matching import Matcher
 from kvtier.connectors.messages import MoveJob, RequestOptions, ScheduledRequest, StepMessage, WorkerReport
+from kvtier.connectors.request_hints import hint_end
 from kvtier.connectors.requests import ConnectorSettings, Geometry, Matched, Request, RequestIdentity, make_request
 from kvtier.connectors.step_meter import StepMeter, StepTokens
 from kvtier.control.commands import BlockEvent
-from kvtier.control.hints import Hint, NextUse, ToolCall
-from kvtier.errors import ControlError
 from kvtier.hashing import TokenSpan
 
 IDLE_WAIT_S = 0.005
@@ -170,7 +168,6 @@ class SchedulerHalf:
         ``resumed_req_ids``).  With nothing scheduled, nothing being computed and promotions running it waits some milliseconds for them,
         GIL released.
         """
-        loads = self._copying.take_new_loads()
         held, self._held = self._held, []
         tokens = StepTokens()
         computing: list[tuple[ScheduledRequest, int]] | None = [] if self._blending.has_new_blends else None
@@ -179,30 +176,34 @@ class SchedulerHalf:
         if due:
             with self._boundary.at("build_step"):
                 stores = self._copying.plan_stores(due)
-        is_idle = not scheduled and not loads and not self._meter.is_computing and not self._blending.is_spread
-        if is_idle and (self._matcher.num_waiting or self._blending.is_waiting or self._engine.busy):
-            with self._boundary.at("poll"):
+        with self._boundary.at("poll"):
+            if not scheduled and self._is_idle and (self._matcher.num_waiting or self._blending.is_waiting or self._engine.busy):
                 self._engine.poll(self._idle_wait_s)
-        blends = self._blending.take_blends(computing or ())
-        entries = self._blending.take_entries(is_prefilling=tokens.num_prefill > 0 or bool(blends))
-        captures = self._blending.take_captures()
-        is_moving = bool(blends or entries or captures) or self._blending.is_spread or any(not job.is_async for job in loads)
+        ordered = self._blending.take_orders(computing or (), tokens)
+        loads = self._copying.take_new_loads()  # blends that came to nothing are among them
+        is_moving = bool(ordered.blends or ordered.entries or ordered.captures) or any(not job.is_async for job in loads)
+        is_moving = is_moving or self._blending.is_spread
         step = self._meter.begin(tokens, is_pure=not is_moving)
         return StepMessage(
             loads=tuple(job.move for job in loads if not job.is_async),
             async_loads=tuple(job.move for job in loads if job.is_async),
             stores=tuple(stores),
-            blends=tuple(blends),
-            entries=tuple(entries),
-            captures=tuple(captures),
-            abandoned=self._blending.take_abandoned(),
-            share_tokens=self._blending.share_tokens(tokens.num_prefill + tokens.num_decode),
+            blends=ordered.blends,
+            entries=ordered.entries,
+            captures=ordered.captures,
+            abandoned=ordered.abandoned,
+            share_tokens=ordered.share_tokens,
             preempted=tuple(preempted),
             held=tuple(held),
             arena_id=self._engine.arena_id,
             step=step,
             is_busy=self._meter.is_computing,
         )
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether the workers have nothing to do, in a step in which nothing is scheduled or in one before it that is not answered."""
+        return not self._copying.has_new_loads and not self._meter.is_computing and not self._blending.is_spread
 
     def _note_computed(
         self, scheduled: Sequence[ScheduledRequest], tokens: StepTokens, computing: list[tuple[ScheduledRequest, int]] | None
@@ -277,7 +278,7 @@ class SchedulerHalf:
                 self._blending.abandon(request)
             if request.is_admitted:
                 with self._boundary.at("hint"):
-                    self._hint(request)
+                    hint_end(self._engine, request, self._block_tokens)
         if not self._stores_are_async or not self._copying.is_reading(request_id):
             return False
         self._held.append(request_id)
@@ -361,24 +362,6 @@ class SchedulerHalf:
         self._engine.stats.add("connector.errors", report.num_errors)
         for num_bytes, seconds in report.load_times:
             self._engine.estimates.transferred("host", num_bytes, seconds)
-
-    def _hint(self, request: Request) -> None:
-        """What a request that has ended says of the next one of its session. A refusal is counted, and changes nothing for anybody."""
-        options = request.options
-        if not options.session and options.priority != "high":
-            return
-        num_tokens = len(request.token_ids)
-        keys = request.keys(num_tokens // self._block_tokens, self._block_tokens)
-        if options.priority == "high":
-            self._engine.hint_keep(keys)
-        if not options.session:
-            return
-        self._engine.hint_ended(options.session, keys, num_tokens)
-        hints: list[Hint] = [ToolCall(options.session, options.tool, options.expected_s)] if options.tool else []
-        hints += [] if options.next_use_s is None else [NextUse(options.session, options.next_use_s)]
-        for hint in hints:
-            with contextlib.suppress(ControlError):
-                self._engine.hint(hint)
 
     def _lose_promise(self, request: Request, block_ids: Sequence[int], first_token: int, is_async: bool) -> None:
         self._copying.plan_lost(request, block_ids, first_token, is_async)

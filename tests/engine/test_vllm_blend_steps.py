@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from kvtier.connectors import blending, chunk_entries
 from kvtier.connectors.blend_steps import LostChunkError, Shares, UnsureError
 from kvtier.connectors.chunk_entries import ChunkEntries
 from kvtier.connectors.messages import BlendJob, CaptureJob, EntryJob
@@ -237,6 +238,49 @@ def test_chunks_that_cannot_be_leased_are_computed(
             assert {"tokens": 0} == ask(rig, "a", tokens, spans)["blend"]
         assert [] == blender.endings
         assert (1, 1) == (engine.stats["connector.errors"], engine.stats["blend.failed"])
+
+
+@pytest.mark.parametrize("place", ["blocks_in_flight", "job_of"])
+@pytest.mark.parametrize("max_step_tokens", [None, 20])
+@pytest.mark.parametrize(("async_load", "runs_ahead"), MODES)
+def test_blends_that_cannot_be_ordered_are_computed(
+    monkeypatch: pytest.MonkeyPatch, async_load: bool | None, runs_ahead: bool, max_step_tokens: int | None, place: str
+) -> None:
+    """An error in the step that was to begin one."""
+    blender = NumberBlender()
+    with rig_with(blender, async_load=async_load, runs_ahead=runs_ahead, max_step_tokens=max_step_tokens) as rig:
+        stats = rig.connector._half.half._engine.stats
+        tokens, spans = joined([2, 0, 1])
+        with monkeypatch.context() as patch:
+            patch.setattr(blending, place, _raising)
+            assert {"tokens": 0} == ask(rig, "a", tokens, spans)["blend"]
+        assert [] == blender.endings
+        assert (1, 1) == (stats["connector.errors"], stats["blend.failed"])
+
+
+@pytest.mark.parametrize("entries", ["computed", "served"])
+@pytest.mark.parametrize(("async_load", "runs_ahead"), MODES)
+def test_an_error_beside_the_chunks_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, async_load: bool | None, runs_ahead: bool, entries: str
+) -> None:
+    """They are not stored; the request that named them gets its tokens, and the next one has them stored."""
+    blender = NumberBlender()
+    with rig_with(blender, async_load=async_load, runs_ahead=runs_ahead, entries=entries) as rig:
+        stats = rig.connector._half.half._engine.stats
+        num_stored = stats["blend.stored_chunks"]
+        tokens = [*SYSTEM, *prompt(77, 100), *QUESTION]
+        with monkeypatch.context() as patch:
+            patch.setattr(chunk_entries, "chunk_slots", _raising)
+            ask(rig, "a", tokens, [[40, 140]])
+        assert (1, num_stored) == (stats["connector.errors"], stats["blend.stored_chunks"])
+        rig.scheduler.reset_prefix_cache()
+        rig.connector.reset_cache()
+        ask(rig, "b", tokens, [[40, 140]])
+        assert num_stored + 1 == stats["blend.stored_chunks"]
+
+
+def _raising(*_: Any) -> None:
+    raise RuntimeError("injected: an error while a step is built")
 
 
 @settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])

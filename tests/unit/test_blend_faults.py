@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
+from kvtier.config import BlendConfig
+from kvtier.connectors import blending, chunk_entries
+from kvtier.connectors.blending import BlendParts
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
-from kvtier.types import BlockKey, LoadPlan
+from kvtier.types import BlockKey, LoadPlan, StorePlan
 from tests.unit.blend_system import BLOCK, SYSTEM, System, document, joined
 
 DOCUMENTS = [document(1, 14), document(2, 13)]
@@ -92,6 +96,90 @@ def test_chunks_that_cannot_be_leased(
     assert 1 == system.cache.stats["blend.failed"] == system.cache.stats["connector.errors"]
     assert {"tokens": 0} == system.half.blended("second")
     _end(system, "second")
+
+
+@pytest.mark.parametrize("broken", ["blocks_in_flight", "job_of"])
+@pytest.mark.parametrize("async_load", [False, True])
+def test_blends_that_cannot_be_ordered(make: Callable[..., System], monkeypatch: pytest.MonkeyPatch, async_load: bool, broken: str) -> None:
+    """An error in the step that was to begin one: as with chunks that cannot be leased. Another one beside it is none the worse."""
+    system = make(async_load=async_load, strict=False)
+    prompts = {name: joined(order, SYSTEM, [1, 2]) for name, order in (("first", DOCUMENTS), ("second", DOCUMENTS[::-1]))}
+    tokens, spans = prompts["first"]
+    system.serve("before", tokens, spans=spans)
+    block_ids, matches = {}, {}
+    for name, (tokens, spans) in prompts.items():
+        system.add(name, tokens, spans=spans)
+        matches[name] = system.half.match(name, len(tokens), 0)
+        block_ids[name] = system.blocks(len(tokens))
+        system.half.allocated(name, block_ids[name], matches[name].num_tokens or 0)
+    scheduled = [] if async_load else [ScheduledRequest(name, block_ids[name], len(tokens)) for name, (tokens, _) in prompts.items()]
+    with monkeypatch.context() as patch:
+        patch.setattr(blending, broken, _first_call_raises(getattr(blending, broken)))
+        message = system.half.build_step(scheduled)
+    num_lost = 1 if broken == "job_of" else 2
+    assert ["second"][: 2 - num_lost] == [job.request_id for job in message.blends]
+    lost = [*message.loads, *message.async_loads]
+    assert (num_lost, num_lost * async_load) == (len(lost), len(message.async_loads))
+    for job in lost:
+        filled = block_ids[job.request_id][: (matches[job.request_id].num_tokens or 0) // BLOCK]
+        assert ((), tuple(filled)) == (job.block_ids, job.missing)
+        assert {"tokens": 0} == system.half.blended(job.request_id)
+    system.finish(message, WorkerReport(done=dict.fromkeys([job.job_id for job in lost] + [job.job_id for job in message.blends], 1)))
+    assert (num_lost, 1) == (system.cache.stats["blend.failed"], system.cache.stats["connector.errors"])
+    for name, (tokens, _) in prompts.items():
+        matched = system.half.match(name, len(tokens), 0)
+        assert not matched.is_blended or name not in {job.request_id for job in lost}, "a failure that lasts must not go round for ever"
+    _end(system, *prompts)
+
+
+@pytest.mark.parametrize("entries", ["computed", "served"])
+def test_chunks_that_get_no_slots(
+    make: Callable[..., System], monkeypatch: pytest.MonkeyPatch, entries: Literal["computed", "served"]
+) -> None:
+    """An error while slots are taken for a chunk: it is not stored, and the next prompt with it has it stored."""
+    system = make(parts=BlendParts(BlendConfig(enabled=True, entries=entries)), strict=False)
+    tokens, spans = joined(DOCUMENTS[:1], SYSTEM, [1, 2])
+    begin_store = system.cache.begin_store
+
+    def broken(*args: Any, **more: Any) -> StorePlan:
+        if not more["pooled"]:
+            raise RuntimeError("injected: no slots")
+        return begin_store(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system.cache, "begin_store", broken)
+        system.serve("first", tokens, spans=spans)
+    assert (1, 0) == (system.cache.stats["connector.errors"], system.cache.stats["blend.stored_chunks"])
+    system.serve("second", tokens, spans=spans)
+    assert 1 == system.cache.stats["blend.stored_chunks"]
+    system.close()
+
+
+@pytest.mark.parametrize("entries", ["computed", "served"])
+def test_slots_of_a_chunk_are_given_back(
+    make: Callable[..., System], monkeypatch: pytest.MonkeyPatch, entries: Literal["computed", "served"]
+) -> None:
+    """An error when they are there already: nobody is going to fill them."""
+    system = make(parts=BlendParts(BlendConfig(enabled=True, entries=entries)), strict=False)
+    tokens, spans = joined(DOCUMENTS[:1], SYSTEM, [1, 2])
+    with monkeypatch.context() as patch:
+        patch.setattr(chunk_entries, "chunk_slots", _first_call_raises(chunk_entries.chunk_slots))
+        system.serve("first", tokens, spans=spans)
+    assert (1, 0) == (system.cache.stats["connector.errors"], system.cache.stats["blend.stored_chunks"])
+    system.serve("second", tokens, spans=spans)
+    assert 1 == system.cache.stats["blend.stored_chunks"]
+    system.close()
+
+
+def _first_call_raises(function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = itertools.count()
+
+    def broken(*args: Any) -> Any:
+        if next(calls) == 0:
+            raise RuntimeError("injected: this call fails")
+        return function(*args)
+
+    return broken
 
 
 def _all_fails(message: StepMessage) -> WorkerReport:
