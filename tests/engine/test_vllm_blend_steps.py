@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.request import Request
 
 from kvtier.connectors import blending, chunk_entries
 from kvtier.connectors.blend_steps import LostChunkError, Shares, UnsureError
 from kvtier.connectors.chunk_entries import ChunkEntries
 from kvtier.connectors.messages import BlendJob, CaptureJob, EntryJob
 from kvtier.connectors.vllm import blend_parts, sides
+from kvtier.connectors.vllm.own_hashes import OwnHashes
 from kvtier.copy.base import RowMover
 from kvtier.memory.arena import Arena
-from tests.engine.rig import APPROXIMATE, BLOCK_TOKENS, Rig, host, prompt
+from tests.engine.rig import APPROXIMATE, BLOCK_TOKENS, Rig, host, is_put_together, prompt
 from tests.engine.switch import Switch
 
 pytestmark = [pytest.mark.engine, pytest.mark.every_version]
@@ -277,6 +280,75 @@ def test_an_error_beside_the_chunks_of_a_step(
         rig.connector.reset_cache()
         ask(rig, "b", tokens, [[40, 140]])
         assert num_stored + 1 == stats["blend.stored_chunks"]
+
+
+@pytest.mark.parametrize(("async_load", "runs_ahead"), MODES)
+def test_waiting_for_blocks_keeps_the_prefix(async_load: bool | None, runs_ahead: bool) -> None:
+    """A request that does not get its blocks at once finds in each step what vLLM's prefix cache has of it, and is hashed once."""
+    with rig_with(NumberBlender(), async_load=async_load, runs_ahead=runs_ahead) as rig:
+        tokens, spans = joined([2, 0, 1])
+        num_cached = 4 * BLOCK_TOKENS
+        rig.ask("before", tokens[: num_cached + 3], max_tokens=1, sampling=options([]))
+        rig.add("big", prompt(55, 990), max_tokens=12)  # nearly all blocks
+        rig.step()
+        asked = []
+        matched = rig.connector.get_num_new_matched_tokens
+
+        def noting(request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+            asked.append((request.request_id, num_computed_tokens, request.cache_salt))
+            return matched(request, num_computed_tokens)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rig.connector, "get_num_new_matched_tokens", noting)
+            rig.add("aborted", tokens, sampling=options(spans))
+            rig.step()
+            rig.step()
+            rig.abort("aborted")
+            rig.add("a", tokens, max_tokens=3, sampling=options(spans))
+            request = rig.scheduler.requests["a"]
+            num_hashed = _count_hashes(request)
+            rig.run()
+        assert len(asked) > 6
+        assert {(name, num_cached, None) for name in ("a", "aborted")} == set(asked)
+        assert sum(num_hashed) <= len(tokens) // BLOCK_TOKENS + 1
+        assert 3 == sum(len(one.new_token_ids) for one in rig.outputs["a"])
+        assert is_put_together(request)
+        assert 0 == len(rig.connector._own_hashes)
+
+
+def test_hashes_that_a_request_has_got_blocks_with_stay() -> None:
+    """So it finds what it had when it is preempted, however often."""
+    with rig_with(NumberBlender()) as rig:
+        own, request = OwnHashes(), rig.request("a", prompt(1), cache_salt="tenant")
+        shared = list(request.block_hashes)
+        own.give(request)
+        given = list(request.block_hashes)
+        assert len(shared) == len(given) > len(set(shared) & set(given)) == 0
+        own.end_step()
+        assert ("tenant", shared) == (request.cache_salt, request.block_hashes)
+        own.give(request)
+        own.keep("a")
+        own.end_step()
+        own.give(request)
+        own.end_step()
+        assert (True, given) == (is_put_together(request), request.block_hashes)
+        assert 1 == len(own)
+        own.forget("a")
+        assert 0 == len(own)
+
+
+def _count_hashes(request: Request) -> list[int]:
+    """How many blocks each call that hashes some of a request has hashed, from now on."""
+    hasher, counts = request._block_hasher, list[int]()
+    assert hasher is not None
+
+    def counting(request: Request) -> list[BlockHash]:
+        hashes: list[BlockHash] = hasher(request)
+        counts.append(len(hashes))
+        return hashes
+
+    request._block_hasher = counting
+    return counts
 
 
 def _raising(*_: Any) -> None:

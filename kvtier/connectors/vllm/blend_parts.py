@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.v1.request import Request
 
 from kvtier.blend.methods import methods_with
 from kvtier.blend.separators import TokenTexts
@@ -79,16 +77,6 @@ def _all_ranks(ready: bool) -> bool:
     answer = torch.tensor(int(ready))
     torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
     return bool(answer)
-
-
-def keep_apart(request: Request) -> None:
-    """From now on the request's blocks get hashes in vLLM's prefix cache that no other request can have.
-
-    Blocks that it found there before stay what they are.
-    """
-    request.cache_salt = f"kvtier blend {uuid.uuid4().hex}"
-    del request.block_hashes[:]
-    request.update_block_hashes()
 
 
 def _refusal(vllm_config: VllmConfig) -> str:

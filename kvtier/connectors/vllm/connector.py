@@ -22,7 +22,7 @@ from vllm.v1.request import Request
 from kvtier.config import Config
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
 from kvtier.connectors.scheduler import IDLE_WAIT_S
-from kvtier.connectors.vllm.blend_parts import blend_parts_of, keep_apart
+from kvtier.connectors.vllm.blend_parts import blend_parts_of
 from kvtier.connectors.vllm.drafters import drafter_of
 from kvtier.connectors.vllm.geometry import (
     BlockSizes,
@@ -34,6 +34,7 @@ from kvtier.connectors.vllm.geometry import (
 )
 from kvtier.connectors.vllm.identity import are_media_numbered, identity_of, options_of, spans_of
 from kvtier.connectors.vllm.metrics import KVTierPromMetrics, KVTierStats
+from kvtier.connectors.vllm.own_hashes import OwnHashes
 from kvtier.connectors.vllm.plugin import register
 from kvtier.connectors.vllm.sides import SchedulerSide, WorkerSide
 from kvtier.connectors.vllm.unfilled import UnfilledBlocks
@@ -84,6 +85,7 @@ class KVTierConnector(KVConnectorBase_V1):
         self._ended: list[list[int]] = []
         """blocks of requests that ended or lost them since the last report, which may speak of them"""
         self._unfilled = UnfilledBlocks(sizes.engine_block_tokens)
+        self._own_hashes = OwnHashes()
         self._are_media_numbered = are_media_numbered(vllm_config)
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
@@ -158,11 +160,12 @@ class KVTierConnector(KVConnectorBase_V1):
         self._note_media(request)
         matched = half.match(request.request_id, request.num_tokens, num_computed_tokens)
         if matched.is_blended:
-            keep_apart(request)
+            self._own_hashes.give(request)
         return matched.num_tokens, matched.is_async
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         self._note_media(request)
+        self._own_hashes.keep(request.request_id)
         self._half.half.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[Any, int]:
@@ -170,6 +173,7 @@ class KVTierConnector(KVConnectorBase_V1):
         return hit_sources(host_tokens, disk_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVTierMetadata:
+        self._own_hashes.end_step()
         lost = lost_block_requests(scheduler_output)
         for request_id in lost:
             self._ended.append(self._block_ids.pop(request_id, []))
@@ -191,6 +195,7 @@ class KVTierConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._ended.append(self._block_ids.pop(request.request_id, []))
+        self._own_hashes.forget(request.request_id)
         half = self._half.half
         host_tokens, disk_tokens = half.hit_tokens(request.request_id)
         blended = half.blended(request.request_id)
