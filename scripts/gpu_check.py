@@ -4,8 +4,8 @@
     python3 scripts/gpu_check.py --out DIRECTORY
 
 Needs Python with CuPy, numpy, pytest, pytest-timeout and hypothesis; builds and installs nothing; with torch and transformers chunk reuse
-is checked too. Leaves ``summary.json``, ``gpu.json`` and ``gpu-chunks.json`` (the figures) and the logs in the directory. Exit status: 0
-all is well, 1 something failed, 2 nothing was checked because there is no GPU.
+is checked too. Leaves ``summary.json`` (what machine it was, and what became of each step so far), ``gpu.json`` and ``gpu-chunks.json``
+(the figures) and the logs in the directory. Exit status: 0 all is well, 1 something failed, 2 nothing was checked because there is no GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
+
+import gpu_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE_TESTS = "tests/gpu/test_device.py"
@@ -86,6 +88,31 @@ class Deadline:
         left_s = max(0.0, self._end_s - self._now_s())
         share = self._limits_s[name] / sum(self._limits_s.values())
         return min(left_s, max(self._limits_s.pop(name), share * left_s))
+
+
+class Summary:
+    """``summary.json``, which has every step as soon as it is over."""
+
+    def __init__(self, out: Path, machine: dict[str, object], gpus: Sequence[str]) -> None:
+        self.steps: list[Step] = []
+        self._path = out / "summary.json"
+        self._about = {"machine": machine, "gpus": [*gpus]}
+        print(json.dumps(self._about, indent=1), flush=True)
+        self._write()
+
+    def add(self, step: Step) -> None:
+        """One more is over."""
+        self.steps.append(step)
+        self._write()
+
+    def print(self) -> None:
+        """A line for each step."""
+        print("\n== summary")
+        for step in self.steps:
+            print(f"  {step.name:<16} {step.outcome:<8} {step.seconds:6.1f} s   {step.log:<14} {step.detail}")
+
+    def _write(self) -> None:
+        self._path.write_text(json.dumps({**self._about, "steps": [asdict(step) for step in self.steps]}, indent=1) + "\n")
 
 
 def usable_python() -> str | None:
@@ -181,18 +208,15 @@ def main(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     tests = (python, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider")
-    steps = [test(name, out, deadline.begin(name), tests) for name in TESTS]
-    broken = [step.name for step in steps if step.is_bad and step.name in ("dma", "staged", "direct", "bulk")]
-    steps.append(benchmark(out, deadline.begin("benchmark"), python, broken))
-    steps.append(benchmark_chunks(out, deadline.begin("chunk-benchmark"), python))
-    steps.append(sanitize(out, deadline.begin("sanitizer"), tests))
-    smi = shutil.which("nvidia-smi")
-    gpus = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False).stdout.splitlines() if smi else []
-    (out / "summary.json").write_text(json.dumps({"gpus": gpus, "steps": [asdict(step) for step in steps]}, indent=1) + "\n")
-    print("\n== summary")
-    for step in steps:
-        print(f"  {step.name:<16} {step.outcome:<8} {step.seconds:6.1f} s   {step.log:<14} {step.detail}")
-    return 1 if any(step.is_bad for step in steps) or all(step.outcome != "ok" for step in steps) else 0
+    summary = Summary(out, gpu_machine.facts(python), gpu_machine.gpus())
+    for name in TESTS:
+        summary.add(test(name, out, deadline.begin(name), tests))
+    broken = [step.name for step in summary.steps if step.is_bad and step.name in ("dma", "staged", "direct", "bulk")]
+    summary.add(benchmark(out, deadline.begin("benchmark"), python, broken))
+    summary.add(benchmark_chunks(out, deadline.begin("chunk-benchmark"), python))
+    summary.add(sanitize(out, deadline.begin("sanitizer"), tests))
+    summary.print()
+    return 1 if any(step.is_bad for step in summary.steps) or all(step.outcome != "ok" for step in summary.steps) else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import bootstrap
 import gpu_check
+import gpu_machine
 import pytest
 import run_tests
 import setup_progress
@@ -355,6 +356,16 @@ class TestGpuCheck:
             now_s += limit_s
         assert limit_s == pytest.approx(expected_s, abs=5)
 
+    def test_the_machine_and_each_step_are_told_of_at_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """So a run that is ended from outside has said where it ran, and how far it was."""
+        summary = gpu_check.Summary(tmp_path, {"kernel": "6.8"}, ["GPU 0"])
+        written = tmp_path / "summary.json"
+        assert {"machine": {"kernel": "6.8"}, "gpus": ["GPU 0"], "steps": []} == json.loads(written.read_text())
+        assert '"kernel": "6.8"' in capsys.readouterr().out
+        summary.add(gpu_check.Step("dma", "ok", 1.0, "dma.log"))
+        assert ["machine", "gpus", "steps"] == [*json.loads(written.read_text())]
+        assert ["dma"] == [step["name"] for step in json.loads(written.read_text())["steps"]]
+
     def test_all_steps_run_and_are_told_of(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With the limits that the deadline gives."""
         monkeypatch.setattr(gpu_check, "usable_python", lambda: sys.executable)
@@ -367,6 +378,72 @@ class TestGpuCheck:
         assert [*gpu_check.LIMITS_S] == [step["name"] for step in steps]
         assert all(step["seconds"] >= gpu_check.LIMITS_S[step["name"]] for step in steps[:-1])
         assert steps[-2]["seconds"] > 2 * gpu_check.LIMITS_S["chunk-benchmark"], "the others took no time"
+
+
+class TestGpuMachine:
+    """What is told of a machine is true, and what is not known is null."""
+
+    def test_here(self) -> None:
+        """Sizes are those that the system tells; no packages are asked of a Python that has none."""
+        found = gpu_machine.facts(sys.executable)
+        assert os.uname().release == found["kernel"]
+        shm = found["/dev/shm"]
+        assert isinstance(shm, dict)
+        assert ("tmpfs", shutil.disk_usage("/dev/shm").total) == (shm["type"], shm["total_bytes"])
+        assert isinstance(found["available_bytes"], int)
+        assert json.loads(json.dumps(found)) == found
+
+    def test_nothing_is_known(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither a driver, nor a Python that answers, nor a file system."""
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert gpu_machine.driver([str(tmp_path / "none")]) is None
+        assert {"torch": None, "cudnn": None, "cupy": None, "nvrtc": None} == gpu_machine.versions(str(tmp_path / "python"))
+        assert gpu_machine.file_system(str(tmp_path / "none")) is None
+        assert [] == gpu_machine.gpus()
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [("580.65.06\n", "580.65.06"), ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.51  Release\nGCC 13.3.0", "575.51")],
+    )
+    def test_the_driver_from_the_kernels_files(self, tmp_path: Path, text: str, expected: str) -> None:
+        """In both forms; the first number of two or three parts is the driver's."""
+        (tmp_path / "version").write_text(text)
+        assert expected == gpu_machine.driver([str(tmp_path / "none"), str(tmp_path / "version")])
+
+    def test_the_driver_from_nvidia_smi(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the kernel's files are not seen, as in some containers."""
+        executable(tmp_path / "nvidia-smi", "echo 580.65.06")
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert "580.65.06" == gpu_machine.driver([])
+
+    @pytest.mark.parametrize(
+        ("mounts", "expected"),
+        [
+            ("overlay / overlay rw 0 0\ntmpfs {0} tmpfs rw 0 0\n", "tmpfs"),
+            ("overlay / overlay rw 0 0\nnone {0} ext4 rw 0 0\nnone {0} tmpfs rw 0 0\n", "tmpfs"),
+            ("overlay / overlay rw 0 0\ntmpfs {0}2 tmpfs rw 0 0\n", "overlay"),
+            ("", None),
+        ],
+    )
+    def test_the_type_of_a_file_system(self, tmp_path: Path, mounts: str, expected: str | None) -> None:
+        """Is that of the nearest mount above, and there of the one that was mounted last."""
+        (tmp_path / "mounts").write_text(mounts.format(tmp_path))
+        found = gpu_machine.file_system(str(tmp_path), tmp_path / "mounts")
+        assert found is not None
+        assert expected == found["type"]
+
+    def test_versions_of_a_python_with_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By what is installed, not by importing it; NVRTC as CuPy says."""
+        for name, version in (("torch", "2.11.0"), ("nvidia_cudnn_cu13", "9.19.0.56"), ("cupy_cuda13x", "14.0.1")):
+            folder = tmp_path / f"{name}-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+        (tmp_path / "cupy").mkdir()
+        (tmp_path / "cupy" / "__init__.py").touch()
+        (tmp_path / "cupy" / "cuda.py").write_text("class nvrtc:\n    getVersion = staticmethod(lambda: (13, 0))\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        expected = {"torch": "2.11.0", "cudnn": "9.19.0.56", "cupy": "14.0.1", "nvrtc": "13.0"}
+        assert expected == gpu_machine.versions(sys.executable)
 
 
 class TestSystemLibraries:
