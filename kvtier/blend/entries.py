@@ -10,7 +10,7 @@ import torch
 from kvtier.blend.chunks import Chunk
 from kvtier.blend.layout import PromptLayout
 from kvtier.blend.model import BlendModel, LayerKV, Projected, TokenKV
-from kvtier.blend.prefill import Rows, advance, attention_mask, attention_weights, start
+from kvtier.blend.prefill import KVLayers, Rows, advance, attention_mask, attention_weights, start
 from kvtier.blend.steps import Steps, finish
 from kvtier.types import BlockKey
 
@@ -62,8 +62,24 @@ def prefill_steps(model: BlendModel, token_ids: torch.Tensor, prefix: TokenKV | 
     if prefix is not None:
         kv.keys[:, :, :first] = prefix.keys
         kv.values[:, :, :first] = prefix.values
-    yield from advance(model, rows, kv, torch.ones(len(token_ids), dtype=torch.bool, device=token_ids.device))
+    yield from _advance_all(model, rows, kv)
     return kv, rows
+
+
+@torch.no_grad()
+def layer_steps(model: BlendModel, token_ids: torch.Tensor, kv: KVLayers, first: int) -> Steps[None]:
+    """Computes the KV of all tokens from ``first`` on, in steps. ``kv`` has that of those before it, and may let go of a layer behind it.
+
+    Nobody needs what comes out of the last layer.
+    """
+    rows = start(model, token_ids, torch.arange(first, len(token_ids), device=token_ids.device))
+    yield from _advance_all(model, rows, kv, kv_only=True)
+
+
+def _advance_all(model: BlendModel, rows: Rows, kv: KVLayers, *, kv_only: bool = False) -> Steps[None]:
+    """All rows in all layers; their KV is written."""
+    end = int(rows.positions[-1]) + 1 if len(rows.positions) else 0
+    yield from advance(model, rows, kv, torch.ones(end, dtype=torch.bool, device=rows.positions.device), kv_only=kv_only)
 
 
 @torch.no_grad()

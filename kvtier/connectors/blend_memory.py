@@ -15,11 +15,14 @@ from kvtier.blend.model import BlendModel, LayerKV, TokenKV
 from kvtier.blend.prefill import GROUP_ROWS_ELSEWHERE, MOST_MASKED, MOST_WEIGHTS
 from kvtier.blend.ratio import FixedRatio
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, RowShape
+from kvtier.connectors.chunk_writing import PART_BYTES, kept_layers
 
 KEPT_BYTES = 256 << 20
 """of a prompt's KV that a blend keeps beside the engine's blocks"""
 LAYERS_AT_ONCE = 4
 """copies of a layer of the prompt: the one that is worked on, what it is read from, and what is computed of its keys or values"""
+COPIES_IN_ORDER = 3
+"""of a part of a chunk, while it is put in the order of slots"""
 ROWS_AT_ONCE = 6
 """hidden states, queries, keys and values, and what is attended to in parts, joined, and turned around"""
 WEIGHT_BYTES = 3 * 4
@@ -131,9 +134,17 @@ def blend_bytes(
     )
 
 
-def entry_bytes(model: BlendModel, shape: RowShape, num_tokens: int) -> int:
-    """The same of computing a chunk: ``num_tokens`` with its anchor's."""
-    return shape.num_layers * num_tokens * shape.token_bytes + rows_bytes(model, shape, num_tokens, num_tokens)
+def entry_bytes(model: BlendModel, shape: RowShape, num_remembered: int, num_tokens: int, kept_bytes: int) -> int:
+    """The same of computing a chunk: ``num_tokens`` with its anchor's, of whose KV that of ``num_remembered`` is there as a whole."""
+    layer_bytes = num_tokens * shape.token_bytes
+    kept = kept_layers(shape, num_tokens, kept_bytes) * layer_bytes
+    return (
+        shape.num_layers * num_remembered * shape.token_bytes
+        + kept
+        + COPIES_IN_ORDER * min(kept, PART_BYTES)
+        + LAYERS_AT_ONCE // 2 * layer_bytes
+        + rows_bytes(model, shape, num_tokens, num_tokens)
+    )
 
 
 def rows_bytes(model: BlendModel, shape: RowShape, num_rows: int, num_tokens: int) -> int:

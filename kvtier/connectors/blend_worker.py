@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
 from kvtier.blend.blender import blend_into, margin
-from kvtier.blend.entries import prefill_steps
+from kvtier.blend.entries import layer_steps, prefill_steps
 from kvtier.blend.methods import SelectionMethod
 from kvtier.blend.model import BlendModel, TokenKV
 from kvtier.blend.placing import PromptKV
@@ -21,18 +19,16 @@ from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import Steps
 from kvtier.connectors.blend_memory import KEPT_BYTES, RequestMemory, Room, TokenBlocks, blend_bytes, entry_bytes, room_for
 from kvtier.connectors.blend_steps import LostChunkError, Shares, UnsureError
-from kvtier.connectors.chunk_rows import STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource, slot_view
-from kvtier.connectors.messages import BlendJob, CaptureJob, ChunkSlots, EntryJob
+from kvtier.connectors.chunk_rows import STORAGE_OF, ArenaReads, DeviceReads, LayerReads, RowShape, SlotSource
+from kvtier.connectors.chunk_writing import ANOTHER_TENANT, EntryLayers, PartOf, are_unchanged, check_slots, fill_slots
+from kvtier.connectors.messages import BlendJob, CaptureJob, EntryJob
 from kvtier.copy.base import RowMover
 from kvtier.copy.cuda_rows import RowPlacement
 from kvtier.memory.arena import Arena
 
 T = TypeVar("T")
-ANOTHER_TENANT = "a slot has another tenant"
 ANOTHER_RANK = "another rank cannot"
 NOT_WANTED = "nobody wants it any more"
-PART_BYTES = 64 << 20
-"""of a chunk, and a few times as many while they are put in order, that are copied into slots at once"""
 ANCHOR_BYTES = 256 << 20
 """of KV of anchors that are remembered"""
 
@@ -133,18 +129,23 @@ class ChunkBlender:
             LostChunkError: slots have other tenants, or some rank cannot begin or go on.
         """
         share = yield
-        num_bytes = entry_bytes(self._model, self._shape, len(job.anchor_ids) + len(job.token_ids))
-        room = room_for(num_bytes, self._model.device, must_last=share is not None)
+        room = room_for(self.bytes_for_entry(job), self._model.device, must_last=share is not None)
         problem = "there is no arena" if arena is None else room.problem
         problem = NOT_WANTED if share == 0 else problem
         if not self._ranks.agree(not problem) or arena is None:
             raise LostChunkError(problem or ANOTHER_RANK)
         share = self._bounded(share, room)
         self._is_amid = True
-        kv = yield from self._shared_out(self._entry_steps(job), share)
-        first = len(job.anchor_ids)
-        self._fill(job.slots, len(job.token_ids), kv.part(first, kv.num_tokens).part, arena)
+        failure = yield from self._shared_out(self._entry_steps(job, arena), share)
+        if failure is not None:
+            raise failure
         return len(job.token_ids)
+
+    def bytes_for_entry(self, job: EntryJob) -> int:
+        """Device memory that computing a chunk takes, at most."""
+        num_anchor = len(job.anchor_ids)
+        num_remembered = num_anchor if self._is_rememberable(num_anchor) else 0
+        return entry_bytes(self._model, self._shape, num_remembered, num_anchor + len(job.token_ids), self.kept_bytes)
 
     @torch.inference_mode()
     def capture(self, job: CaptureJob, arena: Arena | None) -> None:
@@ -161,30 +162,7 @@ class ChunkBlender:
             kv = memory.part(job.first + first, job.first + end)
             return TokenKV(self._model.rotary.move(kv.keys, -job.shift), kv.values)
 
-        self._fill(job.slots, job.end - job.first, turned_back, arena)
-
-    def _fill(self, slots: ChunkSlots, num_tokens: int, part: Callable[[int, int], TokenKV], arena: Arena) -> None:
-        """Copies a chunk into its slots, some blocks of it after the others."""
-        _check(arena, slots)
-        size = self._shape.block_tokens
-        at_once = max(1, PART_BYTES // self._shape.block_bytes)
-        for number, group in itertools.groupby(zip(slots.positions, slots.slots, strict=True), lambda pair: pair[0] // at_once):
-            first = number * at_once
-            blocks = self._blocks_of(part(first * size, min((first + at_once) * size, num_tokens)))
-            for position, slot in group:
-                slot_view(arena, self._shape, slot).copy_(blocks[position - first])
-        _check(arena, slots)
-
-    def _blocks_of(self, kv: TokenKV) -> torch.Tensor:
-        """KV as slots hold it: ``[blocks, layers, 2, KV heads, tokens, head_dim]``, where the model computes.
-
-        Zeros behind the last token: what lay there may be somebody else's.
-        """
-        block_tokens = self._shape.block_tokens
-        both = torch.stack((kv.keys, kv.values), 1)
-        padded = F.pad(both, (0, 0, 0, -kv.num_tokens % block_tokens))
-        blocks: torch.Tensor = padded.unflatten(3, (-1, block_tokens)).movedim(3, 0)
-        return blocks
+        fill_slots(arena, self._shape, job.slots, job.end - job.first, turned_back)
 
     def _shared_out(self, steps: Steps[T], share: int | None, rest: Callable[[], None] = lambda: None) -> Shares[T]:
         """Leaves off where it has done its share, after ``rest``; None: never.
@@ -222,7 +200,7 @@ class ChunkBlender:
             kv = PromptKV(memory, layout, source, model, self.kept_bytes)
             steps = blend_into(kv, model, job.token_ids, method, ratio, end=job.end, needs_logits=is_checked)
             made = yield from self._shared_out(steps, share, reads.rest)
-        _check(arena, *job.chunks)  # what was read while a slot changed hands may be anything
+        check_slots(arena, *job.chunks)  # what was read while a slot changed hands may be anything
         if made.logits is not None and not margin(made.logits) >= min_margin:  # NaN is not sure of anything
             raise UnsureError
         kv.finish()
@@ -239,29 +217,50 @@ class ChunkBlender:
         finally:
             reads.end()
 
-    def _entry_steps(self, job: EntryJob) -> Steps[TokenKV]:
-        """Of a chunk's KV, with its anchor's before it."""
+    def _entry_steps(self, job: EntryJob, arena: Arena) -> Steps[Exception | None]:
+        """Of a chunk's KV, which goes into its slots. Returns why not all of it is there: other ranks compute the same layers, and would
+        wait for this one if it were raised between them."""
+        device, num_anchor = self._model.device, len(job.anchor_ids)
         anchor = yield from self._anchor(job)
-        kv, _ = yield from prefill_steps(self._model, torch.tensor((*job.anchor_ids, *job.token_ids), device=self._model.device), anchor)
-        return kv
+        failure: Exception | None = None
+
+        def to_slots(first_layer: int, part: PartOf) -> None:
+            nonlocal failure
+
+            def behind_anchor(first: int, end: int) -> TokenKV:
+                return part(num_anchor + first, num_anchor + end)
+
+            if failure is None:
+                failure = _failure_of(lambda: fill_slots(arena, self._shape, job.slots, len(job.token_ids), behind_anchor, first_layer))
+
+        tokens = torch.tensor((*job.anchor_ids, *job.token_ids), device=device)
+        layers = EntryLayers(self._shape, len(tokens), anchor, device=device, kept_bytes=self.kept_bytes, hand_on=to_slots)
+        yield from layer_steps(self._model, tokens, layers, 0 if anchor is None else anchor.num_tokens)
+        layers.finish()
+        return failure
+
+    def _is_rememberable(self, num_tokens: int) -> bool:
+        """Whether the KV of an anchor of so many tokens is computed by itself and kept for other chunks, or with each of them."""
+        return num_tokens * self._shape.num_layers * self._shape.token_bytes <= ANCHOR_BYTES
 
     def _anchor(self, job: EntryJob) -> Steps[TokenKV | None]:
-        if not job.anchor_ids:
+        """The KV of a job's anchor, where that is to be remembered."""
+        if not job.anchor_ids or not self._is_rememberable(len(job.anchor_ids)):
             return None
         kv = self._anchors.pop(job.anchor_key, None)
         if kv is None:
             kv, _ = yield from prefill_steps(self._model, torch.tensor(job.anchor_ids, device=self._model.device))
         self._anchors[job.anchor_key] = kv
-        while sum(each.num_tokens for each in self._anchors.values()) * self._shape.num_layers * self._shape.token_bytes > ANCHOR_BYTES:
+        while not self._is_rememberable(sum(each.num_tokens for each in self._anchors.values())):
             self._anchors.popitem(last=False)
         return kv
 
 
-def _failure_of(work: Callable[[], None]) -> RuntimeError | None:
+def _failure_of(work: Callable[[], None]) -> Exception | None:
     """What copies raise, where they do."""
     try:
         work()
-    except RuntimeError as error:
+    except (RuntimeError, LostChunkError) as error:
         return error
     return None
 
@@ -271,14 +270,4 @@ def _problem(arena: Arena, job: BlendJob) -> str:
     for at, slots in zip(job.layout.placements, job.chunks, strict=True):
         if len(slots.slots) != len(at.chunk.block_keys):
             return f"chunk {at.chunk.key.hex()} has {len(slots.slots)} of {len(at.chunk.block_keys)} blocks"
-    return "" if _are_unchanged(arena, *job.chunks) else ANOTHER_TENANT
-
-
-def _check(arena: Arena, *parts: ChunkSlots) -> None:
-    if not _are_unchanged(arena, *parts):
-        raise LostChunkError(ANOTHER_TENANT)
-
-
-def _are_unchanged(arena: Arena, *parts: ChunkSlots) -> bool:
-    generations = arena.generations
-    return all(int(generations[slot]) == planned for slots in parts for slot, planned in zip(slots.slots, slots.generations, strict=True))
+    return "" if are_unchanged(arena, *job.chunks) else ANOTHER_TENANT

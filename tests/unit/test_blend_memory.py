@@ -23,13 +23,15 @@ from kvtier.blend.model import LayerKV, Projected, Rotary
 from kvtier.blend.placing import PromptKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import finish
-from kvtier.connectors import blend_worker
+from kvtier.connectors import blend_worker, chunk_writing
 from kvtier.connectors.blend_memory import RequestMemory, Room, blend_bytes, entry_bytes, room_for
 from kvtier.connectors.blend_steps import LostChunkError
+from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, RowShape, SlotSource, slot_view
 from kvtier.connectors.messages import CaptureJob, ChunkSlots, EntryJob, WorkerReport
 from kvtier.copy.rope import plain_frequencies
 from kvtier.hashing import request_root
+from kvtier.memory.arena import Arena
 from tests.unit.blend_system import BLOCK, BLOCK_BYTES, DIM, LAYERS, NAMESPACE, TOKEN_BYTES, System, begun_blend, document
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 8, 4, 64, 512
@@ -185,14 +187,38 @@ def test_it_does_not_grow_with_the_model() -> None:
         assert needed[0] == needed[1]
 
 
-@pytest.mark.parametrize("num_tokens", [50, 600])
-def test_a_chunk_takes_what_was_asked_for(num_tokens: int) -> None:
-    """Computed behind its anchor."""
-    model = WideModel(6)
-    asked = entry_bytes(model, RowShape(6, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32), num_tokens)
-    with torch.inference_mode(), LiveBytes() as live:
-        full_prefill(model, torch.tensor(document(1, num_tokens)))
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("num_kept", [0, 2, 6])
+@pytest.mark.parametrize(("num_anchor", "num_tokens"), [(0, 50), (0, 600), (90, 500), (500, 90)])
+def test_a_chunk_takes_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_anchor: int, num_tokens: int, num_kept: int, remembers: bool
+) -> None:
+    """Computed behind its anchor, whose KV is kept for the next one or not."""
+    model, shape = WideModel(6), RowShape(6, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32)
+    monkeypatch.setattr(blend_worker, "ANCHOR_BYTES", num_anchor * 6 * shape.token_bytes if remembers else 0)
+    blender = ChunkBlender(model, Blocks(6, 1), METHODS, block_tokens=BLOCK_TOKENS, block_bytes=shape.block_bytes)
+    blender.kept_bytes = num_kept * (num_anchor + num_tokens) * shape.token_bytes
+    num_slots = -(-num_tokens // BLOCK_TOKENS)
+    arena = Arena.open(str(tmp_path / "arena"), num_slots * shape.block_bytes, huge_pages=False)
+    numbers = range(0, num_slots * shape.block_bytes // 4096, shape.block_bytes // 4096)
+    slots = ChunkSlots(tuple(range(num_slots)), tuple(numbers), tuple(arena.bump(number) for number in numbers))
+    job = EntryJob(1, b"chunk", b"anchor", tuple(document(1, num_anchor)), tuple(document(2, num_tokens)), slots)
+    asked = blender.bytes_for_entry(job)
+    with LiveBytes() as live:
+        finish(blender.store(job, arena))
     assert 0.45 * asked < live.most <= asked
+    full = full_prefill(model, torch.tensor((*job.anchor_ids, *job.token_ids)))[0].part(num_anchor, num_anchor + num_tokens)
+    found = torch.cat([slot_view(arena, shape, number) for number in numbers], 3)[:, :, :, :num_tokens]
+    assert torch.allclose(full.keys, found[:, 0], atol=1e-4)
+    assert torch.allclose(full.values, found[:, 1], atol=1e-4)
+    arena.close()
+
+
+def test_neither_does_that_of_a_chunk() -> None:
+    """Of which no more than some layers are there at once."""
+    shapes = [RowShape(num_layers, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32) for num_layers in (4, 40)]
+    few, many = (entry_bytes(WideModel(shape.num_layers), shape, 0, 1000, 3 * 1000 * shape.token_bytes) for shape in shapes)
+    assert few == many
 
 
 @pytest.mark.parametrize("num_remembered", [0, 1, 2])
@@ -219,7 +245,7 @@ def stored(system: System, number: int, anchor: list[int]) -> int:
 @pytest.mark.parametrize("at_once", [0, 1, 2, 3, 9])
 def test_chunks_are_copied_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: tuple[int, ...], at_once: int) -> None:
     """Those of its blocks that are wanted, as many at once as memory is given, one at least. Zeros behind the last token."""
-    monkeypatch.setattr(blend_worker, "PART_BYTES", at_once * BLOCK_BYTES)
+    monkeypatch.setattr(chunk_writing, "PART_BYTES", at_once * BLOCK_BYTES)
     system = System(tmp_path)
     tokens = document(1, 30)
     full = system.full(tokens)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from kvtier.blend.methods import METHODS
+from kvtier.connectors import blend_worker
 from kvtier.connectors.blend_steps import BlendSteps
 from kvtier.connectors.blend_worker import ChunkBlender, Ranks
 from kvtier.connectors.messages import ScheduledRequest, StepMessage, WorkerReport
-from tests.unit.blend_system import BLOCK, BLOCK_BYTES, CAN_BLEND, SYSTEM, System, begun_blend, document, joined
+from tests.unit.blend_system import BLOCK, BLOCK_BYTES, CAN_BLEND, LAYERS, SYSTEM, TOKEN_BYTES, System, begun_blend, document, joined
 
 
 @pytest.fixture
@@ -132,20 +133,32 @@ def test_who_breaks_off_what_others_compute_ends_the_engine(
 
 
 def test_who_breaks_off_a_chunk_ends_the_engine(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for chunks that are computed to be stored; not for what each rank copies by itself."""
+    """The same for chunks that are computed to be stored."""
     message = ordered_chunk(system)
     blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2))
-    steps = system.steps(blender)
-    for place, is_shared in (("finish", True), ("_fill", False)):
-        with monkeypatch.context() as patch:
-            patch.setattr(system.model if is_shared else blender, place, run_out)
-            report = WorkerReport()
-            if is_shared:
-                with pytest.raises(SystemExit):
-                    steps.store([], message.entries, report)
-            else:
-                steps.store([], message.entries, report)
-                assert {entry.job_id: {0} for entry in message.entries} == report.failed
+    monkeypatch.setattr(system.model, "finish", run_out)
+    with pytest.raises(SystemExit):
+        system.steps(blender).store([], message.entries, WorkerReport())
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, LAYERS])
+@pytest.mark.parametrize("fails", ["copy", "slots"])
+def test_what_a_rank_copies_by_itself_is_its_own_concern(
+    system: System, num_kept: int, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk's layers go to its slots between those that all ranks compute: who cannot copy one computes on, and says so at the end."""
+    message = ordered_chunk(system)
+    (job,) = message.entries
+    blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2))
+    blender.kept_bytes = num_kept * (len(job.anchor_ids) + len(job.token_ids)) * TOKEN_BYTES
+    if fails == "copy":
+        monkeypatch.setattr(blend_worker, "fill_slots", run_out)
+    else:
+        system.arena.bump(job.slots.slots[0])
+    before, report = system.model.num_projected, WorkerReport()
+    system.steps(blender).store([], message.entries, report)
+    assert {job.job_id: {0}} == report.failed
+    assert system.model.num_projected - before >= LAYERS * (len(job.anchor_ids) + len(job.token_ids))
     system.finish(message, report)
     system.half.request_finished("first")
     while system.half.has_pending_work:
