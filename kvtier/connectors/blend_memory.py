@@ -137,11 +137,12 @@ def blend_bytes(
 def entry_bytes(model: BlendModel, shape: RowShape, num_remembered: int, num_tokens: int, kept_bytes: int) -> int:
     """The same of computing a chunk: ``num_tokens`` with its anchor's, of whose KV that of ``num_remembered`` is there as a whole."""
     layer_bytes = num_tokens * shape.token_bytes
-    kept = kept_layers(shape, num_tokens, kept_bytes) * layer_bytes
+    num_kept = kept_layers(shape, num_tokens, kept_bytes)
+    in_slots = -(-num_tokens // shape.block_tokens) * shape.layer_bytes
     return (
         shape.num_layers * num_remembered * shape.token_bytes
-        + kept
-        + COPIES_IN_ORDER * min(kept, PART_BYTES)
+        + num_kept * layer_bytes
+        + COPIES_IN_ORDER * min(num_kept * in_slots, PART_BYTES)
         + LAYERS_AT_ONCE // 2 * layer_bytes
         + rows_bytes(model, shape, num_tokens, num_tokens)
     )

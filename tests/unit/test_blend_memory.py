@@ -19,7 +19,7 @@ from kvtier.blend.entries import full_prefill
 from kvtier.blend.finding import ChunkSpace, Span
 from kvtier.blend.layout import PromptLayout, lay_out
 from kvtier.blend.methods import METHODS
-from kvtier.blend.model import LayerKV, Projected, Rotary
+from kvtier.blend.model import LayerKV, Projected, Rotary, TokenKV
 from kvtier.blend.placing import PromptKV
 from kvtier.blend.ratio import FixedRatio
 from kvtier.blend.steps import finish
@@ -28,6 +28,7 @@ from kvtier.connectors.blend_memory import RequestMemory, Room, blend_bytes, ent
 from kvtier.connectors.blend_steps import LostChunkError
 from kvtier.connectors.blend_worker import ChunkBlender
 from kvtier.connectors.chunk_rows import LAYERS_AHEAD, RowShape, SlotSource, slot_view
+from kvtier.connectors.chunk_writing import fill_slots
 from kvtier.connectors.messages import CaptureJob, ChunkSlots, EntryJob, WorkerReport
 from kvtier.copy.rope import plain_frequencies
 from kvtier.hashing import request_root
@@ -188,15 +189,15 @@ def test_it_does_not_grow_with_the_model() -> None:
 
 
 @pytest.mark.parametrize("remembers", [False, True])
-@pytest.mark.parametrize("num_kept", [0, 2, 6])
+@pytest.mark.parametrize("num_kept", [0, 4, 30])
 @pytest.mark.parametrize(("num_anchor", "num_tokens"), [(0, 50), (0, 600), (90, 500), (500, 90)])
 def test_a_chunk_takes_what_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_anchor: int, num_tokens: int, num_kept: int, remembers: bool
 ) -> None:
     """Computed behind its anchor, whose KV is kept for the next one or not."""
-    model, shape = WideModel(6), RowShape(6, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32)
-    monkeypatch.setattr(blend_worker, "ANCHOR_BYTES", num_anchor * 6 * shape.token_bytes if remembers else 0)
-    blender = ChunkBlender(model, Blocks(6, 1), METHODS, block_tokens=BLOCK_TOKENS, block_bytes=shape.block_bytes)
+    model, shape = WideModel(30), RowShape(30, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, torch.float32)
+    monkeypatch.setattr(blend_worker, "ANCHOR_BYTES", num_anchor * 30 * shape.token_bytes if remembers else 0)
+    blender = ChunkBlender(model, Blocks(30, 1), METHODS, block_tokens=BLOCK_TOKENS, block_bytes=shape.block_bytes)
     blender.kept_bytes = num_kept * (num_anchor + num_tokens) * shape.token_bytes
     num_slots = -(-num_tokens // BLOCK_TOKENS)
     arena = Arena.open(str(tmp_path / "arena"), num_slots * shape.block_bytes, huge_pages=False)
@@ -261,6 +262,27 @@ def test_chunks_are_copied_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for index, part in enumerate((keys, values)):
             assert torch.equal(part[:, :, at], found[:, index, :, : at.stop - at.start])
         assert not found[:, :, :, at.stop - at.start :].any()
+    system.close()
+
+
+@pytest.mark.parametrize("when", ["before", "amid"])
+def test_slots_of_others_are_not_written(tmp_path: Path, when: str) -> None:
+    """And a slot that changes hands while a chunk is copied fails it."""
+    system = System(tmp_path)
+    slots = ChunkSlots((0,), (5,), (system.arena.bump(5),))
+    shape = RowShape(LAYERS, 1, BLOCK, DIM, torch.float32)
+    found = slot_view(system.arena, shape, 5)
+    found.fill_(7)
+
+    def part(first: int, end: int) -> TokenKV:
+        system.arena.bump(5)
+        return system.full(document(1, BLOCK)).part(first, end)
+
+    if when == "before":
+        system.arena.bump(5)
+    with pytest.raises(LostChunkError):
+        fill_slots(system.arena, shape, slots, BLOCK, part)
+    assert (when == "before") == bool((found == 7).all())
     system.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_who_breaks_off_a_chunk_ends_the_engine(system: System, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("num_kept", [0, 1, LAYERS])
-@pytest.mark.parametrize("fails", ["copy", "slots"])
+@pytest.mark.parametrize("fails", ["copies", "first copy", "slots"])
 def test_what_a_rank_copies_by_itself_is_its_own_concern(
     system: System, num_kept: int, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +152,11 @@ def test_what_a_rank_copies_by_itself_is_its_own_concern(
     (job,) = message.entries
     blender = ChunkBlender(system.model, system.memory, METHODS, block_tokens=BLOCK, block_bytes=BLOCK_BYTES, ranks=Ranks(2))
     blender.kept_bytes = num_kept * (len(job.anchor_ids) + len(job.token_ids)) * TOKEN_BYTES
-    if fails == "copy":
+    if fails == "copies":
         monkeypatch.setattr(blend_worker, "fill_slots", run_out)
+    elif fails == "first copy":
+        outcomes = itertools.chain([run_out], itertools.repeat(lambda: None))
+        monkeypatch.setattr(blend_worker, "fill_slots", lambda *_: next(outcomes)())
     else:
         system.arena.bump(job.slots.slots[0])
     before, report = system.model.num_projected, WorkerReport()
