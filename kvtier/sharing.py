@@ -40,6 +40,6 @@ class Sharing:
         return [tier for tier in self.tiers if self._estimates.is_worth_probing(tier, first_token, num_tokens, num_bytes)]
 
     def leave_others(self) -> None:
-        """Shares nothing with others from now on; see :meth:`TransferRunner.leave_others`."""
+        """Shares nothing with others from now on, nor with a later process; see :meth:`TransferRunner.leave_others`."""
         self._runner.run()  # what was planned before belongs to what was shared before
         self._runner.leave_others()

@@ -34,6 +34,8 @@ _ENCRYPTED: Mapping[str, str] = {
     "forged_records": "values in {} whose encryption was not that of the key they named",
 }
 
+_DISK: Mapping[str, str] = {"unmarked_resets": "resets that {} had not noted after two seconds; nothing is stored there before it has"}
+
 _REMOTE: Mapping[str, str] = {
     "timeouts": "calls of {} that missed a deadline",
     "connect_errors": "connections to {} that failed or broke",
@@ -56,7 +58,7 @@ def _of_lower_tiers() -> dict[str, str]:
     """The counters of every kind of tier below host memory."""
     found = {}
     for tier, place in _PLACES.items():
-        names = {**_LOWER, **_ENCRYPTED} if tier == "disk" else {**_LOWER, **_ENCRYPTED, **_REMOTE}
+        names = {**_LOWER, **_ENCRYPTED, **_DISK} if tier == "disk" else {**_LOWER, **_ENCRYPTED, **_REMOTE}
         found.update({f"{tier}.{name}": text.format(place) for name, text in names.items()})
     return found
 

@@ -12,7 +12,7 @@ from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.planner import Planner
 from kvtier.memory.arena import Arena
 from kvtier.stats import Stats
-from kvtier.tiers.base import SharedTier, Tier
+from kvtier.tiers.base import LastingTier, SharedTier, Tier
 from kvtier.types import BlockIO, JobKind, JobResult, ProbeJob, ProbeResult, TransferJob
 
 _LOG = logging.getLogger(__name__)
@@ -48,12 +48,15 @@ class TransferRunner:
             self._start(command)
 
     def leave_others(self) -> None:
-        """From now on shared tiers are used in a namespace that nobody else has.
+        """From now on shared tiers are used in a namespace that nobody else has, and a later process finds nothing in those of this engine.
 
         For an engine whose weights may have changed under the name of its model: what others or it itself stored there may be wrong for it
-        now, and what it stores wrong for others.
+        now, and what it stores wrong for others, or for itself when it is started again.
         """
         self._shared_namespace = secrets.token_bytes(len(self._namespace))
+        for tier in self._tiers:
+            if isinstance(tier, LastingTier):
+                tier.reset()
 
     def poll(self, now: float, timeout_s: float = 0.0) -> None:
         """Takes results in; waits up to ``timeout_s`` for the first where a job is running."""

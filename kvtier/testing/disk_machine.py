@@ -6,6 +6,8 @@ Two things a crash may do that look like losses and are none.  A store may crowd
 handed in (``JobResult.dropped``): they are gone although the process dies before anybody could poll that result, because
 their places were given away.  And what was removed or crowded out may be there again, because the index file learns of
 it a little later.  What is readable at the moment of the crash survives it, acknowledged or not.
+
+After a reset the next opening finds nothing, however the process ended and whatever became of the index.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.submitted: list[TransferJob | list[BlockKey]] = []
         """jobs and removals since the last wait"""
         self.next_job_id = 0
+        self.is_reset = False
         self.open()
 
     def open(self) -> None:
@@ -103,6 +106,14 @@ class DiskMachine(RuleBasedStateMachine):
         self.submitted.append(keys)
 
     @rule()
+    def reset(self) -> None:
+        keys = [disk_meta(number).key for number in range(24)]
+        self.tier.reset()
+        assert 0 == sum(self.tier.lookup([key]) for key in keys)
+        self.submitted.append(keys)
+        self.is_reset = True
+
+    @rule()
     def wait(self) -> None:
         jobs = self.submitted_jobs()
         results = {result.job_id: result for result in wait_for(self.tier, len(jobs))} if jobs else {}
@@ -126,8 +137,10 @@ class DiskMachine(RuleBasedStateMachine):
         self.wait()
         self.tier.close()
         assert [] == check_path(self.directory)
+        source = "new" if self.is_reset else "clean"
+        self.forget_for_good_after_a_reset()
         self.open()
-        assert "clean" == self.tier.recovery.source
+        assert source == self.tier.recovery.source
         assert self.present == {meta.key: meta for meta in self.tier.entries()}
         self.leftover |= self.uncertain
         self.uncertain = {}
@@ -139,8 +152,15 @@ class DiskMachine(RuleBasedStateMachine):
         self.submitted = []
         if lose_index:
             (self.directory / "index.mdb").unlink()
+        self.forget_for_good_after_a_reset()
         self.open()
         self.reconcile(self.uncertain | self.leftover if lose_index else self.uncertain)
+
+    def forget_for_good_after_a_reset(self) -> None:
+        """The process has ended: where there was a reset, nothing of the directory may come back."""
+        if self.is_reset:
+            self.present, self.uncertain, self.leftover = {}, {}, {}
+        self.is_reset = False
 
     def settle_what_is_certain(self) -> None:
         """Right before a crash: what is readable is certain. What is not was removed, or crowded out by a store of another size."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvtier.errors import ClosedError
-from kvtier.tiers.base import Tier
+from kvtier.tiers.base import LastingTier, Tier
 from kvtier.types import BlockIO, BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, TransferJob
 
 NAMESPACE = bytes(range(16))
@@ -297,6 +297,11 @@ class _WrappedTier:
 
     def remove(self, keys: Collection[BlockKey]) -> None:
         self.tier.remove(keys)
+
+    def reset(self) -> None:
+        """Of a tier that can."""
+        if isinstance(self.tier, LastingTier):
+            self.tier.reset()
 
     def entries(self) -> Iterator[BlockMeta]:
         return self.tier.entries()

@@ -62,6 +62,18 @@ class Tier(Protocol):
 
 
 @runtime_checkable
+class LastingTier(Tier, Protocol):
+    """A tier of this process alone whose blocks a later process finds."""
+
+    def reset(self) -> None:
+        """Forgets everything, for good: no later opening finds what is there or what is stored from now on.
+
+        For an engine whose weights may be others now under the name of its model. May wait for I/O, for some seconds at most; where that
+        is not enough, nothing is stored until it is done.
+        """
+
+
+@runtime_checkable
 class SharedTier(Tier, Protocol):
     """A tier that others write to as well, so that only the store itself knows what it holds.
 

@@ -96,7 +96,7 @@ def test_the_files_show_nothing(tmp_path: Path, io_engine: EngineKind, direct: b
         for content in seen:
             assert not any(plain[at : at + 16] in content for at in range(0, meta.num_bytes - 16, 512))
             assert payload_checksum(memoryview(plain)) not in content
-    at = HEADER_BYTES
+    at = record_bytes_for(SIZES[0]) + HEADER_BYTES  # the first block is a single byte, which may be the same by chance
     assert seen[0][at : at + 4000] != seen[1][at : at + 4000]
     tier = open_tier(tmp_path / "a")
     assert len(metas) == tier.lookup([meta.key for meta in metas])

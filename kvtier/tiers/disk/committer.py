@@ -14,6 +14,7 @@ from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.pending import PendingStore
 from kvtier.tiers.disk.recovery import SEQUENCE_SLACK
+from kvtier.tiers.disk.resets import ResetMark
 from kvtier.tiers.health import Health
 from kvtier.types import Outcome
 
@@ -49,6 +50,8 @@ class Committer:
         self._ledger = ledger
         self._lock = lock
         self._index: IndexFile | None = index
+        self.mark = ResetMark(index.directory, lock, durable=index.is_durable)
+        """of the directory; to be asked for by ``leave_mark``"""
         self._rebuild = rebuild
         self._sync_segments = sync_segments
         self._health = health
@@ -76,6 +79,12 @@ class Committer:
         turns = self._ledger.turns
         if turns.undeleted and (turns.num_waiting or self._linger_until is None or len(turns.undeleted) >= _MAX_CHANGES):
             self._work.notify()
+
+    def leave_mark(self) -> None:
+        """Has the directory's mark written before anything else. With the lock held."""
+        self.mark.ask()
+        self._linger_until = None
+        self._work.notify()
 
     def stop(self, *, leave_proof: bool) -> None:
         """Commits what is left, if asked, and closes the index file. No store may be on its way then. Idempotent."""
@@ -106,7 +115,7 @@ class Committer:
                 places = list(islice(self._ledger.turns.undeleted, _MAX_CHANGES))
                 next_sequence = self._ledger.next_sequence + SEQUENCE_SLACK
             try:
-                has_worked = self._round(stores, places, next_sequence)
+                has_worked = self._write_mark(stores) and self._round(stores, places, next_sequence)
             except Exception as error:  # thread boundary: without this thread every job would hang
                 logger.exception("unexpected error in the disk index")
                 self._failed(stores, error)
@@ -119,9 +128,9 @@ class Committer:
         undeleted = self._ledger.turns.undeleted
         if self._discarding or (self._written and self._is_gathered()):
             return True
-        if not undeleted:
+        if not undeleted and not self.mark.is_due:
             return False
-        if self._stopping or self._ledger.turns.num_waiting:
+        if self._stopping or self._ledger.turns.num_waiting or (self.mark.is_due and self._linger_until is None):
             return True
         if self._linger_until is not None and time.monotonic() >= self._linger_until and not self._health.is_online:
             self._linger_until = None
@@ -149,6 +158,19 @@ class Committer:
     def _patience_s(self) -> float | None:
         deadlines = [until for until in (self._linger_until, self._gather_until) if until is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _write_mark(self, stores: list[PendingStore]) -> bool:
+        """Writes the mark where one is due; whether the index may be changed now."""
+        if not self.mark.is_due:
+            return True
+        try:
+            self.mark.write()
+        except OSError as error:
+            self._failed(stores, error)
+            return False
+        with self._lock:
+            self.mark.written()
+        return True
 
     def _round(self, stores: list[PendingStore], places: list[int], next_sequence: int) -> bool:
         """One transaction; whether the index file took it. Takes out of ``stores`` what has an outcome: an error befalls the rest."""

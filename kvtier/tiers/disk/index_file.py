@@ -56,6 +56,16 @@ class IndexFile:
         self._path = path
         self._durable = durable
 
+    @property
+    def directory(self) -> Path:
+        """Where the file lies."""
+        return self._path.parent
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether commits survive a power cut."""
+        return self._durable
+
     @classmethod
     @_lmdb_errors_as_os_errors()
     def create(cls, directory: Path, map_bytes: int, rows: Iterable[bytes], next_sequence: int, *, durable: bool) -> IndexFile:

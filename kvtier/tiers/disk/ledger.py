@@ -125,6 +125,10 @@ class Ledger(JobBook):
         for key in keys:
             self._forget(key, doomed=Outcome.OK)
 
+    def remove_all(self) -> None:
+        """Forgets every key, those on their way too."""
+        self.remove([*self.index, *self._pending])
+
     def _forget(self, key: BlockKey, *, doomed: Outcome) -> bool:
         """Forgets a key; whether it was readable."""
         entry = self.index.pop(key, None)

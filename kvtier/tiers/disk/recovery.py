@@ -23,6 +23,7 @@ from kvtier.tiers.disk.index_file import CLEAN_NAME, INDEX_NAME, IndexFile, read
 from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.lock import LOCK_NAME
 from kvtier.tiers.disk.places import Entry
+from kvtier.tiers.disk.resets import MARK_NAME, empty_if_marked
 from kvtier.tiers.disk.scan import scan_segments
 from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.segments import segment_number
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 FORMAT_NAME = "format"
 _FORMAT_TITLE = "kvtier disk tier"
 _PROBE_NAME = "probe.new"
+_NAMES = frozenset([LOCK_NAME, FORMAT_NAME, CLEAN_NAME, INDEX_NAME, MARK_NAME])
 _TEMPORARY_NAMES = frozenset([_PROBE_NAME, *(f"{name}.new" for name in (FORMAT_NAME, CLEAN_NAME, INDEX_NAME))])
 SEQUENCE_SLACK = 1 << 20
 """the index names a sequence number this far ahead, so that it stays above those of stores it never heard of"""
@@ -66,7 +68,7 @@ class _Rows:
 
 def is_own_name(name: str) -> bool:
     """Whether a file of this name in the directory belongs to the tier."""
-    return name in (LOCK_NAME, FORMAT_NAME, CLEAN_NAME, INDEX_NAME) or name in _TEMPORARY_NAMES or segment_number(name) is not None
+    return name in _NAMES or name in _TEMPORARY_NAMES or segment_number(name) is not None
 
 
 def read_format(directory: Path) -> int | None:
@@ -91,6 +93,10 @@ def prepare_directory(directory: Path) -> None:
 
 def settle_geometry(directory: Path, capacity_bytes: int, segment_bytes: int, *, durable: bool) -> Geometry:
     """The division of the capacity, with the segment size of what the directory holds already. Raises TierError."""
+    try:
+        empty_if_marked(directory, durable=durable)
+    except OSError as error:
+        raise _unusable(directory, error) from error
     found = read_format(directory)
     if found is not None and found != segment_bytes:
         if _is_empty(directory):

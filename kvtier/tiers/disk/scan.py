@@ -1,7 +1,8 @@
 """Rebuilds the index from the records themselves: the second net, for when the index file is damaged or gone.
 
 Reads every segment as a whole and believes a record only if header and payload verify.  May bring back blocks that
-were removed and not overwritten yet: their bytes are right, and keys name content, so this is harmless.
+were removed and not overwritten yet: their bytes are right, and keys name content, so this is harmless (after a reset they would not be:
+``resets``).
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_SEGMENT_BYTES = 64 << 20
 DEFAULT_MAX_IN_FLIGHT_BYTES = 256 << 20
 DEFAULT_QUEUE_DEPTH = 8
+RESET_WAIT_S = 2.0
+"""how long a reset waits until the directory says that it was one"""
 
 
 class DiskTier:
@@ -141,7 +143,7 @@ class DiskTier:
         with self._lock:
             if self._is_closed:
                 raise ClosedError(f"the disk tier at {self.path} is closed")
-            self._ledger.begin(job, is_online=is_online)
+            self._ledger.begin(job, is_online=is_online and not self._committer.mark.is_due)
             self._committer.nudge()
             writes, reads = self._take_runnable()
         self._launch(writes, reads)
@@ -163,6 +165,18 @@ class DiskTier:
                 return
             self._ledger.remove(keys)
             self._committer.nudge()
+
+    def reset(self) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._ledger.remove_all()
+            self._committer.leave_mark()
+            if not self._committer.mark.wait(RESET_WAIT_S):
+                self._sealing.count("unmarked_resets")
+                logger.error(
+                    "%s cannot be marked as reset yet, nothing is stored there before; if this process ends first, empty it", self.path
+                )
 
     def entries(self) -> Iterator[BlockMeta]:
         with self._lock:
