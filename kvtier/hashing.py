@@ -27,7 +27,7 @@ from typing import cast
 from kvtier import _native
 from kvtier.types import KEY_BYTES, BlockKey
 
-KEY_FORMAT = 1
+KEY_FORMAT = 2
 """grows whenever equal tokens get other keys, or a block's bytes another meaning"""
 
 _NAMESPACE_END = b"kvtier/namespace"
@@ -46,6 +46,8 @@ class Namespace:
 
     model: str
     revision: str = ""
+    weights: str = ""
+    """what tells the weights from others under that name"""
     engine: str = ""
     kv_dtype: str = ""
     num_layers: int = 0

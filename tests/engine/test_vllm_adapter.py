@@ -421,6 +421,18 @@ def test_what_tells_requests_apart_is_in_their_keys(rig: Rig, first: dict[str, A
     assert set() == set(keys[0]) & set(keys[2])
 
 
+def test_an_adapter_with_other_weights_is_another(rig: Rig, tmp_path: Path) -> None:
+    """Under the same name, number and path, where each request loads it anew."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"1")
+    first = rig.keys(rig.request("first", prompt(1), lora_request=adapter(path=str(tmp_path))))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"2")
+    again = adapter(path=str(tmp_path))
+    again.load_inplace = True
+    second = rig.keys(rig.request("second", prompt(1), lora_request=again))
+    assert 6 == len(first) == len(second)
+    assert set() == set(first) & set(second)
+
+
 def test_a_picture_counts_from_where_it_lies(rig: Rig) -> None:
     """Blocks before a picture are shared; the block where it begins and all behind are not."""
     keys = [rig.keys(rig.request(name, prompt(1), mm_features=image(name, offset=70, length=40))) for name in ("cat", "dog")]

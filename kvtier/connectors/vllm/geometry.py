@@ -16,6 +16,7 @@ from kvtier.config import Config
 from kvtier.connectors.vllm.drafters import drafter_of, refused_method
 from kvtier.connectors.vllm.kv_memory import by_blocks
 from kvtier.connectors.vllm.versions import allocated_bytes, unnamed_layout, vllm_version
+from kvtier.connectors.vllm.weights import weights_of
 from kvtier.errors import ConfigError, UnsupportedModelError
 from kvtier.hashing import Namespace
 from kvtier.layout import Axis, KVLayout, Segment, StrideTable
@@ -160,6 +161,7 @@ def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config
     return Namespace(
         model=str(model.model),
         revision=str(model.revision or ""),
+        weights=weights_of(vllm_config),
         engine=f"vllm {vllm_version()}",
         kv_dtype=str(spec.dtype),
         num_layers=len(kv_cache_config.kv_cache_groups[0].layer_names),

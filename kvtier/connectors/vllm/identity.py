@@ -12,6 +12,7 @@ from vllm.v1.request import Request
 from kvtier.connectors.messages import RequestOptions
 from kvtier.connectors.options import parse_options
 from kvtier.connectors.requests import RequestIdentity
+from kvtier.connectors.vllm.weights import adapter_weights
 from kvtier.hashing import TokenSpan, salt_extra, tenant_extra
 
 _LOG = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ def identity_of(request: Request, options: RequestOptions) -> RequestIdentity:
     extras: list[bytes] = []
     adapter = request.lora_request
     if adapter is not None:
-        extras.append(f"lora {adapter.lora_name}\0{adapter.lora_int_id}\0{adapter.lora_path}".encode())
+        named = f"lora {adapter.lora_name}\0{adapter.lora_int_id}\0{adapter.lora_path}\0{adapter_weights(adapter)}"
+        extras.append(named.encode())
     if request.cache_salt:
         extras.append(salt_extra(request.cache_salt))
     if options.tenant:
