@@ -130,9 +130,9 @@ def parse_text(title: str, content: bytes, what: str = "directory") -> dict[str,
     if not separator or checksum != xxhash.xxh3_64_hexdigest(body).encode() + b"\n":
         return None
     lines = body.decode("utf-8", "replace").splitlines()
-    values = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
-    if lines[0] != title:
+    if not lines or lines[0] != title:
         return None
+    values = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
     version = values.get("format", "")
     if version != str(FORMAT_VERSION):
         raise TierFormatError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lmdb
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,6 +118,14 @@ def test_deleted_file(healthy: Path, name: str) -> None:
         assert len(METAS) - 1 - len(whole) == tier.recovery.num_lost > 0
     else:
         assert set(METAS) - {METAS[3]} <= whole
+
+
+@pytest.mark.parametrize("name", ["format", "clean"])
+def test_text_without_a_title(healthy: Path, name: str) -> None:
+    """A text file of which only the checksum is left, and right, is damaged like any other; no block is lost."""
+    content = f"checksum: {xxhash.xxh3_64_hexdigest(b'')}\n"
+    _, whole = survivors(healthy, lambda directory: (directory / name).write_text(content))
+    assert set(METAS) - {METAS[3]} <= whole
 
 
 @settings(max_examples=40, deadline=None)

@@ -138,6 +138,8 @@ def test_text_files() -> None:
     for position in range(len(content)):
         assert None is parse_text("title", content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         assert None is parse_text("title", content[:position])
+    for body in (b"", b"\n", b"\xff"):  # a checksum that is right, over no title
+        assert None is parse_text("title", body + f"checksum: {xxhash.xxh3_64_hexdigest(body)}\n".encode())
     with pytest.raises(TierFormatError, match="version 3"):
         parse_text("title", pack_text("title", {"format": "3"}))
 
