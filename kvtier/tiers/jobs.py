@@ -43,6 +43,16 @@ class Ticket:
         return self.running.job.blocks[self.index]
 
 
+def misfit(buffer: memoryview, num_bytes: int, *, is_load: bool) -> str | None:
+    """Why a buffer cannot be used for a block of ``num_bytes``, or None where it can. ``is_load``: it is to be written."""
+    try:
+        if buffer.nbytes != num_bytes or not buffer.c_contiguous or (is_load and buffer.readonly):
+            return f"a buffer of {buffer.nbytes} bytes for a block of {num_bytes}{', read-only' if buffer.readonly else ''}"
+    except ValueError:
+        return f"a buffer that was released for a block of {num_bytes} bytes"
+    return None
+
+
 class JobBook:
     """Every job that was opened ends as exactly one result in ``results``. Not thread-safe."""
 

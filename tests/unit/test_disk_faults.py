@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.testing.tiers import NAMESPACE, load, meta_of, payload_of, store, store_job, wait_for
+from kvtier.testing.tiers import NAMESPACE, load, load_job, meta_of, payload_of, store, store_job, wait_for
 from kvtier.tiers.disk import DiskTier, check_path, committer
 from kvtier.tiers.disk.index_file import IndexFile, IndexFileError
 from kvtier.tiers.health import FIRST_BACK_OFF_S, MAX_CONSECUTIVE_FAILURES, Health
@@ -280,6 +280,22 @@ def test_bad_buffers_are_failures(tmp_path: Path) -> None:
     assert (Outcome.OK,) == load(tier, [meta])
     assert (Outcome.REJECTED,) == store(tier, [meta_of(2, 0)])
     assert (Outcome.REJECTED,) == store(tier, [meta_of(3, SEGMENT_BYTES)])
+    tier.close()
+
+
+@pytest.mark.parametrize("kind", list(JobKind))
+def test_released_buffers_are_failures(tmp_path: Path, kind: JobKind) -> None:
+    """A buffer that its owner has released is FAILED like any other bad one; the job's other blocks and ``close`` do not suffer."""
+    tier = open_tier(tmp_path)
+    metas = [meta_of(number, 5000) for number in range(3)]
+    if kind is JobKind.LOAD:
+        store(tier, metas)
+    job = store_job(3, metas) if kind is JobKind.STORE else load_job(3, metas)
+    job.blocks[1].buffer.release()
+    tier.submit(job)
+    (result,) = wait_for(tier)
+    assert (Outcome.OK, Outcome.FAILED, Outcome.OK) == result.outcomes
+    assert "released" in (result.error or "")
     tier.close()
 
 

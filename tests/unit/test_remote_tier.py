@@ -21,7 +21,7 @@ from kvtier.tiers.remote import Deadline, RemoteSettings, RemoteTier
 from kvtier.tiers.remote.deadline import retry_pauses
 from kvtier.tiers.remote.records import FORMAT_TITLE, key_of, name_of
 from kvtier.tiers.remote.tasks import batches, probe_chunks
-from kvtier.types import BlockKey, Outcome, ProbeJob
+from kvtier.types import BlockKey, JobKind, Outcome, ProbeJob
 
 TestRemoteMachine = RemoteMachine.TestCase
 
@@ -95,6 +95,38 @@ def test_loads_of_one_block_are_one_read(client: MemoryClient) -> None:
         assert_right_bytes(job, results[job.job_id])
     assert 2 == sum(len(names) for what, names in client.calls if what == "get") - 1  # one more: the format at start
     assert 6 == tier.take_events()["shared_loads"]
+    tier.close()
+
+
+@pytest.mark.parametrize("kind", list(JobKind))
+def test_released_buffers_are_failures(client: MemoryClient, kind: JobKind) -> None:
+    """A buffer that its owner has released is FAILED like any other bad one; the job's other blocks and ``close`` do not suffer."""
+    tier = open_tier(client)
+    metas = [meta_of(number, 500) for number in range(3)]
+    if kind is JobKind.LOAD:
+        store(tier, metas)
+    job = store_job(3, metas) if kind is JobKind.STORE else load_job(3, metas)
+    job.blocks[1].buffer.release()
+    tier.submit(job)
+    (result,) = wait_for(tier)
+    assert (Outcome.OK, Outcome.FAILED, Outcome.OK) == result.outcomes
+    assert "released" in (result.error or "")
+    tier.close()
+
+
+def test_a_buffer_released_while_it_waits_for_anothers_read(client: MemoryClient) -> None:
+    """The load that it belongs to is FAILED; the read that it waited for is not."""
+    tier = open_tier(client)
+    metas = [meta_of(1, 500)]
+    store(tier, metas)
+    client.gate.clear()
+    jobs = [load_job(job_id, metas) for job_id in range(3)]
+    for job in jobs:
+        tier.submit(job)
+    jobs[1].blocks[0].buffer.release()
+    client.gate.set()
+    results = {result.job_id: result.outcomes for result in wait_for(tier, 3)}
+    assert {0: (Outcome.OK,), 1: (Outcome.FAILED,), 2: (Outcome.OK,)} == results
     tier.close()
 
 

@@ -21,7 +21,7 @@ from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.places import Entry, Places
 from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.turns import Turns
-from kvtier.tiers.jobs import JobBook, RunningJob, Ticket
+from kvtier.tiers.jobs import JobBook, RunningJob, Ticket, misfit
 from kvtier.types import BlockKey, JobKind, Outcome, TransferJob
 
 
@@ -68,8 +68,9 @@ class Ledger(JobBook):
             return None
         if not is_online:
             return running.refuse(Outcome.FAILED, "the disk tier is offline")
-        if buffer.nbytes != num_bytes or not buffer.c_contiguous:
-            return running.refuse(Outcome.FAILED, f"a buffer of {buffer.nbytes} bytes for a block of {num_bytes}")
+        problem = misfit(buffer, num_bytes, is_load=False)
+        if problem is not None:
+            return running.refuse(Outcome.FAILED, problem)
         if self.in_flight_bytes and self.in_flight_bytes + num_bytes > self.max_in_flight_bytes:
             return Outcome.REJECTED
         place = self.places.take(key, num_bytes) if num_bytes > 0 else None
@@ -106,8 +107,9 @@ class Ledger(JobBook):
             return running.refuse(Outcome.FAILED, "the disk tier is offline")
         if entry.num_bytes != block.meta.num_bytes or entry.namespace != running.job.namespace:
             return running.refuse(Outcome.MISS, f"the block is there with {entry.num_bytes} bytes, or in another namespace")
-        if block.buffer.nbytes != entry.num_bytes or block.buffer.readonly or not block.buffer.c_contiguous:
-            return running.refuse(Outcome.FAILED, f"a buffer of {block.buffer.nbytes} bytes for a block of {entry.num_bytes}")
+        problem = misfit(block.buffer, entry.num_bytes, is_load=True)
+        if problem is not None:
+            return running.refuse(Outcome.FAILED, problem)
         if pending is not None:
             pending.readers.append(ticket)
         else:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from kvtier.tiers.jobs import JobBook, Ticket
+from kvtier.tiers.jobs import JobBook, Ticket, misfit
 from kvtier.types import BlockKey, BlockMeta, JobKind, Outcome, TransferJob
 
 
@@ -153,8 +153,9 @@ class Ledger(JobBook):
             return running.refuse(Outcome.FAILED, "the store is offline")
         if refusal is not None:
             return running.refuse(Outcome.REJECTED, refusal)
-        if buffer.nbytes != num_bytes or not buffer.c_contiguous or not num_bytes:
-            return running.refuse(Outcome.FAILED, f"a buffer of {buffer.nbytes} bytes for a block of {num_bytes}")
+        problem = misfit(buffer, num_bytes, is_load=False)
+        if problem is not None or not num_bytes:
+            return running.refuse(Outcome.FAILED, problem or "a block without bytes")
         if self.in_flight_bytes and self.in_flight_bytes + num_bytes > self._max_in_flight_bytes:
             return Outcome.REJECTED
         self.in_flight_bytes += num_bytes
@@ -165,8 +166,9 @@ class Ledger(JobBook):
         running = ticket.running
         (key, _, num_bytes), buffer = ticket.block
         lane = self._lanes.get(key)
-        if buffer.nbytes != num_bytes or buffer.readonly or not buffer.c_contiguous or not num_bytes:
-            return running.refuse(Outcome.FAILED, f"a buffer of {buffer.nbytes} bytes for a block of {num_bytes}")
+        problem = misfit(buffer, num_bytes, is_load=True)
+        if problem is not None or not num_bytes:
+            return running.refuse(Outcome.FAILED, problem or "a block without bytes")
         if lane is not None and lane.namespace != running.job.namespace:
             return running.refuse(Outcome.MISS, "the block is under way in another namespace")
         if lane is not None and lane.changes:

@@ -265,18 +265,16 @@ class RemoteTier:
 
     def fetched(self, fetch: Fetch, verdict: Verdict) -> None:
         """A read ended: whoever follows it gets a copy first."""
-        followers: list[Ticket] = []
+        copied: list[tuple[Ticket, str | None]] = []
         while True:
             with self._lock:
-                for ticket in followers:
-                    self._ledger.settle(ticket, Outcome.OK)
+                for ticket, error in copied:
+                    self._ledger.settle(ticket, Outcome.OK if error is None else Outcome.FAILED, error)
                 followers = self._ledger.take_followers(fetch) if verdict.outcome is Outcome.OK else []
                 if not followers:
                     self._ledger.fetched(fetch, verdict.outcome, verdict.error)
                     break
-            source = fetch.ticket.block.buffer
-            for ticket in followers:
-                ticket.block.buffer[:] = source
+            copied = [(ticket, _copy_error(fetch.ticket, ticket)) for ticket in followers]
         self._progressed()
 
     def written(self, write: Write, outcome: Outcome, error: str | None) -> None:
@@ -374,3 +372,12 @@ class RemoteTier:
             self._num_probes -= 1
             self._probes.append(result)
         self._progressed()
+
+
+def _copy_error(source: Ticket, target: Ticket) -> str | None:
+    """Copies the bytes of one block to another's buffer; why that cannot be done, or None where it was."""
+    try:
+        target.block.buffer[:] = source.block.buffer
+    except ValueError as error:  # a buffer was released meanwhile
+        return str(error)
+    return None
