@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from queue import SimpleQueue
 
 from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.index import Entry
+from kvtier.errors import ArenaError
+from kvtier.io import start_thread
 from kvtier.memory.arena import Arena
 from kvtier.memory.slot_table import MAX_TENANT_BYTES, SlotEntry, SlotTable
 from kvtier.stats import Stats
@@ -37,6 +38,7 @@ class SlotRecorder:
     """
 
     def __init__(self, table: SlotTable, arena: Arena, stats: Stats) -> None:
+        """Raises ArenaError where the system lets no thread begin; the table is the caller's then."""
         self._table = table
         self._arena = arena
         self._stats = stats
@@ -46,8 +48,10 @@ class SlotRecorder:
         self._is_closing = False
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._done: deque[tuple[_Task, bytes]] = deque()
-        self._thread = threading.Thread(target=self._run, name="kvtier-checksums", daemon=True)
-        self._thread.start()
+        try:
+            self._thread = start_thread(self._run, "kvtier-checksums")
+        except OSError as error:
+            raise ArenaError(f"the blocks in the arena {arena.path} cannot be recorded: {error}") from error
 
     def filled(self, entry: Entry, generation: int) -> None:
         """A block is complete in its slot."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvtier.io.aligned_file import PAGE_BYTES, AlignedFile, DirectMode, Scratch, address_of, is_page_aligned, preallocate, round_up_to_page
 from kvtier.io.engines import EngineKind, open_engine
 from kvtier.io.transfers import Completion, IoEngine, Transfer
-from kvtier.io.workers import Task, WorkerPool
+from kvtier.io.workers import Task, WorkerPool, start_thread
 
 __all__ = [
     "PAGE_BYTES",
@@ -23,4 +23,5 @@ __all__ = [
     "open_engine",
     "preallocate",
     "round_up_to_page",
+    "start_thread",
 ]

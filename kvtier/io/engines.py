@@ -18,7 +18,7 @@ EngineKind = Literal["auto", "io_uring", "threads"]
 def open_engine(kind: EngineKind, queue_depth: int, max_bytes: int, *, memory: tuple[int, int] | None = None) -> IoEngine:
     """The engine to use. ``memory``: address and length of the memory that most buffers lie in.
 
-    Raises OSError where ``kind="io_uring"`` cannot be had, ValueError for a bound below 1.
+    Raises OSError where ``kind="io_uring"`` cannot be had, or the threads instead of it; ValueError for a bound below 1.
     """
     if kind == "threads":
         return ThreadEngine(queue_depth, max_bytes)

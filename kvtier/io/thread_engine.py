@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from kvtier.errors import ClosedError
 from kvtier.io.transfers import Completion, Transfer, TransferQueue
+from kvtier.io.workers import start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +23,20 @@ class ThreadEngine:
     name = "threads"
 
     def __init__(self, queue_depth: int, max_bytes: int) -> None:
-        """Raises ValueError for a bound below 1."""
+        """Raises OSError where the system lets so many threads not begin, ValueError for a bound below 1."""
         self._queue = TransferQueue(queue_depth, max_bytes)
         lock = threading.Lock()
         self._work = threading.Condition(lock)
         self._done = threading.Condition(lock)
         self._completions: list[Completion] = []
         self._closed = False
-        self._threads = [threading.Thread(target=self._loop, name=f"kvtier-io-{index}", daemon=True) for index in range(queue_depth)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for index in range(queue_depth):
+                self._threads.append(start_thread(self._loop, f"kvtier-io-{index}"))
+        except OSError:
+            self.close()
+            raise
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         with self._work:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,16 @@ class Task(Protocol):
         """Reports ``error`` to whoever waits for the work."""
 
 
+def start_thread(run: Callable[[], object], name: str) -> threading.Thread:
+    """A daemon thread that has begun. Raises OSError where the system lets none begin."""
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(f"{error} ({name}): raise the limit on processes of this user or container, or end some") from error
+    return thread
+
+
 class WorkerPool:
     """Runs tasks in the order they came, urgent ones first. No error is lost: each reaches its task's ``fail``.
 
@@ -27,6 +38,7 @@ class WorkerPool:
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
+        """Raises OSError where the system lets so many threads not begin, ValueError for a number below 1."""
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, not {num_threads}")
         self._lock = threading.Lock()
@@ -34,9 +46,13 @@ class WorkerPool:
         self._urgent: deque[Task] = deque()
         self._normal: deque[Task] = deque()
         self._closing = False
-        self._threads = [threading.Thread(target=self._loop, name=f"{name}-{index}", daemon=True) for index in range(num_threads)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for index in range(num_threads):
+                self._threads.append(start_thread(self._loop, f"{name}-{index}"))
+        except OSError:
+            self.close()
+            raise
 
     def submit(self, task: Task, *, urgent: bool = False) -> None:
         """Queues a task. After ``close`` it fails at once, on the caller's thread."""

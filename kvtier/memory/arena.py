@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.errors import ArenaError, ClosedError
+from kvtier.io import start_thread
 from kvtier.memory import arena_file, numa, pages
 from kvtier.memory.arena_file import PAGE_BYTES, remove_stale, to_words
 from kvtier.types import Damage
@@ -171,11 +172,16 @@ class Arena:
         return generation
 
     def prefault(self) -> None:
-        """Reserves (creator) and maps the payload on a background thread; ``ready_bytes`` tells how far it is. Idempotent."""
+        """Reserves (creator) and maps the payload on a background thread; ``ready_bytes`` tells how far it is. Idempotent.
+
+        Raises ArenaError where the system lets no thread begin.
+        """
         self._require_open()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._prefault, name="kvtier-prefault", daemon=True)
-            self._thread.start()
+            try:
+                self._thread = start_thread(self._prefault, "kvtier-prefault")
+            except OSError as error:
+                raise ArenaError(f"the arena {self.path} cannot be prepared: {error}") from error
 
     def wait_prefaulted(self, timeout_s: float) -> bool:
         """Waits until ``prefaulted``, at most ``timeout_s``; returns it."""

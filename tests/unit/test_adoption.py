@@ -23,6 +23,7 @@ from kvtier.memory import slot_table
 from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
 from kvtier.memory.slot_table import SlotEntry, SlotTable
+from kvtier.testing.starts import refused_threads
 from kvtier.types import BlockKey, BlockMeta
 
 SLOT_BYTES = 2 * PAGE_BYTES
@@ -102,6 +103,12 @@ class Machine:
         plan = self.cache.begin_load([key])
         self.cache.end_load(plan.job_id)
         return plan.slots[0].slot
+
+
+def test_no_thread_to_be_had(tmp_path: Path) -> None:
+    """A limit on processes is an ArenaError that says so."""
+    with refused_threads("kvtier-checksums"), pytest.raises(ArenaError, match="cannot be recorded: can't start new thread"):
+        Machine(tmp_path)
 
 
 @pytest.fixture

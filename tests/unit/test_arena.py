@@ -21,6 +21,7 @@ import kvtier
 from kvtier.errors import ArenaError, ClosedError
 from kvtier.memory import arena_file, numa, pages
 from kvtier.memory.arena import Arena, remove_stale
+from kvtier.testing.starts import refused_threads
 
 MIB = 1 << 20
 CAPACITY_BYTES = 4 * MIB
@@ -303,6 +304,17 @@ def test_a_generation_is_never_zero(path: str) -> None:
     with Arena.open(path, CAPACITY_BYTES) as arena:
         arena.generations[9] = 0xFFFFFFFF
         assert [1, 2] == [arena.bump(9), arena.bump(9)]
+
+
+def test_no_thread_to_be_had(path: str) -> None:
+    """A limit on processes is an ArenaError that says so; the arena can be closed, or prepared once the limit is raised."""
+    with Arena.open(path, CAPACITY_BYTES) as arena:
+        with refused_threads("kvtier-prefault"), pytest.raises(ArenaError, match=f"{path} cannot be prepared: can't start new thread"):
+            arena.prefault()
+        arena.prefault()
+        assert arena.wait_prefaulted(TIMEOUT_S)
+    with Arena.open(path, CAPACITY_BYTES) as arena, refused_threads("kvtier-prefault"), pytest.raises(ArenaError):
+        arena.prefault()
 
 
 def test_prefault_reserves_everything_and_changes_nothing(path: str) -> None:

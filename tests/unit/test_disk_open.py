@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from kvtier.errors import TierBusyError, TierError, TierFormatError
+from kvtier.io import EngineKind
+from kvtier.testing.starts import nothing_left, refused_threads
 from kvtier.testing.tiers import key_of, load, meta_of, store
 from kvtier.tiers.disk import DiskTier, check_path
 from kvtier.tiers.disk.format import pack_entry, pack_place
@@ -116,6 +118,31 @@ os.read(0, 1)
         holder.kill()
         holder.wait()
         open_tier(tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "io_engine"),
+    [
+        ("kvtier-io-1", "threads"),
+        ("kvtier-disk-sums-1", "threads"),
+        ("kvtier-disk-sums-1", "auto"),
+        ("kvtier-disk-io", "auto"),
+        ("kvtier-disk-sync-1", "auto"),
+        ("kvtier-disk-index", "auto"),
+    ],
+)
+def test_no_thread_to_be_had(tmp_path: Path, name: str, io_engine: EngineKind) -> None:
+    """A limit on processes is a TierError that says so and leaves nothing behind; with the limit raised the blocks are there."""
+    metas = [meta_of(number, 5000) for number in range(5)]
+    tier = DiskTier(tmp_path, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, io_engine=io_engine)
+    store(tier, metas)
+    tier.close()
+    problem = rf"{tmp_path} cannot be opened: can't start new thread \({name}\): raise the limit"
+    with nothing_left(), refused_threads(name), pytest.raises(TierError, match=problem):
+        DiskTier(tmp_path, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, io_engine=io_engine)
+    tier = open_tier(tmp_path)
+    assert {Outcome.OK} == set(load(tier, metas))
+    tier.close()
 
 
 def test_capacity_below_one_segment(tmp_path: Path) -> None:

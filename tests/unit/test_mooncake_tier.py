@@ -12,6 +12,7 @@ from kvtier.errors import RemoteError
 from kvtier.memory.arena import Arena
 from kvtier.testing.remote import wait_for_probe
 from kvtier.testing.servers import MooncakeMaster
+from kvtier.testing.starts import refused_threads
 from kvtier.testing.tiers import NAMESPACE, TierContract, load, meta_of, payload_of, store, wait_for
 from kvtier.tiers.base import Tier
 from kvtier.tiers.remote import Deadline, RemoteSettings, RemoteTier
@@ -53,6 +54,14 @@ def open_tier(member: MooncakeClient, master: MooncakeMaster, prefix: str, total
     client = Shared(MooncakeAccess(master=f"127.0.0.1:{master.port}"), store=member._store)
     settings = RemoteSettings(prefix=prefix, retries=0, threads=2, total_timeout_s=total_timeout_s)
     return RemoteTier(client, name="mooncake", settings=settings)
+
+
+def test_no_thread_to_be_had() -> None:
+    """A limit on processes is a RemoteError that says so."""
+    client = MooncakeClient(MooncakeAccess(master="127.0.0.1:1"))
+    with refused_threads("kvtier-mooncake_0"), pytest.raises(RemoteError, match="can't start new thread"):
+        client.ping(Deadline(1.0))
+    client.close()
 
 
 class TestContract(TierContract):

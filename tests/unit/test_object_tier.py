@@ -15,6 +15,7 @@ from kvtier.errors import RemoteError, TierFormatError
 from kvtier.testing.fault_proxy import FaultProxy
 from kvtier.testing.remote import wait_for_probe
 from kvtier.testing.servers import S3Server
+from kvtier.testing.starts import refused_threads
 from kvtier.testing.tiers import NAMESPACE, TierContract, load, meta_of, store
 from kvtier.tiers.base import Tier
 from kvtier.tiers.object import ObjectAccess, ObjectClient
@@ -53,6 +54,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+def test_no_thread_to_be_had() -> None:
+    """A limit on processes is a RemoteError that says so; nothing is left behind."""
+    with refused_threads("kvtier-object-loop"), pytest.raises(RemoteError, match=r"memory:.*can't start new thread"):
+        ObjectClient(ObjectAccess(url="memory:///"))
+    gc.collect()  # a loop that nobody closed would be complained of
 
 
 class TestMemory(TierContract):

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.errors import ClosedError, RemoteError, TierFormatError
+from kvtier.errors import ClosedError, RemoteError, TierError, TierFormatError
 from kvtier.testing.remote import PREFIX, MemoryClient, MemoryStore, RemoteMachine, wait_for_probe
+from kvtier.testing.starts import nothing_left, refused_threads
 from kvtier.testing.tiers import NAMESPACE, TierContract, assert_right_bytes, load, load_job, meta_of, store, store_job, wait_for
 from kvtier.tiers.base import SharedTier, Tier
 from kvtier.tiers.health import FIRST_BACK_OFF_S, MAX_CONSECUTIVE_FAILURES, Health
@@ -296,6 +297,14 @@ def test_a_store_that_does_not_answer_at_start(client: MemoryClient) -> None:
     wait_until(lambda: tier.online)
     assert (Outcome.OK,) == store(tier, [meta_of(1, 500)])
     tier.close()
+
+
+def test_no_thread_to_be_had(client: MemoryClient) -> None:
+    """A limit on processes is a TierError that says so; the client is closed, and no thread is left."""
+    problem = r"the tier at memory cannot be opened: can't start new thread \(kvtier-remote-1\): raise the limit"
+    with nothing_left(), refused_threads("kvtier-remote-1"), pytest.raises(TierError, match=problem):
+        open_tier(client)
+    assert client.is_closed
 
 
 def test_another_format_version_is_refused() -> None:

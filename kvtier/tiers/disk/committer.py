@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
 
+from kvtier.io import start_thread
 from kvtier.tiers.disk.format import pack_entry
 from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger
@@ -46,7 +47,10 @@ class Committer:
         health: Health,
         progressed: Callable[[], None],
     ) -> None:
-        """``rebuild`` makes a new index file from the ledger's index; ``sync_segments`` returns the stores it failed for."""
+        """``rebuild`` makes a new index file from the ledger's index; ``sync_segments`` returns the stores it failed for.
+
+        Raises OSError where the system lets no thread begin; the index file is the caller's then.
+        """
         self._ledger = ledger
         self._lock = lock
         self._index: IndexFile | None = index
@@ -63,8 +67,7 @@ class Committer:
         self._linger_until: float | None = None
         self._gather_until: float | None = None
         self._written_bytes = 0
-        self._thread = threading.Thread(target=self._loop, name="kvtier-disk-index", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._loop, "kvtier-disk-index")
 
     def written(self, stores: Sequence[PendingStore]) -> None:
         """Hands over stores whose bytes are in their segment. With the lock held."""

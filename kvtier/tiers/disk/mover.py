@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 
-from kvtier.io import Completion, IoEngine, Transfer, WorkerPool
+from kvtier.io import Completion, IoEngine, Transfer, WorkerPool, start_thread
 from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.record_io import PreparedRun, ReadVerdict, RecordBuffer, RecordIO
 from kvtier.types import Outcome
@@ -25,15 +24,18 @@ class Mover:
     """
 
     def __init__(self, records: RecordIO, engine: IoEngine, num_threads: int, writes_done: WritesDone, reads_done: ReadsDone) -> None:
-        """Owns ``engine`` from now on."""
+        """Owns ``engine`` from now on. Raises OSError where the system lets no thread begin."""
         self.records = records
         self.engine = engine
         self.writes_done = writes_done
         self.reads_done = reads_done
         self.pool = WorkerPool(num_threads, "kvtier-disk-sums")
         self._closing = False
-        self._thread = threading.Thread(target=self._loop, name="kvtier-disk-io", daemon=True)
-        self._thread.start()
+        try:
+            self._thread = start_thread(self._loop, "kvtier-disk-io")
+        except OSError:
+            self.pool.close()
+            raise
 
     def write(self, run: Sequence[PendingStore]) -> None:
         """Starts to write a run; all of it fails together."""

@@ -26,6 +26,7 @@ from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.segments import SegmentFiles
 from kvtier.tiers.disk.syncs import SegmentSyncer
 from kvtier.tiers.health import Health
+from kvtier.tiers.opening import opening
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, TransferJob
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class DiskTier:
         """Opens or makes the directory. ``memory``: address and length of the memory that most buffers lie in. ``sealer``: encrypts.
 
         Raises TierBusyError where another process holds it, TierFormatError where another version wrote it, TierError
-        where it cannot be used (not writable, too little space, a capacity below one segment and the index).
+        where it cannot be used (not writable, too little space, a capacity below one segment and the index, no thread to be had).
         """
         self.name = name
         self.capacity_bytes: int | None = capacity_bytes
@@ -75,37 +76,28 @@ class DiskTier:
         self._durable = durable
         prepare_directory(self.path)
         self._directory_lock = DirectoryLock(self.path)
-        engine: IoEngine | None = None
-        try:
-            self._geometry = settle_geometry(self.path, capacity_bytes, segment_bytes, durable=durable)
-            probe(self.path, direct_io)
-            engine = _open_engine(io_engine, queue_depth, max_in_flight_bytes, memory)
-            self._sealing = Sealing(sealer)
-            self._ledger = Ledger(self._geometry, max_in_flight_bytes=max_in_flight_bytes, sealing=self._sealing, clock=clock)
-            self.recovery, index = recover(self.path, self._geometry, self._ledger, durable=durable)
-        except BaseException:
-            if engine is not None:
-                engine.close()
-            self._directory_lock.release()
-            raise
         self._lock = threading.Lock()
         self._progress = threading.Condition(self._lock)
         self._is_closed = False
         self._read_health = Health(f"reading from {self.path}", clock)
         self._write_health = Health(f"writing to {self.path}", clock)
-        self._files = SegmentFiles(self.path, self._geometry.segment_bytes, direct=direct_io, durable=durable)
-        self._records = RecordIO(self._files, self._geometry.pages_per_segment, self._sealing)
-        self._mover = Mover(self._records, engine, io_threads, self._writes_done, self._reads_done)
-        self._syncer = SegmentSyncer(self._files)
-        self._committer = Committer(
-            self._ledger,
-            self._lock,
-            index,
-            rebuild=self._rebuild_index,
-            sync_segments=self._sync_segments,
-            health=self._write_health,
-            progressed=self._progressed,
-        )
+        with opening(f"the disk tier at {self.path}") as undo:
+            undo.callback(self._directory_lock.release)
+            self._geometry = settle_geometry(self.path, capacity_bytes, segment_bytes, durable=durable)
+            probe(self.path, direct_io)
+            engine = _open_engine(io_engine, queue_depth, max_in_flight_bytes, memory)
+            undo.callback(engine.close)
+            self._sealing = Sealing(sealer)
+            self._ledger = Ledger(self._geometry, max_in_flight_bytes=max_in_flight_bytes, sealing=self._sealing, clock=clock)
+            self.recovery, index = recover(self.path, self._geometry, self._ledger, durable=durable)
+            undo.callback(index.close, leave_proof=False)
+            self._files = SegmentFiles(self.path, self._geometry.segment_bytes, direct=direct_io, durable=durable)
+            self._records = RecordIO(self._files, self._geometry.pages_per_segment, self._sealing)
+            self._mover = Mover(self._records, engine, io_threads, self._writes_done, self._reads_done)
+            undo.callback(self._mover.close)
+            self._syncer = SegmentSyncer(self._files)
+            undo.callback(self._syncer.close)
+            self._committer = self._start_committer(index)
 
     @property
     def io_engine(self) -> str:
@@ -209,6 +201,17 @@ class DiskTier:
             self._is_closed = True
         self._shut_down(leave_proof=False)
 
+    def _start_committer(self, index: IndexFile) -> Committer:
+        return Committer(
+            self._ledger,
+            self._lock,
+            index,
+            rebuild=self._rebuild_index,
+            sync_segments=self._sync_segments,
+            health=self._write_health,
+            progressed=self._progressed,
+        )
+
     def _shut_down(self, *, leave_proof: bool) -> None:
         self._mover.close()
         self._committer.stop(leave_proof=leave_proof)
@@ -289,4 +292,6 @@ def _open_engine(kind: EngineKind, queue_depth: int, max_bytes: int, memory: tup
     try:
         return open_engine(kind, queue_depth, max_bytes, memory=memory)
     except OSError as error:
+        if kind != "io_uring":
+            raise
         raise TierError(f"io_engine is io_uring, and this system refuses it ({error}): set auto or threads") from error

@@ -194,7 +194,11 @@ class MooncakeClient:
             if self._num_waiting >= _MAX_WAITING_CALLS:
                 raise RemoteError("timeouts", f"{self.address}: {_MAX_WAITING_CALLS} calls have not come back", may_pass=False)
             self._num_waiting += 1
-        future = self._questions.submit(question)
+        try:
+            future = self._questions.submit(question)
+        except RuntimeError as error:  # the system lets no thread begin
+            self._came_back()
+            raise RemoteError("connect_errors", f"{self.address}: {error}") from error
         future.add_done_callback(lambda _: self._came_back())
         try:
             return future.result(deadline.remaining_s())

@@ -23,6 +23,7 @@ from obstore.exceptions import (
 from obstore.store import MemoryStore, from_url
 
 from kvtier.errors import RemoteError
+from kvtier.io import start_thread
 from kvtier.tiers.remote import Answer, Deadline, Get, Put, Reply
 from kvtier.tiers.remote.client import ABSENT, DONE, OTHER_SIZE
 
@@ -98,15 +99,21 @@ class ObjectClient:
     max_value_bytes: int | None = None
 
     def __init__(self, access: ObjectAccess, store: Any = None) -> None:
-        """``store``: an obstore store instead of the one that ``access`` names. Raises RemoteError where a setting is wrong."""
+        """``store``: an obstore store instead of the one that ``access`` names.
+
+        Raises RemoteError where a setting is wrong, or no thread begins.
+        """
         self.address = access.address
         self._store = access.open() if store is None else store
         self._lock = threading.Lock()
         self._running: set[Future[Any]] = set()
         self._is_aborted = False
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kvtier-object-loop", daemon=True)
-        self._thread.start()
+        try:
+            self._thread = start_thread(self._loop.run_forever, "kvtier-object-loop")
+        except OSError as error:
+            self._loop.close()
+            raise RemoteError("connect_errors", f"{self.address}: {error}") from error
 
     def ping(self, deadline: Deadline) -> None:
         self.sizes(["kvtier-ping"], deadline)

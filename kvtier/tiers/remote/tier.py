@@ -16,6 +16,7 @@ from kvtier.errors import ClosedError, RemoteError, TierFormatError
 from kvtier.io import WorkerPool
 from kvtier.tiers.health import Health
 from kvtier.tiers.jobs import Ticket
+from kvtier.tiers.opening import opening
 from kvtier.tiers.record import FORMAT_VERSION, pack_text, parse_text
 from kvtier.tiers.remote.check import check_values
 from kvtier.tiers.remote.client import Answer, Get, Put, RemoteClient
@@ -76,7 +77,8 @@ class RemoteTier:
     ) -> None:
         """Takes the client over. ``sealer``: encrypts every payload.
 
-        Raises RemoteError where the store does not answer, TierFormatError where it is of another version.
+        Raises RemoteError where the store does not answer, TierFormatError where it is of another version, TierError where no thread is to
+        be had.
         """
         self.name = name
         self.capacity_bytes: int | None = None
@@ -105,12 +107,10 @@ class RemoteTier:
             retries=self.settings.retries,
             sleep=self._closing.wait,
         )
-        try:
+        with opening(f"the tier at {client.address}") as undo:
+            undo.callback(client.close)
             self._open()
-        except BaseException:
-            client.close()
-            raise
-        self._pool = WorkerPool(self.settings.threads, f"kvtier-{name}")
+            self._pool = WorkerPool(self.settings.threads, f"kvtier-{name}")
 
     @property
     def online(self) -> bool:
