@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from kvtier.errors import TierBusyError, TierError, TierFormatError
 from kvtier.io import EngineKind
 from kvtier.testing.starts import nothing_left, refused_threads
 from kvtier.testing.tiers import key_of, load, meta_of, store
-from kvtier.tiers.disk import DiskTier, check_path
+from kvtier.tiers.disk import DiskTier, check_path, lock
 from kvtier.tiers.disk.format import pack_entry, pack_place
 from kvtier.tiers.disk.geometry import divide
 from kvtier.tiers.disk.index_file import IndexFile
@@ -78,6 +79,55 @@ time.sleep(60)
             open_tier(tmp_path)
         holder.kill()
         holder.wait()
+    open_tier(tmp_path).close()
+
+
+def test_a_lock_file_that_is_deleted_lets_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while the tier is open: neither an opening nor a check, again and again; its close frees the directory."""
+    monkeypatch.setattr(lock, "_DYING_S", 0.05)
+    metas = [meta_of(number, 5000) for number in range(5)]
+    tier = open_tier(tmp_path)
+    store(tier, metas)
+    for _ in range(2):
+        (tmp_path / LOCK_NAME).unlink()
+        with pytest.raises(TierBusyError, match=f"{tmp_path} is in use by another process .its lock file was deleted"):
+            check_path(tmp_path)
+        for _ in range(2):
+            with pytest.raises(TierBusyError, match=f"{tmp_path} is in use by another process .its lock file was deleted"):
+                open_tier(tmp_path)
+    assert {Outcome.OK} == set(load(tier, metas))
+    tier.close()
+    (tmp_path / LOCK_NAME).unlink()
+    assert [] == check_path(tmp_path)
+    tier = open_tier(tmp_path)
+    assert "clean" == tier.recovery.source
+    tier.close()
+
+
+def test_a_directory_that_is_locked_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    """Programs that clean up lock directories while they look into them."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    timer = threading.Timer(0.2, lambda: os.close(fd))
+    timer.start()
+    open_tier(tmp_path).close()
+    timer.join()
+
+
+def test_a_file_system_that_locks_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock file alone is enough."""
+    flock = fcntl.flock
+
+    def files_only(fd: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", files_only)
+    tier = open_tier(tmp_path)
+    with pytest.raises(TierBusyError, match=f"pid {os.getpid()} on "):
+        open_tier(tmp_path)
+    tier.close()
     open_tier(tmp_path).close()
 
 
