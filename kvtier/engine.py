@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtier.config import Config, DiskTierConfig
-from kvtier.control.admission import Admission
+from kvtier.config import Config
 from kvtier.control.commands import BlockEvent
 from kvtier.control.device_pool import DevicePool
 from kvtier.control.estimates import Estimates
-from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.hints import Hint, Hints
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
-from kvtier.control.lower import MAX_KNOWN_BLOCKS, LowerTierSpec, WriteMode
 from kvtier.control.operations import HOST_TIER
 from kvtier.control.planner import Planner
-from kvtier.control.residency import Residency
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hashing import Namespace
 from kvtier.io import round_up_to_page
-from kvtier.lower_tiers import open_lower_tiers
+from kvtier.lower_tiers import open_lower_tiers, residency, spec_of
 from kvtier.memory.arena import Arena
 from kvtier.memory.slab import EXTENT_BYTES, SlabAllocator
 from kvtier.memory.slot_table import SlotTable
-from kvtier.policies import create_policy
 from kvtier.sharing import Sharing
 from kvtier.slot_recorder import SlotRecorder
 from kvtier.stats import Stats
-from kvtier.tiers.base import SharedTier, Tier
+from kvtier.tiers.base import Tier
 from kvtier.transfer import TransferRunner
 from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StoreOrder, StorePlan
 from kvtier.verbs import Verbs
@@ -126,7 +122,7 @@ class CacheEngine:
         tiers: Sequence[Tier] | None = None,
         estimates: Estimates | None = None,
     ) -> CacheEngine:
-        """Opens the tiers a configuration names and recovers what they hold.
+        """Opens the tiers a configuration names and recovers what they hold. What fails leaves nothing open that is owned here.
 
         Args:
             config: the validated configuration.
@@ -145,31 +141,33 @@ class CacheEngine:
             ArenaError: host memory cannot be had.
             TierError: a tier cannot be opened.
         """
-        capacity_bytes = _host_bytes(config, block_bytes)
-        # Nothing is handed out before the arena has prepared it: see _grow.
-        slab = SlabAllocator.of_host(capacity_bytes, block_bytes, limit_bytes=0)
-        arena = arena or _own_arena(config)
-        lower = list(tiers) if tiers is not None else open_lower_tiers(config, arena, block_bytes)
-        stats = Stats()
-        space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
-        host = _residency("host", config.policy_of(config.host), config.host.ttl_s, config.host.ttl_mode)
-        planner = Planner(space, host, [_spec(tier, config) for tier in lower], stats, events=events, victim_share=config.host.victim_share)
-        if config.gpu is not None and device_slots:
-            pool = _residency("gpu", config.policy_of(config.gpu), config.gpu.ttl_s, config.gpu.ttl_mode)
-            planner.use_device_pool(DevicePool(device_slots, block_bytes, pool, stats))
-        now = clock()
-        for index, tier in enumerate(lower, start=1):
-            planner.recover(index, tier.entries(), now)
-        _set_quotas(planner, config, now)
-        estimates = estimates or Estimates()
-        runner = TransferRunner(planner, lower, arena, namespace.digest, stats, estimates)
-        capacity_blocks = slab.max_slots(block_bytes)
-        max_blocks = int(config.control.max_pinned_fraction * capacity_blocks)
-        hints = Hints(planner, estimates, stats, max_blocks=max_blocks, capacity_blocks=capacity_blocks)
-        # last, since it has a thread: nothing behind it can fail
-        recorder = space.registry = None if slots is None else SlotRecorder(slots, arena, stats)
-        parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints, recorder)
-        return cls(parts, block_bytes=block_bytes, clock=clock)
+        slab = SlabAllocator.of_host(_host_bytes(config, block_bytes), block_bytes, limit_bytes=0)  # grows with what is prepared: _grow
+        with contextlib.ExitStack() as undo:
+            if arena is None:
+                arena = undo.enter_context(_own_arena(config))
+                arena.prefault()
+            lower = list(tiers) if tiers is not None else open_lower_tiers(config, arena, block_bytes)
+            for tier in lower:
+                undo.callback(tier.close)
+            stats = Stats()
+            space = HostSpace(slab, arena.generations.data)  # a third of the cost of indexing numpy
+            planner = _planner(config, lower, space, stats, events=events)
+            if config.gpu is not None and device_slots:
+                pool = residency("gpu", config.policy_of(config.gpu), config.gpu.ttl_s, config.gpu.ttl_mode)
+                planner.use_device_pool(DevicePool(device_slots, block_bytes, pool, stats))
+            _recover(planner, config, lower, clock())
+            estimates = estimates or Estimates()
+            runner = TransferRunner(planner, lower, arena, namespace.digest, stats, estimates)
+            num_blocks = slab.max_slots(block_bytes)
+            max_blocks = int(config.control.max_pinned_fraction * num_blocks)
+            hints = Hints(planner, estimates, stats, max_blocks=max_blocks, capacity_blocks=num_blocks)
+            recorder = space.registry = None if slots is None else SlotRecorder(slots, arena, stats)
+            if recorder is not None:
+                undo.callback(recorder.close)
+            parts = EngineParts(planner, runner, arena, slab, space, lower, stats, estimates, hints, recorder)
+            engine = cls(parts, block_bytes=block_bytes, clock=clock)
+            undo.pop_all()
+        return engine
 
     def match(self, keys: Iterable[BlockKey]) -> PrefixMatch:
         """The longest leading run of ``keys`` that some tier holds. Cheap; changes nothing; stops at the first miss."""
@@ -362,7 +360,16 @@ def _host_bytes(config: Config, block_bytes: int) -> int:
     return capacity_bytes
 
 
-def _set_quotas(planner: Planner, config: Config, now: float) -> None:
+def _planner(config: Config, lower: Sequence[Tier], space: HostSpace, stats: Stats, *, events: bool) -> Planner:
+    host = residency("host", config.policy_of(config.host), config.host.ttl_s, config.host.ttl_mode)
+    specs = [spec_of(tier, config) for tier in lower]
+    return Planner(space, host, specs, stats, events=events, victim_share=config.host.victim_share)
+
+
+def _recover(planner: Planner, config: Config, lower: Sequence[Tier], now: float) -> None:
+    """What the tiers hold, and what a tenant may keep there."""
+    for index, tier_below in enumerate(lower, start=1):
+        planner.recover(index, tier_below.entries(), now)
     quotas = {HOST_TIER: config.host.quotas} | ({} if config.disk is None else {HOST_TIER + 1: config.disk.quotas})
     for tier, quotas_of_tier in quotas.items():
         for tenant, num_bytes in quotas_of_tier.items():
@@ -373,27 +380,5 @@ def _own_arena(config: Config) -> Arena:
     """Host memory without a name, that only this process maps."""
     path = f"/dev/shm/kvtier-{os.getuid()}-{os.getpid()}-{time.monotonic_ns()}"
     arena = Arena.open(path, config.host.capacity_bytes, huge_pages=config.host.huge_pages, numa_node=config.host.numa_node)
-    arena.prefault()
     arena.unlink()
     return arena
-
-
-def _residency(name: str, policy: str, ttl_s: float | None, ttl_mode: str) -> Residency:
-    expiry = None if ttl_s is None else ExpiryQueue(ttl_s, sliding=ttl_mode == "sliding")
-    return Residency(name, lambda: create_policy(policy), expiry, expires_by_policy=ttl_mode == "auto")
-
-
-def _spec(tier: Tier, config: Config) -> LowerTierSpec:
-    section = next((each for each in config.lower if each.type == tier.name), None)
-    if section is None or isinstance(tier, SharedTier):
-        ttl_s, write, in_flight_bytes = None, WriteMode.THROUGH, 256 << 20
-        if section is not None and not isinstance(section, DiskTierConfig):
-            ttl_s, write, in_flight_bytes = section.server_ttl_s, WriteMode(section.write.value), section.max_in_flight_bytes
-        is_shared = isinstance(tier, SharedTier)
-        max_blocks = (lambda _: MAX_KNOWN_BLOCKS) if is_shared else tier.max_blocks
-        return LowerTierSpec(_residency(tier.name, "lru", ttl_s, "fixed"), max_blocks, write, in_flight_bytes, is_shared=is_shared)
-    assert isinstance(section, DiskTierConfig), "what is not shared is a disk"
-    residency = _residency(tier.name, config.policy_of(section), section.ttl_s, section.ttl_mode)
-    admission = Admission.of(section.admit, section.daily_writes_bytes)
-    write = WriteMode(section.write.value)
-    return LowerTierSpec(residency, tier.max_blocks, write, section.max_in_flight_bytes, admission, is_exclusive=section.exclusive)

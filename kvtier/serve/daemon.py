@@ -58,22 +58,22 @@ class Daemon:
         self._connections: dict[int, Connection] = {}
         self._numbers = itertools.count(1)
         self._members: dict[str, Member] = {}
-        check_directory(path, make=True)
-        self._lock = _lock(path)
-        try:
-            self._listener = _listen(path)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self._selector = selectors.DefaultSelector()
-        self._woken, self._waker = socket.socketpair()
-        self._woken.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ)
         self._is_stopping = False
         self._full_until = -math.inf
         """until when nobody is told again that no descriptor is left"""
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self.node = Node(config, path, clock=clock)
+        check_directory(path, make=True)
+        with contextlib.ExitStack() as undo:
+            self._lock = _lock(path)
+            undo.callback(os.close, self._lock)
+            self._listener = undo.enter_context(_listen(path))
+            undo.callback(path.unlink, missing_ok=True)
+            self._selector = undo.enter_context(selectors.DefaultSelector())
+            self._woken, self._waker = map(undo.enter_context, socket.socketpair())
+            self._woken.setblocking(False)
+            self._selector.register(self._woken, selectors.EVENT_READ)
+            self._selector.register(self._listener, selectors.EVENT_READ)
+            self.node = Node(config, path, clock=clock)
+            undo.pop_all()
 
     def run(self) -> None:
         """Serves until ``stop``; then writes down what is on its way and closes everything."""

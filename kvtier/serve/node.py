@@ -152,6 +152,7 @@ class Node:
             arena.close()
             if slots is not None:
                 slots.unlink()
+                slots.close()
             raise
         self._arena, self._slots = arena, slots
         _LOG.info(

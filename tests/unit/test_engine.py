@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from kvtier.config import Config
+from kvtier.control.hints import Hints
+from kvtier.control.planner import Planner
 from kvtier.engine import CacheEngine
-from kvtier.errors import ClosedError, ConfigError
+from kvtier.errors import ArenaError, ClosedError, ConfigError, TierBusyError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena
+from kvtier.testing.starts import nothing_left, refused_threads
+from kvtier.tiers.disk import DiskTier
 from kvtier.types import BlockKey
 
 BLOCK_BYTES = 10_000
@@ -140,6 +145,40 @@ def test_a_capacity_below_one_block_is_refused(tmp_path: Path) -> None:
     config = Config.from_mapping({"tiers": [{"type": "host", "capacity": 8192}]})
     with pytest.raises(ConfigError, match=r"tiers\[0\].capacity.*8192.*at least 12288"):
         CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES)
+
+
+def open_by_itself(directory: Path) -> CacheEngine:
+    """An engine with host memory of its own and a disk."""
+    disk = {"type": "disk", "path": str(directory), "capacity": "16MiB", "segment": "1MiB"}
+    config = Config.from_mapping({"tiers": [{"type": "host", "capacity": "4MiB"}, disk]})
+    return CacheEngine.open(config, namespace=NAMESPACE, block_bytes=BLOCK_BYTES)
+
+
+def test_a_start_without_its_disk_keeps_no_host_memory(tmp_path: Path) -> None:
+    """The directory is somebody else's: nothing of the engine that was not to be is left."""
+    with contextlib.closing(DiskTier(tmp_path, 16 << 20, segment_bytes=1 << 20)), nothing_left(), pytest.raises(TierBusyError):
+        open_by_itself(tmp_path)
+
+
+def test_a_start_without_a_thread_keeps_no_host_memory(tmp_path: Path) -> None:
+    """The host memory cannot be prepared."""
+    with nothing_left(), refused_threads("kvtier-prefault"), pytest.raises(ArenaError, match="can't start new thread"):
+        open_by_itself(tmp_path)
+
+
+@pytest.mark.parametrize("late", [(Planner, "recover"), (Hints, "__init__"), (CacheEngine, "_adopt")])
+def test_a_start_that_fails_late_closes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: tuple[type, str]) -> None:
+    """Whatever goes wrong: it comes out as it is, host memory and tiers are closed, and the next start works."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such luck")
+
+    with nothing_left():
+        with monkeypatch.context() as patch:
+            patch.setattr(*late, fail)
+            with pytest.raises(RuntimeError, match="no such luck"):
+                open_by_itself(tmp_path)
+        open_by_itself(tmp_path).close()
 
 
 def test_a_closed_engine_says_so(tmp_path: Path) -> None:

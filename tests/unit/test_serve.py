@@ -31,6 +31,7 @@ from kvtier.serve.daemon import Daemon
 from kvtier.serve.link import connect
 from kvtier.serve.node import Node
 from kvtier.testing.daemons import BLOCK_BYTES, DaemonProcess, DaemonThread, EngineWithoutModel, hello, payload_of, settings
+from kvtier.testing.starts import nothing_left
 from kvtier.types import BlockKey, PrefixMatch, StoreOrder
 
 HOST_BLOCKS = 64
@@ -506,6 +507,23 @@ def test_only_this_user_gets_in(folder: Path) -> None:
         Daemon(served.config, folder / "other")
     folder.chmod(0o700)
     served.close()
+
+
+def test_a_daemon_that_cannot_start_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither socket nor lock nor descriptors: the next one starts."""
+    path = folder / "socket"
+    config = Config.from_mapping(config_of(folder))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no such luck")
+
+    with nothing_left():
+        with monkeypatch.context() as patch:
+            patch.setattr(Node, "__init__", fail)
+            with pytest.raises(OSError, match="no such luck"):
+                Daemon(config, path)
+        assert not path.exists()
+        Daemon(config, path).close()
 
 
 @pytest.mark.parametrize("what", ["file", "link", "folder"])

@@ -117,6 +117,7 @@ class SchedulerSide:
             )
         except BaseException:
             self._arena.unlink()  # or an engine that does not start would leave its host memory taken
+            self._arena.close()
             raise
 
 
