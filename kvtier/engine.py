@@ -28,6 +28,7 @@ from kvtier.sharing import Sharing
 from kvtier.slot_recorder import SlotRecorder
 from kvtier.stats import Stats
 from kvtier.tiers.base import Tier
+from kvtier.tiers.forks import leave_to_parent
 from kvtier.transfer import TransferRunner
 from kvtier.types import BlockKey, Damage, LoadPlan, PrefixMatch, StoreOrder, StorePlan
 from kvtier.verbs import Verbs
@@ -106,6 +107,7 @@ class CacheEngine:
         self._closed = False
         self._grow()
         self._adopt()
+        leave_to_parent(self)
 
     @classmethod
     def open(  # noqa: PLR0913 - by keyword
@@ -329,6 +331,10 @@ class CacheEngine:
         if self._recorder is not None:
             self._recorder.close()
         self._arena.close()
+
+    def forget_in_child(self) -> None:
+        """A forked child counts the engine as closed; its tiers do the same, and host memory is its parent's."""
+        self._closed = True
 
     def _adopt(self) -> None:
         """Has the blocks verified that an earlier process left in the arena; ``poll`` makes them hits one after the other."""

@@ -15,7 +15,7 @@ class Tier(Protocol):
     ``lookup``, ``submit``, ``poll(0)`` and ``remove`` never wait for I/O and never raise for anything
     that goes wrong with the storage: that becomes an :class:`~kvtier.types.Outcome`.  Jobs and removals
     take effect in the order in which they were handed in: a STORE submitted after a ``remove`` may use
-    the room it freed, and a LOAD submitted after a STORE of the same key sees it.
+    the room it freed, and a LOAD submitted after a STORE of the same key sees it.  In a forked child a tier counts as closed.
     """
 
     name: str

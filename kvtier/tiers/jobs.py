@@ -82,6 +82,11 @@ class JobBook:
         if not running.num_open:
             self._finish(running)
 
+    def forget_jobs(self) -> None:
+        """No job is known any more: whoever has it tells its owner."""
+        self.num_jobs = 0
+        self.results.clear()
+
     def _finish(self, running: RunningJob) -> None:
         job = running.job
         outcomes = tuple(outcome for outcome in running.outcomes if outcome is not None)

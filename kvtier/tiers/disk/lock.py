@@ -9,12 +9,12 @@ import os
 import socket
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from kvtier.errors import TierBusyError, TierError
+from kvtier.tiers.forks import leave_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,6 @@ _MAX_TEXT_BYTES = 1024
 _DYING_S = 2.0
 """how long the directory of a process that was killed may stay locked"""
 _POLL_S = 0.01
-
-_held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
 
 
 class DirectoryLock:
@@ -47,7 +45,7 @@ class DirectoryLock:
             pass
         except OSError as error:
             raise TierError(f"{path} cannot be opened ({error.strerror}): make the directory writable for this user") from error
-        _held.add(self)
+        leave_to_parent(self)
         if self._fd >= 0:
             self._lock(path)
         self._lock_directory(directory)
@@ -96,10 +94,10 @@ class DirectoryLock:
             if fd >= 0:
                 with contextlib.suppress(OSError):
                     fcntl.flock(fd, fcntl.LOCK_UN)
-        self.forget()
+        self.forget_in_child()
 
-    def forget(self) -> None:
-        """Closes file and directory without unlocking them: what a forked child does with its parent's lock. Idempotent."""
+    def forget_in_child(self) -> None:
+        """Closes file and directory without unlocking them: a child that shared them would keep them locked after its parent's death."""
         for fd in (self._directory_fd, self._fd):
             if fd >= 0:
                 os.close(fd)
@@ -130,12 +128,3 @@ def _has_ended(holder: str) -> bool:
     except (OSError, OverflowError) as error:
         return isinstance(error, ProcessLookupError)
     return False
-
-
-def _forget_in_child() -> None:
-    # A forked child shares the open files and would keep the directory locked after its parent's death.
-    for lock in list(_held):
-        lock.forget()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

@@ -25,6 +25,7 @@ from kvtier.tiers.disk.runs import into_runs
 from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.segments import SegmentFiles
 from kvtier.tiers.disk.syncs import SegmentSyncer
+from kvtier.tiers.forks import leave_to_parent
 from kvtier.tiers.health import Health
 from kvtier.tiers.opening import opening
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, TransferJob
@@ -98,6 +99,7 @@ class DiskTier:
             self._syncer = SegmentSyncer(self._files)
             undo.callback(self._syncer.close)
             self._committer = self._start_committer(index)
+        leave_to_parent(self)
 
     @property
     def io_engine(self) -> str:
@@ -200,6 +202,13 @@ class DiskTier:
         with self._lock:
             self._is_closed = True
         self._shut_down(leave_proof=False)
+
+    def forget_in_child(self) -> None:
+        """A forked child counts the tier as closed. It has no thread that works for it, and nothing of the directory is touched."""
+        self._lock = threading.Lock()
+        self._progress = threading.Condition(self._lock)
+        self._is_closed = True
+        self._ledger.forget_jobs()
 
     def _start_committer(self, index: IndexFile) -> Committer:
         return Committer(

@@ -14,6 +14,7 @@ from itertools import takewhile
 from kvtier.codecs import Sealer
 from kvtier.errors import ClosedError, RemoteError, TierFormatError
 from kvtier.io import WorkerPool
+from kvtier.tiers.forks import leave_to_parent
 from kvtier.tiers.health import Health
 from kvtier.tiers.jobs import Ticket
 from kvtier.tiers.opening import opening
@@ -111,6 +112,7 @@ class RemoteTier:
             undo.callback(client.close)
             self._open()
             self._pool = WorkerPool(self.settings.threads, f"kvtier-{name}")
+        leave_to_parent(self)
 
     @property
     def online(self) -> bool:
@@ -220,6 +222,15 @@ class RemoteTier:
                 self._progress.wait_for(self._is_idle, _LAST_CALLS_S)
         self._pool.close(timeout_s=_LAST_CALLS_S)
         self._client.close()
+
+    def forget_in_child(self) -> None:
+        """A forked child counts the tier as closed. It has no thread that works for it, and the connections are its parent's."""
+        self._lock = threading.Lock()
+        self._progress = threading.Condition(self._lock)
+        self._is_closed = True
+        self._ledger.forget_jobs()
+        self._probes.clear()
+        self._num_probes = 0
 
     # opening, and coming back
 
