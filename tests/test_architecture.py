@@ -115,6 +115,7 @@ THIRD_PARTY: Mapping[str, Sequence[str]] = {
     "pydantic_core": ("kvtier.config",),
     "yaml": ("kvtier.config",),
     "vllm": ("kvtier.connectors.vllm", "kvtier.bench.engine"),
+    "huggingface_hub": ("kvtier.connectors.vllm",),
     "prometheus_client": ("kvtier.connectors.vllm",),
     "lmcache": ("kvtier.bench.lmcache",),
     "rich": ("kvtier.cli", "kvtier.bench", "kvtier.sim.command", "kvtier.sim.plan", "kvtier.sim.report"),

@@ -299,7 +299,6 @@ class _WrappedTier:
         self.tier.remove(keys)
 
     def reset(self) -> None:
-        """Of a tier that can."""
         if isinstance(self.tier, LastingTier):
             self.tier.reset()
 
