@@ -171,6 +171,8 @@ CATCH_ALL: Mapping[str, str] = {
     "kvtier.tiers.disk.committer": "thread boundary: without this thread every job would hang",
     "kvtier.serve.daemon": "process boundary: what one engine makes go wrong must not end the cache of the others",
     "kvtier.tiers.disk.mover": "thread boundary: without this thread every job would hang",
+    "kvtier.serve.attachment": "thread boundary: without this thread a worker would have no arena, or lose one under its copies",
+    "kvtier.serve.link": "thread boundary: without this thread an engine would never have the daemon again",
 }
 """who may say ``except Exception`` -> why"""
 

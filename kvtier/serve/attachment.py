@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -10,13 +11,16 @@ from typing import Generic, Protocol, TypeVar
 
 from kvtier.config import DaemonConfig
 from kvtier.errors import ArenaError, DaemonError
+from kvtier.io import start_thread
 from kvtier.memory.arena import Arena
 from kvtier.serve import messages
-from kvtier.serve.link import Link, LinkError, connect
+from kvtier.serve.link import LinkError, connect
 
 _LOG = logging.getLogger(__name__)
 RELEASE_S = 0.01
 """how often a worker that is in the middle of a step is asked to let go of a lost arena"""
+LONGEST_PAUSE_S = 60.0
+"""between two attempts of which the first failed for a reason that nobody foresaw"""
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -43,6 +47,8 @@ class ServedArena(Generic[T]):
         user: gets an arena at the beginning of a step; loses it there too, or between two steps
         prepare: makes what the user needs for an arena, in the background
         release: lets go of what ``prepare`` made, in the background, after the user and before the arena is unmapped
+
+    Raises OSError where the system lets no thread begin.
     """
 
     def __init__(
@@ -65,10 +71,10 @@ class ServedArena(Generic[T]):
         self._is_attached = False
         self._is_lost = False
         self._is_in_step = False
-        self._link: Link | None = None
         self._is_closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvtier-arena", daemon=True)
-        self._thread.start()
+        self._stop, self._stopped = socket.socketpair()
+        """written to by ``close``, read by the thread while it waits for the daemon's end"""
+        self._thread = start_thread(self._run, "kvtier-arena")
 
     def enter(self) -> None:
         """A step begins: the user gets the arena that there is, and loses one that is lost. Idempotent in a step."""
@@ -86,12 +92,11 @@ class ServedArena(Generic[T]):
             self._is_in_step = False
 
     def close(self) -> None:
-        """Lets go of the arena and the daemon. Idempotent."""
+        """Lets go of the arena, and then of the daemon, which would give the slots away at once. Idempotent."""
         self._is_closed.set()
         with self._lock:
-            if self._link is not None:
-                self._link.interrupt()
             self._is_in_step = False
+        self._stop.close()
         self._thread.join(self._settings.attach_timeout_s)
 
     def _release(self) -> None:
@@ -102,15 +107,24 @@ class ServedArena(Generic[T]):
         self._is_lost = False
 
     def _run(self) -> None:
+        with self._stopped:
+            self._attach_again_and_again()
+
+    def _attach_again_and_again(self) -> None:
         said = ""
         while not self._is_closed.is_set():
+            pause_s = self._settings.reconnect_s
             try:
                 self._attach_once()
             except (DaemonError, ArenaError, LinkError) as error:
                 if str(error) != said:
                     said = str(error)
                     _LOG.info("kvtier: no arena yet: %s", error)
-            self._is_closed.wait(self._settings.reconnect_s)
+            except Exception as error:  # noqa: BLE001 - thread boundary: without this thread there would be no arena ever again
+                pause_s = LONGEST_PAUSE_S if repr(error) == said else pause_s
+                said = repr(error)
+                _LOG.exception("kvtier: no arena yet")
+            self._is_closed.wait(pause_s)
 
     def _attach_once(self) -> None:
         """Maps the daemon's arena and keeps it until the daemon is lost and the user has let go of it."""
@@ -126,29 +140,33 @@ class ServedArena(Generic[T]):
                 arena.prefault()
                 prepared = self._prepare(arena)
                 with self._lock:
-                    self._ready, self._link = (arena, link.welcome.arena_id, prepared), link
+                    self._ready = arena, link.welcome.arena_id, prepared
                 try:
-                    if not self._is_closed.is_set():
-                        link.tell(messages.Mapped())
-                        link.flush()
-                        link.wait_for_end()
+                    link.tell(messages.Mapped())
+                    link.flush()
+                    link.wait_for_end(self._stopped)
                 finally:
                     self._wait_for_release()  # whatever has happened: the user may have the arena
                     self._dispose(prepared)
             finally:
                 arena.close()
         finally:
-            with self._lock:
-                self._link = None
             link.close()
 
     def _wait_for_release(self) -> None:
+        """Until the user has let go: before that neither may the arena be unmapped nor the daemon hear of an end."""
         with self._lock:
             self._is_lost = True
+        is_said = False
         while True:
-            with self._lock:
-                if not self._is_in_step and self._is_lost:
-                    self._release()
-                if not self._is_lost:
-                    return
+            try:
+                with self._lock:
+                    if not self._is_in_step and self._is_lost:
+                        self._release()
+                    if not self._is_lost:
+                        return
+            except Exception:  # noqa: BLE001 - thread boundary: the copies may be running on
+                if not is_said:
+                    _LOG.exception("kvtier: the worker does not let go of the daemon's memory")
+                is_said = True
             time.sleep(RELEASE_S)

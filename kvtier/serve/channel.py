@@ -141,11 +141,16 @@ class Channel:
             self._lose(error)
 
     def close(self) -> None:
-        """Ends the session, and begins no other. Idempotent."""
+        """Ends the session once all is said, and begins no other. Waits ``settings.deadline_s`` at most. Idempotent."""
         self._reconnector.close()
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        if self._link is None:
+            return
+        try:
+            self._link.finish(self.settings.deadline_s)
+        except LinkError as error:
+            _LOG.info("kvtier: the daemon at %s was not told how the last copies ended: %s", self.settings.socket, error)
+        self._link.close()
+        self._link = None
 
     def _connect(self) -> Link:
         return connect(self._path, self._hello, self.settings.attach_timeout_s)
@@ -198,6 +203,7 @@ class Channel:
         end = now + timeout_s
         while timeout_s and self._poll_due and (left_s := end - time.monotonic()) > 0:
             link.receive(left_s)
+            link.flush()
 
     def _take_status(self, status: Status) -> None:
         self.status = status

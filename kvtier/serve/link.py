@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvtier.errors import DaemonError
+from kvtier.io import start_thread
 from kvtier.serve import frames
 from kvtier.serve.frames import FRAMES_FROM_DAEMON, Inbox, Outbox, ProtocolError
 from kvtier.serve.messages import Failed, Frame, FromDaemon, Hello, Matched, Refused, Slots, Status, Stores, Value, Welcome
@@ -95,20 +96,25 @@ class Link:
             raise LinkError(str(error)) from error
         return True
 
-    def wait_for_end(self) -> None:
-        """Blocks until the connection ends, for a thread that has nothing else to do with it."""
-        while True:
+    def finish(self, timeout_s: float) -> None:
+        """Sends all that is queued, waiting up to ``timeout_s`` for a daemon that does not read. Raises LinkError."""
+        deadline = time.monotonic() + timeout_s
+        self.flush()
+        while self._outbox and (left_s := deadline - time.monotonic()) > 0:
+            self._poller.register(self._socket, select.POLLOUT)
+            self._poller.poll(1 + int(1000 * left_s))
+            self.flush()
+
+    def wait_for_end(self, stop: socket.socket) -> None:
+        """Blocks until the connection ends or ``stop`` can be read, for a thread that has nothing else to do with it."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        poller.register(stop, select.POLLIN)
+        while stop.fileno() not in [fd for fd, _ in poller.poll()]:
             try:
-                self.receive(3600.0)
+                self.receive(0.0)
             except LinkError:
                 return
-
-    def interrupt(self) -> None:
-        """Ends the connection from another thread."""
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it has ended
 
     def close(self) -> None:
         """Closes the connection. Idempotent."""
@@ -133,8 +139,9 @@ def connect(path: Path, hello: Hello, timeout_s: float) -> Link:
     """
     frames.check_directory(path, make=False)
     deadline = time.monotonic() + timeout_s
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock: socket.socket | None = None
     try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(timeout_s)
         sock.connect(os.fspath(path))
         _, uid = frames.peer_of(sock)
@@ -155,7 +162,8 @@ def connect(path: Path, hello: Hello, timeout_s: float) -> Link:
         if not isinstance(answer, Welcome):
             raise ProtocolError(f"a {type(answer).__name__} instead of a Welcome")
     except (OSError, ProtocolError) as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         reason = "it does not answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
         raise DaemonError(f"the kvtier daemon at {path}: {reason}. Is `kvtier serve` running there?") from error
     return Link(sock, inbox, answer)
@@ -181,16 +189,25 @@ class Reconnector:
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._is_closed = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._is_due = False
+        """it is to try, and no thread does yet"""
 
     def start(self) -> None:
-        """Begins to try, after a pause."""
-        if not self._is_closed.is_set():
-            self._thread = threading.Thread(target=self._run, name="kvtier-reconnect", daemon=True)
-            self._thread.start()
+        """Begins to try, after a pause. Where the system lets no thread begin, ``take`` does."""
+        self._is_due = not self._is_closed.is_set()
+        if not self._is_due:
+            return
+        try:
+            start_thread(self._run, "kvtier-reconnect")
+        except OSError as error:
+            _LOG.warning("kvtier: still without the daemon: %s", error)
+        else:
+            self._is_due = False
 
     def take(self) -> Link | None:
         """The new link, once."""
+        if self._is_due:
+            self.start()
         with self._lock:
             link, self._link = self._link, None
             return link
@@ -211,6 +228,11 @@ class Reconnector:
                 if str(error) != said:
                     said = str(error)
                     _LOG.warning("kvtier: still without the daemon: %s", error)
+                continue
+            except Exception as error:  # noqa: BLE001 - thread boundary: without this thread the daemon would be lost for good
+                if repr(error) != said:
+                    said = repr(error)
+                    _LOG.exception("kvtier: still without the daemon")
                 continue
             with self._lock:
                 if not self._is_closed.is_set():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -108,6 +110,12 @@ def is_listening(path: Path) -> bool:
     except DaemonError as error:
         return "waits for a scheduler" in str(error)
     return True
+
+
+def break_link(link: Link) -> None:
+    """Ends a connection as the network would."""
+    with contextlib.suppress(OSError):  # it has ended
+        link._socket.shutdown(socket.SHUT_RDWR)
 
 
 class EngineWithoutModel:

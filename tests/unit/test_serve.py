@@ -30,7 +30,7 @@ from kvtier.serve.client import ServedCache
 from kvtier.serve.daemon import Daemon
 from kvtier.serve.link import connect
 from kvtier.serve.node import Node
-from kvtier.testing.daemons import BLOCK_BYTES, DaemonProcess, DaemonThread, EngineWithoutModel, hello, payload_of, settings
+from kvtier.testing.daemons import BLOCK_BYTES, DaemonProcess, DaemonThread, EngineWithoutModel, break_link, hello, payload_of, settings
 from kvtier.testing.starts import nothing_left
 from kvtier.types import BlockKey, PrefixMatch, StoreOrder
 
@@ -258,7 +258,7 @@ def test_copies_go_on_when_the_scheduler_comes_back(served: Served) -> None:
     forgotten = engine.cache.begin_store(keys_of(3, 4), 0)
     link = engine.cache._channel._link
     assert link is not None
-    link.interrupt()
+    break_link(link)
     engine.cache.commit_store(forgotten.job_id)
     wait_for(lambda: polled(engine).is_usable)
     assert {"stores": 1, "loads": 1, "leases": 4} == served.open()

@@ -26,7 +26,7 @@ from kvtier.serve.attachment import ServedArena
 from kvtier.serve.channel import Attaching
 from kvtier.serve.client import ServedCache
 from kvtier.testing.copiers import FaultyCopier
-from kvtier.testing.daemons import DaemonThread, hello, settings
+from kvtier.testing.daemons import DaemonThread, break_link, hello, settings
 from kvtier.testing.fake_engine import FakeEngine
 from kvtier.testing.fake_kv import FakeKVMemory
 
@@ -225,7 +225,7 @@ def test_any_order_of_events_gives_the_right_tokens(path: Path, seed: int) -> No
         elif event < 0.30:
             link = engine.cache._channel._link
             if link is not None:
-                link.interrupt()
+                break_link(link)
         elif event < 0.315:
             stopping = threading.Thread(target=daemon.stop)
             stopping.start()

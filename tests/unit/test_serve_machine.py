@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from kvtier.config import Config
 from kvtier.engine import CacheEngine
 from kvtier.hashing import Namespace
-from kvtier.testing.daemons import BLOCK_BYTES, DaemonThread, EngineWithoutModel
+from kvtier.testing.daemons import BLOCK_BYTES, DaemonThread, EngineWithoutModel, break_link
 from kvtier.types import BlockKey, LoadPlan, StorePlan
 
 NAMES = ("first", "second")
@@ -168,7 +168,7 @@ class DaemonMachine(RuleBasedStateMachine):
         link = actor.engine.cache._channel._link
         assert link is not None
         session = actor.engine.cache._channel.session
-        link.interrupt()
+        break_link(link)
         self._poll_until(actor, lambda: actor.engine.cache._channel.session > session)
         actor.engine.wait_until_usable()
         for store in actor.stores:
