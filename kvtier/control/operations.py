@@ -131,7 +131,7 @@ class Operations:
 
     def _leave(self, entries: Sequence[Entry], tier_index: int, *, everywhere: bool) -> None:
         books = self._books
-        for entry in entries:
+        for entry in reversed(entries):  # the last of a prompt first: policies keep prompts in one piece, which costs nothing to shorten
             if tier_index == HOST_TIER:
                 books.host.give_up(entry)
             elif tier_index > HOST_TIER:

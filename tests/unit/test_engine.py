@@ -18,6 +18,7 @@ from kvtier.engine import CacheEngine
 from kvtier.errors import ArenaError, ClosedError, ConfigError, TierBusyError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena import Arena
+from kvtier.policies.run_forest import Run, RunForest
 from kvtier.testing.starts import nothing_left, refused_threads
 from kvtier.tiers.disk import DiskTier
 from kvtier.types import BlockKey
@@ -138,6 +139,24 @@ def test_reset_forgets_every_tier(tmp_path: Path) -> None:
         assert 0 == held.engine.match(keys_of(1, 8)).hit_blocks
     with cache(tmp_path, 16) as held:
         assert 0 == held.engine.match(keys_of(1, 8)).hit_blocks
+
+
+def test_forgetting_a_long_prompt_costs_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy holds a prompt in one piece, which is shortened from its end."""
+    num_moved = 0
+    split = RunForest._split
+
+    def counted(forest: RunForest, run: Run, position: int) -> Run:
+        nonlocal num_moved
+        num_moved += len(run.keys) - position
+        return split(forest, run, position)
+
+    monkeypatch.setattr(RunForest, "_split", counted)
+    with cache(tmp_path, 200, use_disk=False) as held:
+        assert 200 == held.store(keys_of(1, 200))
+        held.engine.reset()
+        assert {"host": 0} == dict(held.engine.num_blocks())
+    assert num_moved <= 200
 
 
 def test_a_capacity_below_one_block_is_refused(tmp_path: Path) -> None:
