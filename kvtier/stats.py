@@ -47,6 +47,7 @@ _REMOTE: Mapping[str, str] = {
     "hedged_reads": "reads of {} asked for a second time",
     "shared_loads": "loads that needed no read of {} of their own",
     "damaged_records": "values in {} that were not whole",
+    "other_version_records": "values in {} that another version of kvtier wrote in a way that this one cannot read",
     "foreign_records": "values in {} that were not the block asked for",
     "failed_removals": "blocks that stayed in {} although they were removed",
     "probes": "times {} was asked what it has of a prompt",

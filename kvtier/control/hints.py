@@ -99,6 +99,10 @@ class _Session:
     """when its prefetch begins"""
 
 
+MAX_STALE = 64
+"""moments of uses that were announced anew, beside as many as there are sessions"""
+
+
 class Hints:
     """Sessions and what is done for them. Pure; one thread, the planner's. ``max_blocks``: the share of users' pins."""
 
@@ -201,6 +205,9 @@ class Hints:
         load_s = (benefit_s if benefit_s < at - now else 0.0) + EARLY_S
         session.due = max(now, at - load_s)
         heapq.heappush(self._due, (session.due, name))
+        if len(self._due) > 2 * len(self._sessions) + MAX_STALE:
+            self._due = [(each.due, other) for other, each in self._sessions.items() if each.due < math.inf]
+            heapq.heapify(self._due)
         if share * (at - now) < benefit_s:
             self._keep(name, session, 1.5 * (at - now) + EARLY_S, now)
         else:

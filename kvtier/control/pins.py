@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from kvtier.types import BlockKey
 
+_MAX_STALE = 64
+"""deadlines of pins that have ended, beside as many as there are pins"""
+
 
 @dataclass(frozen=True, slots=True)
 class Pin:
@@ -39,6 +42,9 @@ class PinTable:
         self.num_reserved += pin.num_reserved
         if pin.deadline is not None:
             heapq.heappush(self._deadlines, (pin.deadline, pin_id))
+            if len(self._deadlines) > 2 * len(self._pins) + _MAX_STALE:
+                self._deadlines = [(each.deadline, number) for number, each in self._pins.items() if each.deadline is not None]
+                heapq.heapify(self._deadlines)
         return pin_id
 
     def pop(self, pin_id: int) -> Pin | None:

@@ -7,6 +7,8 @@ import ctypes
 import mmap
 import os
 import threading
+import time
+from collections.abc import Callable
 from typing import Self
 
 import numpy as np
@@ -25,6 +27,7 @@ _STEP_BYTES = 32 << 20
 _FIRST_BYTES = 64 << 20
 """reserved at creation, so that there is something to work with at once"""
 _FOLLOW_S = 0.05
+_LOOK_S = 0.1
 """how often a process that attached looks how far the creator has come, until that is final"""
 
 
@@ -60,6 +63,8 @@ class Arena:
         self._stop = threading.Event()
         self._finished = threading.Event()
         self._thread: threading.Thread | None = None
+        self.while_waiting: Callable[[], object] = lambda: None
+        """called again and again by whoever waits for the memory; what it raises ends the waiting"""
         self._known_ready_bytes = 0
         self.huge_pages = huge_pages and pages.use_huge_pages(self.address, capacity_bytes, path)
         """whether kernel and file system let the payload have 2 MiB pages"""
@@ -184,8 +189,13 @@ class Arena:
                 raise ArenaError(f"the arena {self.path} cannot be prepared: {error}") from error
 
     def wait_prefaulted(self, timeout_s: float) -> bool:
-        """Waits until ``prefaulted``, at most ``timeout_s``; returns it."""
-        return self._finished.wait(timeout_s)
+        """Waits until ``prefaulted``, at most ``timeout_s``; returns it. Raises what ``while_waiting`` does, which is called meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        while not self._finished.wait(max(0.0, min(_LOOK_S, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                return False
+            self.while_waiting()
+        return True
 
     def unlink(self) -> None:
         """Removes the name: nobody can attach any more, memory is freed when the last process closes. Idempotent."""

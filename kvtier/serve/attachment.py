@@ -14,7 +14,7 @@ from kvtier.errors import ArenaError, DaemonError
 from kvtier.io import start_thread
 from kvtier.memory.arena import Arena
 from kvtier.serve import messages
-from kvtier.serve.link import LinkError, connect
+from kvtier.serve.link import Link, LinkError, connect
 
 _LOG = logging.getLogger(__name__)
 RELEASE_S = 0.01
@@ -69,6 +69,8 @@ class ServedArena(Generic[T]):
         self._ready: tuple[Arena, str, T] | None = None
         """mapped, and not given to the user yet"""
         self._is_attached = False
+        self._is_mapped = False
+        """the daemon's memory is mapped, given to the user or not"""
         self._is_lost = False
         self._is_in_step = False
         self._is_closed = threading.Event()
@@ -96,8 +98,10 @@ class ServedArena(Generic[T]):
         self._is_closed.set()
         with self._lock:
             self._is_in_step = False
+            is_mapped = self._is_mapped
         self._stop.close()
-        self._thread.join(self._settings.attach_timeout_s)
+        if is_mapped:  # else the thread is about to end, or waits for a daemon that does not answer
+            self._thread.join(self._settings.attach_timeout_s)
 
     def _release(self) -> None:
         self._ready = None
@@ -132,11 +136,12 @@ class ServedArena(Generic[T]):
         assert path is not None, "whoever attaches has a socket"
         link = connect(path, self._hello, self._settings.attach_timeout_s)
         try:
-            arena = Arena.open(link.welcome.arena_path, link.welcome.arena_bytes, huge_pages=True)
+            arena = self._map(link.welcome)
             try:
                 if arena.created:  # the daemon died meanwhile
                     arena.unlink()
                     raise LinkError("the daemon is gone")
+                arena.while_waiting = lambda: self._look_at(link)  # who prepares it may wait until the daemon has reserved all of it
                 arena.prefault()
                 prepared = self._prepare(arena)
                 with self._lock:
@@ -150,8 +155,26 @@ class ServedArena(Generic[T]):
                     self._dispose(prepared)
             finally:
                 arena.close()
+                self._is_mapped = False
         finally:
             link.close()
+
+    def _map(self, welcome: messages.Welcome) -> Arena:
+        with self._lock:
+            if self._is_closed.is_set():
+                raise LinkError("this worker is closed")
+            self._is_mapped = True
+        try:
+            return Arena.open(welcome.arena_path, welcome.arena_bytes, huge_pages=True)
+        except ArenaError:
+            self._is_mapped = False
+            raise
+
+    def _look_at(self, link: Link) -> None:
+        """Raises LinkError where the daemon has ended or nobody wants its memory any more."""
+        link.receive(0.0)
+        if self._is_closed.is_set():
+            raise LinkError("this worker is closed")
 
     def _wait_for_release(self) -> None:
         """Until the user has let go: before that neither may the arena be unmapped nor the daemon hear of an end."""

@@ -69,8 +69,7 @@ def parse_header(page: memoryview) -> Header | str:
     """The header in ``page``, or in words why there is none that this version can read."""
     if page[: len(MAGIC)] != MAGIC:
         return "no record starts here"
-    checked = len(page) - _CHECKSUM_BYTES
-    if xxhash.xxh3_64_digest(page[:checked]) != page[checked:]:
+    if not is_whole(page):
         return "the header's checksum is wrong"
     (
         _, version, codec_id, flags, _, namespace, key, parent, num_bytes, stored_bytes, sequence, place, checksum, key_id
@@ -82,6 +81,12 @@ def parse_header(page: memoryview) -> Header | str:
     has_parent = bool(flags & FLAG_HAS_PARENT)
     fields = RecordFields(BlockKey(key), BlockKey(parent) if has_parent else None, namespace, num_bytes, sequence, place, codec_id, key_id)
     return Header(fields, checksum)
+
+
+def is_whole(page: memoryview) -> bool:
+    """Whether ``page`` is a header as it was written, by whatever version."""
+    checked = len(page) - _CHECKSUM_BYTES
+    return page[: len(MAGIC)] == MAGIC and xxhash.xxh3_64_digest(page[:checked]) == page[checked:]
 
 
 def seal_of(page: memoryview) -> bytes:

@@ -317,6 +317,24 @@ def test_no_thread_to_be_had(path: str) -> None:
         arena.prefault()
 
 
+def test_who_waits_for_memory_can_be_called_away(path: str) -> None:
+    """Its creator may have died before it had reserved all of it."""
+    calls: list[int] = []
+
+    def look() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ArenaError("it is gone")
+
+    with Arena.open(path, 160 * MIB), Arena.open(path, 160 * MIB) as other:
+        other.prefault()
+        other.while_waiting = look
+        assert not other.wait_prefaulted(0.15)
+        with pytest.raises(ArenaError, match="it is gone"):
+            other.wait_prefaulted(TIMEOUT_S)
+        assert 3 == len(calls)
+
+
 def test_prefault_reserves_everything_and_changes_nothing(path: str) -> None:
     """A large arena becomes ready in the background, in the creator and in who attached; bytes written before stay."""
     capacity_bytes = 160 * MIB

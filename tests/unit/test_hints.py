@@ -195,6 +195,19 @@ def test_a_tool_call_keeps_the_session_for_its_time() -> None:
     assert 0 == served.ready(1)
 
 
+def test_uses_announced_anew_take_no_memory() -> None:
+    """A program that says once a second when it goes on, an hour before, is remembered once; the last moment counts."""
+    served = Served(has_disk=True)
+    served.request("agent", 1)
+    served.request("patient", 2)
+    served.hints.take(NextUse("patient", eta_s=2600.0), served.now)
+    for second in range(10_000):
+        served.hints.take(NextUse("agent", eta_s=3600.0 - second / 10), served.now)
+    assert len(served.hints._due) < 100
+    served.pass_time(2600.0)
+    assert 2 == served.stats.snapshot()["hint.prefetches"]
+
+
 def test_what_arrives_after_the_hint_is_kept_too() -> None:
     """A request ends before its stores do: its blocks are pinned as they become readable, for some seconds."""
     for delay_s, expected in ((1.0, 2), (SETTLE_S + 1.0, 0)):

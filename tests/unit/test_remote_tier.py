@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -160,6 +161,24 @@ def test_a_bad_value_is_deleted_and_can_be_stored_again(client: MemoryClient) ->
         assert (Outcome.OK,) == store(tier, metas)
     assert value == client.store.values[name]
     tier.close()
+
+
+@pytest.mark.parametrize(("position", "value"), [(8, 2), (9, 99)], ids=["version", "codec"])
+def test_what_another_version_wrote_stays(client: MemoryClient, position: int, value: int) -> None:
+    """Its header is whole, so somebody can read it: a miss, and nothing is deleted."""
+    tier = open_tier(client)
+    metas = [meta_of(1, 500)]
+    store(tier, metas)
+    name = name_of(PREFIX, NAMESPACE, metas[0].key)
+    content = bytearray(client.store.values[name])
+    content[position] = value
+    content[120:128] = xxhash.xxh3_64_digest(content[:120])
+    client.store.values[name] = bytes(content)
+    assert (Outcome.MISS,) == load(tier, metas)
+    tier.close()
+    assert bytes(content) == client.store.values[name]
+    events = tier.take_events()
+    assert (1, 0) == (events["other_version_records"], events.get("damaged_records", 0))
 
 
 def test_a_foreign_value_is_corrupt(client: MemoryClient) -> None:

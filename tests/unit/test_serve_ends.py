@@ -60,7 +60,7 @@ def wait_until(condition: Callable[[], object], step: Callable[[], object] = lam
 class Worker:
     """A worker between steps, whose copies end when the test says so."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, prepare: Callable[[Arena], None] | None = None) -> None:
         self.has_arena = False
         self.num_prepared = 0
         self.prepare_problems: list[Exception] = []
@@ -70,7 +70,7 @@ class Worker:
         self.is_detaching = threading.Event()
         self.mapped: Arena | None = None
         section = settings(path, reconnect="10ms")
-        self.served = ServedArena(section, hello("worker", name), self, self._prepare, release=lambda _: None)
+        self.served = ServedArena(section, hello("worker", name), self, prepare or self._prepare, release=lambda _: None)
 
     def attach(self, arena: Arena, arena_id: str, prepared: None) -> None:
         self.has_arena, self.mapped = True, arena
@@ -273,3 +273,44 @@ def test_a_thread_that_cannot_begin_does_so_later() -> None:
     wait_until(lambda: reconnector.take() is link)
     time.sleep(0.02)
     assert reconnector.take() is None
+
+
+def test_a_worker_waits_for_the_memory_of_a_daemon_no_longer_than_the_daemon_lives(path: Path) -> None:
+    """It was killed while it reserved host memory, of which a worker that registers memory with a device wants all."""
+    file = path.with_name("config.yaml")
+    file.write_text("tiers:\n  - {type: host, capacity: 1MiB}\n")
+    daemon = DaemonProcess(file, path)
+    engine = ServedCache(Attaching(settings(path, reconnect="10ms"), hello("scheduler", "A"), num_workers=1))
+    is_waiting, num_waits = threading.Event(), 0
+
+    def prepare(arena: Arena) -> None:
+        nonlocal num_waits
+        num_waits += 1
+        if num_waits == 1:
+            arena._finished = threading.Event()  # as if there were more to come
+            is_waiting.set()
+        assert arena.wait_prefaulted(60)
+
+    worker = Worker(path, "A", prepare)
+    assert is_waiting.wait(20)
+    time.sleep(0.3)
+    daemon.kill()
+    daemon = DaemonProcess(file, path)
+    wait_for_arena(engine, worker)
+    assert 2 == num_waits
+    worker.served.close()
+    engine.close()
+    daemon.close()
+
+
+def test_closing_does_not_wait_for_a_daemon_that_does_not_answer(path: Path) -> None:
+    """A worker that has mapped nothing has nothing to let go of."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+    worker = Worker(path, "A")
+    time.sleep(0.2)
+    began = time.monotonic()
+    worker.served.close()
+    assert time.monotonic() - began < 5
+    listener.close()

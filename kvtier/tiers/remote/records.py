@@ -10,6 +10,7 @@ from kvtier.tiers.record import (
     RecordFields,
     header_mismatch,
     identity_bytes,
+    is_whole,
     pack_header,
     parse_header,
     payload_checksum,
@@ -74,6 +75,8 @@ class Records:
         """Whether what was read is the block that was asked for, whole; then ``payload`` holds it. ``checksum``: see ``Reply``."""
         found = parse_header(get.header)
         if isinstance(found, str):
+            if is_whole(get.header):  # others may read it
+                return Verdict(Outcome.MISS, found, "other_version_records")
             return Verdict(Outcome.CORRUPT, found, "damaged_records")
         expected = self._fields(meta, namespace)
         if (found.fields.codec_id, found.fields.key_id) != (expected.codec_id, expected.key_id):
