@@ -287,6 +287,7 @@ def test_a_worker_waits_for_the_memory_of_a_daemon_no_longer_than_the_daemon_liv
         nonlocal num_waits
         num_waits += 1
         if num_waits == 1:
+            assert arena.wait_prefaulted(60)
             arena._finished = threading.Event()  # as if there were more to come
             is_waiting.set()
         assert arena.wait_prefaulted(60)
