@@ -31,13 +31,16 @@ _MAX_RETRIES = 100
 _STALL_S = 0.01
 _WAIT_S = 1.0
 """the longest wait at once: a thread that waits on a ring which is gone is woken by nothing else"""
-_LAST_S = 2.0
-"""how long the kernel may take to end what a ring that is gone had under way; until then its memory is not given back"""
-_LOST_POLL_S = 0.1
+_LOST_POLL_S = 0.02
+"""how often a ring that is gone is looked at for completions, which wake nobody then"""
 
 
 class RingCalls(Protocol):
-    """The system calls. All but ``close`` raise OSError."""
+    """The system calls. All but ``close`` raise OSError.
+
+    Completions lie in memory shared with the kernel: also where the ring's descriptor is gone ``wait`` finds what is there, and raises
+    only where nothing is.
+    """
 
     def submit(self, token: int, is_read: bool, fd: int, offset: int, buffers: Sequence[memoryview], slot: int) -> None:
         """Starts a transfer; ``slot`` is the registered memory that its only buffer lies in, or -1."""
@@ -115,7 +118,11 @@ class _Work:
 
 
 class RingEngine:
-    """An :class:`~kvtier.io.transfers.IoEngine` on one io_uring."""
+    """An :class:`~kvtier.io.transfers.IoEngine` on one io_uring.
+
+    A transfer that the kernel was given ends by its own completion and by nothing else, also where the ring is *lost* (somebody closed its
+    descriptor, say): until then the kernel may write to its buffers, which must not have another owner.  All others fail at once then.
+    """
 
     name = "io_uring"
 
@@ -141,7 +148,8 @@ class RingEngine:
         self._next_token = 1
         self._completions: list[Completion] = []
         self._closed = False
-        self._is_lost = False
+        self._lost: OSError | None = None
+        """why nothing can be given to the kernel any more"""
 
     @property
     def registered_bytes(self) -> int:
@@ -163,20 +171,36 @@ class RingEngine:
                 completions, self._completions = self._completions, []
         return completions
 
+    def oldest_start(self, *, is_read: bool) -> float | None:
+        with self._lock:
+            return self._queue.oldest_start(is_read=is_read)
+
+    def give_up_waiting(self, error: OSError, *, is_read: bool) -> None:
+        with self._lock:
+            self._completions += [Completion(transfer, 0, error) for transfer in self._queue.take_waiting(is_read=is_read)]
+        self._wake()
+
     def close(self) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._queue.clear()
-        with contextlib.suppress(OSError):  # of a ring that is lost: who waits finds out
-            self._ring.wake()
+        self._wake()
         with self._polling:
             while self._queue.num_running:
                 self._reap(None)
             self._ring.close()
 
+    def _wake(self) -> None:
+        if self._lost is None:  # else nobody waits for long
+            with contextlib.suppress(OSError, ValueError):  # lost: who waits finds out; closed, since nothing runs any more
+                self._ring.wake()
+
     def _start_waiting(self) -> None:
+        if self._lost is not None:  # also what waits for those that the kernel has not ended
+            for is_read in (True, False):
+                self.give_up_waiting(self._lost, is_read=is_read)
         while True:
             with self._lock:
                 transfer = self._queue.take()
@@ -213,6 +237,9 @@ class RingEngine:
 
     def _start(self, piece: _Piece) -> None:
         transfer = piece.work.transfer
+        if self._lost is not None:
+            self._fail(piece, self._lost)
+            return
         with self._lock:
             token = self._next_token
             self._next_token += 1
@@ -226,16 +253,13 @@ class RingEngine:
 
     def _not_started(self, token: int, error: OSError) -> None:
         with self._lock:
-            piece = self._running.pop(token, None)
-            if piece is None:
-                return  # the ring was lost, and the piece with it
+            piece = self._running.pop(token)
             is_stalled = error.errno in (errno.EAGAIN, errno.EBUSY) and not self._closed
             if is_stalled:
                 self._stalled.append(piece)
         if not is_stalled:
             self._fail(piece, error)
-        with contextlib.suppress(OSError, ValueError):  # lost, or closed, since nothing runs any more
-            self._ring.wake()
+        self._wake()
 
     def _reap(self, timeout_s: float | None) -> None:
         timeout_us = int(1e6 * (_WAIT_S if timeout_s is None else max(0.0, min(timeout_s, _WAIT_S))))
@@ -245,29 +269,25 @@ class RingEngine:
             self._start(piece)
         if self._stalled:
             timeout_us = int(_STALL_S * 1e6)
-        try:
-            events = self._ring.wait(timeout_us)
-        except OSError as error:
-            self._lose(error)
-            return
-        for token, result in events:
-            if token:
-                with self._lock:
-                    piece = self._running.pop(token)
-                self._advance(piece, result)
+        for token, result in self._wait(timeout_us):
+            with self._lock:
+                ended = self._running.pop(token) if token in self._running else None
+            if ended is not None:  # neither a wake nor anything else that is not ours
+                self._advance(ended, result)
         self._start_waiting()
 
+    def _wait(self, timeout_us: int) -> list[tuple[int, int]]:
+        try:
+            return self._ring.wait(timeout_us if self._lost is None else 0)
+        except OSError as error:
+            self._lose(error)
+        time.sleep(min(timeout_us / 1e6, _LOST_POLL_S))
+        return []
+
     def _lose(self, error: OSError) -> None:
-        """The ring answers no more: somebody closed its descriptor, say. What runs on it fails, and all that follows."""
-        if not self._is_lost:
-            self._is_lost = True
+        if self._lost is None:
+            self._lost = error
             logger.error("io_uring is lost, every transfer fails from now on: %s", error)
-        time.sleep(_LAST_S if self._running else _LOST_POLL_S)
-        with self._lock:
-            pieces = list(self._running.values())
-            self._running.clear()
-        for piece in pieces:
-            self._fail(piece, error)
 
     def _advance(self, piece: _Piece, result: int) -> None:
         """Takes the result of a system call into account; goes on where it did not do everything."""
@@ -292,7 +312,10 @@ class RingEngine:
         piece.num_retries += 1
         if piece.num_retries > _MAX_RETRIES:
             return False
-        return error in (errno.EINTR, errno.EAGAIN) or (error == errno.EINVAL and piece.work.transfer.file.give_up_direct())
+        try:
+            return error in (errno.EINTR, errno.EAGAIN) or (error == errno.EINVAL and piece.work.transfer.file.give_up_direct())
+        except OSError:  # its flags cannot be changed
+            return False
 
     def _fail(self, piece: _Piece, error: OSError) -> None:
         with self._lock:

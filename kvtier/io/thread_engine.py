@@ -52,6 +52,15 @@ class ThreadEngine:
             completions, self._completions = self._completions, []
         return completions
 
+    def oldest_start(self, *, is_read: bool) -> float | None:
+        with self._work:
+            return self._queue.oldest_start(is_read=is_read)
+
+    def give_up_waiting(self, error: OSError, *, is_read: bool) -> None:
+        with self._done:
+            self._completions += [Completion(transfer, 0, error) for transfer in self._queue.take_waiting(is_read=is_read)]
+            self._done.notify()
+
     def close(self) -> None:
         with self._work:
             self._closed = True

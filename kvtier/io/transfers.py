@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,8 +62,17 @@ class IoEngine(Protocol):
         After ``close`` it returns at once.
         """
 
+    def oldest_start(self, *, is_read: bool) -> float | None:
+        """When the oldest read or write that still runs was started, by ``time.monotonic``; None where none runs."""
+
+    def give_up_waiting(self, error: OSError, *, is_read: bool) -> None:
+        """Reads or writes that have not started end with an error; what runs goes on."""
+
     def close(self) -> None:
-        """Drops what has not started, waits for what runs, and lets ``poll`` return. Idempotent."""
+        """Drops what has not started, waits for what runs, and lets ``poll`` return. Idempotent.
+
+        A transfer that never ends is waited for without end: as long as it may end, nobody else may have its buffers.
+        """
 
 
 class TransferQueue:
@@ -79,6 +89,8 @@ class TransferQueue:
         self._max_bytes = max_bytes
         self._reads: deque[Transfer] = deque()
         self._writes: deque[Transfer] = deque()
+        self._started: dict[bool, dict[Transfer, float]] = {True: {}, False: {}}
+        """reads and writes that run -> when they were started, oldest first"""
         self.num_running = 0
         self.running_bytes = 0
 
@@ -97,12 +109,26 @@ class TransferQueue:
             return None
         self.num_running += 1
         self.running_bytes += num_bytes
-        return waiting.popleft()
+        transfer = waiting.popleft()
+        self._started[transfer.is_read][transfer] = time.monotonic()
+        return transfer
 
     def finished(self, transfer: Transfer) -> None:
         """A transfer that was taken runs no more."""
+        del self._started[transfer.is_read][transfer]
         self.num_running -= 1
         self.running_bytes -= transfer.num_bytes
+
+    def oldest_start(self, *, is_read: bool) -> float | None:
+        """When the oldest read or write that runs was taken; None where none runs."""
+        return next(iter(self._started[is_read].values()), None)
+
+    def take_waiting(self, *, is_read: bool) -> list[Transfer]:
+        """All reads or writes that wait. They will not run."""
+        waiting = self._reads if is_read else self._writes
+        taken = list(waiting)
+        waiting.clear()
+        return taken
 
     def clear(self) -> None:
         """Drops what waits."""

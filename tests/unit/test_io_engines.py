@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from kvtier import _core, _fallback, _native
 from kvtier.errors import TierError
-from kvtier.io import PAGE_BYTES, IoEngine, Transfer, address_of, open_engine, ring_engine
+from kvtier.io import PAGE_BYTES, IoEngine, Transfer, address_of, open_engine
 from kvtier.io.aligned_file import AlignedFile
 from kvtier.io.ring_engine import NativeRing, RingEngine
 from kvtier.io.thread_engine import ThreadEngine
@@ -136,22 +136,29 @@ def lose(fd: int) -> None:
 
 
 @needs_ring
-def test_a_ring_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Where somebody closes its descriptor, all that runs fails, and all that follows; nobody waits for ever, and it can be closed."""
-    monkeypatch.setattr(ring_engine, "_LAST_S", 0.1)
+def test_a_ring_that_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where somebody closes its descriptor, what the kernel has ends when the kernel has ended it, and all that follows fails at once."""
     before = ring_fds()
-    engine = RingEngine(4, 1 << 20)
+    engine = RingEngine(1, 1 << 20)
     (ring_fd,) = ring_fds() - before
     reading, writing = os.pipe()
+    memory = pages(PAGE_BYTES, b"before")
     with open_file(tmp_path / "file", 4 * PAGE_BYTES, "off") as file, open_file(tmp_path / "other", 4 * PAGE_BYTES, "off") as pipe:
         os.dup2(reading, pipe.fileno)  # a read that does not end by itself
-        engine.submit([Transfer(pipe, True, 0, [pages(PAGE_BYTES)])])
+        engine.submit(
+            [Transfer(pipe, True, 0, [memory], "the kernel has it"), Transfer(file, True, 0, [pages(PAGE_BYTES)], "waits for it")]
+        )
         lose(ring_fd)
-        engine.submit([Transfer(file, False, 0, [pages(PAGE_BYTES)])])
-        found = completions_of(engine, 2)
-        assert all(completion.error is not None for completion in found)
-        engine.submit([Transfer(file, True, 0, [pages(PAGE_BYTES)])])
-        assert completions_of(engine, 1)[0].error is not None
+        assert ["waits for it"] == [completion.transfer.owner for completion in completions_of(engine, 1) if completion.error]
+        engine.submit([Transfer(file, False, 0, [pages(PAGE_BYTES)], "came later")])
+        assert ["came later"] == [completion.transfer.owner for completion in completions_of(engine, 1) if completion.error]
+        assert engine.oldest_start(is_read=True) is not None
+        assert [] == engine.poll(0.05)
+        assert pages(PAGE_BYTES, b"before") == memory
+        os.write(writing, bytes(memory[:100]) + bytes(PAGE_BYTES - 100))
+        (completion,) = completions_of(engine, 1)
+        assert ("the kernel has it", PAGE_BYTES, None) == (completion.transfer.owner, completion.num_bytes, completion.error)
+        assert engine.oldest_start(is_read=True) is None
         assert [] == engine.poll(0.01)
         assert 1 == [record.message for record in caplog.records].count(
             f"io_uring is lost, every transfer fails from now on: {OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))}"
@@ -163,9 +170,8 @@ def test_a_ring_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 @needs_ring
-def test_a_disk_tier_whose_ring_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_tier_whose_ring_is_lost(tmp_path: Path) -> None:
     """It fails what it cannot write, still reads what it has, and closes."""
-    monkeypatch.setattr(ring_engine, "_LAST_S", 0.1)
     before = ring_fds()
     tier = DiskTier(tmp_path, 8 << 20, segment_bytes=1 << 20, io_engine="io_uring")
     metas = [meta_of(number, 5000) for number in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from kvtier.io import Completion, IoEngine, Transfer, WorkerPool, start_thread
@@ -11,6 +12,9 @@ from kvtier.tiers.disk.record_io import PreparedRun, ReadVerdict, RecordBuffer, 
 from kvtier.types import Outcome
 
 logger = logging.getLogger(__name__)
+
+_PAUSE_S = 0.1
+"""after an error of the I/O engine that nobody expected"""
 
 WritesDone = Callable[[Sequence[PendingStore], BaseException | None], None]
 ReadsDone = Callable[[Sequence[tuple[PendingRead, Outcome, str | None]]], None]
@@ -31,6 +35,8 @@ class Mover:
         self.reads_done = reads_done
         self.pool = WorkerPool(num_threads, "kvtier-disk-sums")
         self._closing = False
+        self._logged: set[type[Exception]] = set()
+        """kinds of errors of the engine that were logged, each once"""
         try:
             self._thread = start_thread(self._loop, "kvtier-disk-io")
         except OSError:
@@ -59,9 +65,20 @@ class Mover:
 
     def _loop(self) -> None:
         while not self._closing:
-            for completion in self.engine.poll():
+            for completion in self._poll():
                 self._report(completion)
             completion = None  # type: ignore[assignment]  # else its buffers stay exported while the thread waits
+
+    def _poll(self) -> list[Completion]:
+        try:
+            return self.engine.poll()
+        except Exception as error:  # thread boundary: without this thread every job would hang
+            # A transfer whose end was lost with this counts as one that hangs: its direction goes offline, and ``close`` leaves it behind.
+            if type(error) not in self._logged:
+                self._logged.add(type(error))
+                logger.exception("unexpected error in the I/O engine")
+            time.sleep(_PAUSE_S)
+            return []
 
     @staticmethod
     def _report(completion: Completion) -> None:
