@@ -265,11 +265,11 @@ class CacheEngine:
         """Whether host memory is still being prepared; ``poll`` takes note of progress."""
         return self._space.growing
 
-    def drain(self, timeout_s: float) -> bool:
-        """Polls until no tier has work, at most ``timeout_s`` seconds. Returns whether that was reached."""
+    def drain(self, timeout_s: float, *, also_stuck: bool = True) -> bool:
+        """Polls until no tier (``also_stuck``: or none that answers) has work, at most ``timeout_s``. Returns whether none has."""
         deadline = time.monotonic() + timeout_s
         self.poll()
-        while self.busy and time.monotonic() < deadline:
+        while self.busy and time.monotonic() < deadline and (also_stuck or not self._runner.is_stuck):
             self.poll(0.05)
         return not self.busy
 
@@ -319,10 +319,10 @@ class CacheEngine:
         return [Damage("control", problem) for problem in self._planner.check()] + self._arena.check()
 
     def close(self) -> None:
-        """Finishes what is being written, closes tiers and arena. Idempotent."""
+        """Finishes what is being written, closes tiers and arena, or leaves behind what does not end, with its memory. Idempotent."""
         if self._closed:
             return
-        self.drain(30.0)
+        self.drain(30.0, also_stuck=False)
         self._closed = True
         if self._attachment is not None:
             self._attachment.close()

@@ -29,12 +29,16 @@ _LOWER: Mapping[str, str] = {
     "offline": "times {} was taken offline",
 }
 
+_DISK: Mapping[str, str] = {
+    "hung_reads": "times reads of {} did not end in time, so that it was offline until they did",
+    "hung_writes": "times writes to {} did not end in time, so that it was offline until they did",
+    "unmarked_resets": "resets that {} had not noted after two seconds; nothing is stored there before it has",
+}
+
 _ENCRYPTED: Mapping[str, str] = {
     "other_key_records": "values in {} that were encrypted with another key, or not at all",
     "forged_records": "values in {} whose encryption was not that of the key they named",
 }
-
-_DISK: Mapping[str, str] = {"unmarked_resets": "resets that {} had not noted after two seconds; nothing is stored there before it has"}
 
 _REMOTE: Mapping[str, str] = {
     "timeouts": "calls of {} that missed a deadline",

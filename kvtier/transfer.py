@@ -42,6 +42,12 @@ class TransferRunner:
         """Whether a tier has a job or a probe whose result was not seen yet."""
         return any(self._running)
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether all that is under way, or will be by itself, is under way in tiers that are offline."""
+        busy = [online for running, online in zip(self._running, self._online, strict=True) if running]
+        return bool(busy) and not any(busy) and not self._planner.will_write
+
     def run(self) -> None:
         """Hands everything the planner wants to the tiers."""
         for command in self._planner.take_commands():

@@ -91,7 +91,12 @@ class Planner:
     @property
     def has_work(self) -> bool:
         """Whether something is under way or will start by itself as time goes on."""
-        return self.num_running > 0 or len(self._mover) > 0 or any(tier.will_write for tier in self._books.lower)
+        return self.num_running > 0 or len(self._mover) > 0 or self.will_write
+
+    @property
+    def will_write(self) -> bool:
+        """Whether a write will start by itself as time goes on."""
+        return any(tier.will_write for tier in self._books.lower)
 
     # ---- keeping ------------------------------------------------------------------------------------------------
 

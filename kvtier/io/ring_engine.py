@@ -175,10 +175,12 @@ class RingEngine:
         with self._lock:
             return self._queue.oldest_start(is_read=is_read)
 
-    def give_up_waiting(self, error: OSError, *, is_read: bool) -> None:
+    def give_up_waiting(self, error: OSError) -> None:
         with self._lock:
-            self._completions += [Completion(transfer, 0, error) for transfer in self._queue.take_waiting(is_read=is_read)]
-        self._wake()
+            completions = [Completion(transfer, 0, error) for transfer in self._queue.take_waiting()]
+            self._completions += completions
+        if completions:
+            self._wake()
 
     def close(self) -> None:
         with self._lock:
@@ -199,8 +201,7 @@ class RingEngine:
 
     def _start_waiting(self) -> None:
         if self._lost is not None:  # also what waits for those that the kernel has not ended
-            for is_read in (True, False):
-                self.give_up_waiting(self._lost, is_read=is_read)
+            self.give_up_waiting(self._lost)
         while True:
             with self._lock:
                 transfer = self._queue.take()

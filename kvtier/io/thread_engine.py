@@ -56,9 +56,9 @@ class ThreadEngine:
         with self._work:
             return self._queue.oldest_start(is_read=is_read)
 
-    def give_up_waiting(self, error: OSError, *, is_read: bool) -> None:
+    def give_up_waiting(self, error: OSError) -> None:
         with self._done:
-            self._completions += [Completion(transfer, 0, error) for transfer in self._queue.take_waiting(is_read=is_read)]
+            self._completions += [Completion(transfer, 0, error) for transfer in self._queue.take_waiting()]
             self._done.notify()
 
     def close(self) -> None:

@@ -65,8 +65,8 @@ class IoEngine(Protocol):
     def oldest_start(self, *, is_read: bool) -> float | None:
         """When the oldest read or write that still runs was started, by ``time.monotonic``; None where none runs."""
 
-    def give_up_waiting(self, error: OSError, *, is_read: bool) -> None:
-        """Reads or writes that have not started end with an error; what runs goes on."""
+    def give_up_waiting(self, error: OSError) -> None:
+        """What has not started ends with an error; what runs goes on."""
 
     def close(self) -> None:
         """Drops what has not started, waits for what runs, and lets ``poll`` return. Idempotent.
@@ -123,12 +123,11 @@ class TransferQueue:
         """When the oldest read or write that runs was taken; None where none runs."""
         return next(iter(self._started[is_read].values()), None)
 
-    def take_waiting(self, *, is_read: bool) -> list[Transfer]:
-        """All reads or writes that wait. They will not run."""
-        waiting = self._reads if is_read else self._writes
-        taken = list(waiting)
-        waiting.clear()
-        return taken
+    def take_waiting(self) -> list[Transfer]:
+        """All that waits, which will not run."""
+        waiting = [*self._reads, *self._writes]
+        self.clear()
+        return waiting
 
     def clear(self) -> None:
         """Drops what waits."""

@@ -58,7 +58,10 @@ class Tier(Protocol):
         """Verifies everything the tier holds, payloads included. Empty = healthy. No job may be running."""
 
     def close(self) -> None:
-        """Finishes running jobs (their results can still be polled), releases everything. Idempotent."""
+        """Finishes running jobs (their results can still be polled), releases everything. Idempotent.
+
+        Does not wait for ever: a job that does not end within half a minute is given up, or left behind with all that it uses.
+        """
 
 
 @runtime_checkable

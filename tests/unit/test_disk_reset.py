@@ -143,7 +143,7 @@ def test_a_disk_that_was_given_up_is_marked_all_the_same(tmp_path: Path, monkeyp
     tier = open_tier(tmp_path)
     store(tier, OLD)
     for _ in range(MAX_CONSECUTIVE_FAILURES):
-        tier._write_health.failed(OSError(errno.EIO, os.strerror(errno.EIO)))
+        tier._health.writes.failed(OSError(errno.EIO, os.strerror(errno.EIO)))
     tier.remove([OLD[0].key])
     time.sleep(0.2)  # the removal's entry lingers now
     tier.reset()

@@ -16,7 +16,8 @@ module             what it knows
 ``check``          fsck
 ``format``         the bytes on disk
 ``geometry``       how the capacity is divided
-``health``         when to stop asking a failing disk
+``disk_health``    when to stop asking a disk that fails, or does not answer
+``closing``        ending what may never end
 ``lock``           one process per directory
 =================  ============================================================================
 """

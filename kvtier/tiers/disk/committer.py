@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from kvtier.io import start_thread
+from kvtier.tiers.disk.disk_health import Direction
 from kvtier.tiers.disk.format import pack_entry
 from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.pending import PendingStore
 from kvtier.tiers.disk.recovery import SEQUENCE_SLACK
 from kvtier.tiers.disk.resets import ResetMark
-from kvtier.tiers.health import Health
 from kvtier.types import Outcome
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Committer:
         *,
         rebuild: Callable[[], IndexFile],
         sync_segments: Callable[[Sequence[PendingStore]], dict[PendingStore, str]],
-        health: Health,
+        health: Direction,
         progressed: Callable[[], None],
     ) -> None:
         """``rebuild`` makes a new index file from the ledger's index; ``sync_segments`` returns the stores it failed for.
@@ -118,7 +118,8 @@ class Committer:
                 places = list(islice(self._ledger.turns.undeleted, _MAX_CHANGES))
                 next_sequence = self._ledger.next_sequence + SEQUENCE_SLACK
             try:
-                has_worked = self._write_mark(stores) and self._round(stores, places, next_sequence)
+                with self._health.watch():
+                    has_worked = self._write_mark(stores) and self._round(stores, places, next_sequence)
             except Exception as error:  # thread boundary: without this thread every job would hang
                 logger.exception("unexpected error in the disk index")
                 self._failed(stores, error)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
 
 from kvtier.io import Completion, IoEngine, Transfer, WorkerPool, start_thread
+from kvtier.tiers.disk.disk_health import DiskHealth
 from kvtier.tiers.disk.pending import PendingRead, PendingStore
 from kvtier.tiers.disk.record_io import PreparedRun, ReadVerdict, RecordBuffer, RecordIO
 from kvtier.types import Outcome
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 1.0
+"""how often somebody looks whether the disk hangs, if nobody asks"""
 _PAUSE_S = 0.1
 """after an error of the I/O engine that nobody expected"""
 
@@ -27,10 +31,20 @@ class Mover:
     (verification).  Reads go before writes everywhere.
     """
 
-    def __init__(self, records: RecordIO, engine: IoEngine, num_threads: int, writes_done: WritesDone, reads_done: ReadsDone) -> None:
+    def __init__(
+        self,
+        records: RecordIO,
+        engine: IoEngine,
+        health: DiskHealth,
+        num_threads: int,
+        *,
+        writes_done: WritesDone,
+        reads_done: ReadsDone,
+    ) -> None:
         """Owns ``engine`` from now on. Raises OSError where the system lets no thread begin."""
         self.records = records
         self.engine = engine
+        self.health = health
         self.writes_done = writes_done
         self.reads_done = reads_done
         self.pool = WorkerPool(num_threads, "kvtier-disk-sums")
@@ -48,7 +62,10 @@ class Mover:
         self.pool.submit(_Write(self, run))
 
     def read(self, run: Sequence[PendingRead]) -> None:
-        """Starts to read and verify a run. An I/O error costs only the records that have it: they are read again one by one."""
+        """Starts to read and verify a run. An I/O error costs only the records that have it: they are read again one by one.
+
+        Not so where the run was given up before it began, since the disk does not answer (ECANCELED).
+        """
         self.pool.submit(_Read(self, run), urgent=True)
 
     def buffers(self, run: Sequence[PendingStore] | Sequence[PendingRead]) -> list[RecordBuffer]:
@@ -57,7 +74,7 @@ class Mover:
         return [RecordBuffer(fields(item.key, item.entry), item.ticket.block.buffer.cast("B")) for item in run]
 
     def close(self) -> None:
-        """Drops what has not started, unreported, waits for the rest and ends the threads. Idempotent."""
+        """Drops what has not started, unreported, waits for the rest, however long, and ends the threads. Idempotent."""
         self._closing = True
         self.engine.close()
         self._thread.join()
@@ -68,10 +85,11 @@ class Mover:
             for completion in self._poll():
                 self._report(completion)
             completion = None  # type: ignore[assignment]  # else its buffers stay exported while the thread waits
+            self.health.look()  # nobody else may
 
     def _poll(self) -> list[Completion]:
         try:
-            return self.engine.poll()
+            return self.engine.poll(_LOOK_S)
         except Exception as error:  # thread boundary: without this thread every job would hang
             # A transfer whose end was lost with this counts as one that hangs: its direction goes offline, and ``close`` leaves it behind.
             if type(error) not in self._logged:
@@ -102,7 +120,8 @@ class _Write:
     def run(self) -> None:
         """Makes the bytes and hands them to the engine."""
         try:
-            self._prepared = self._mover.records.prepare_write(self._mover.buffers(self._run))
+            with self._mover.health.writes.watch():  # a new segment is made by calls of this thread
+                self._prepared = self._mover.records.prepare_write(self._mover.buffers(self._run))
         except OSError as error:
             self._mover.writes_done(self._run, error)
         else:
@@ -142,7 +161,8 @@ class _Read:
             self._finish(completion)
             return
         try:
-            self._prepared = self._mover.records.prepare_read(self._mover.buffers(self._run))
+            with self._mover.health.reads.watch():
+                self._prepared = self._mover.records.prepare_read(self._mover.buffers(self._run))
         except OSError as error:
             self._mover.reads_done([self._alone(item, error) for item in self._run])
         else:
@@ -170,9 +190,10 @@ class _Read:
         self._mover.reads_done(outcomes)
 
     def _alone(self, item: PendingRead, error: OSError) -> tuple[PendingRead, Outcome, str | None]:
-        if len(self._run) > 1:
+        if len(self._run) > 1 and error.errno != errno.ECANCELED:
             try:
-                return _judged(item, self._mover.records.read(self._mover.buffers([item]))[0])
+                with self._mover.health.reads.watch():
+                    return _judged(item, self._mover.records.read(self._mover.buffers([item]))[0])
             except OSError as own_error:
                 error = own_error
         if isinstance(error, FileNotFoundError):

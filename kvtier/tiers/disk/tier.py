@@ -12,7 +12,9 @@ from kvtier.codecs import Sealer
 from kvtier.errors import ClosedError, TierError
 from kvtier.io import DirectMode, EngineKind, IoEngine, open_engine
 from kvtier.tiers.disk.check import check_names, check_records
+from kvtier.tiers.disk.closing import LastWork
 from kvtier.tiers.disk.committer import Committer
+from kvtier.tiers.disk.disk_health import DiskHealth
 from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.tiers.disk.ledger import Ledger
 from kvtier.tiers.disk.lock import DirectoryLock
@@ -26,7 +28,6 @@ from kvtier.tiers.disk.sealing import Sealing
 from kvtier.tiers.disk.segments import SegmentFiles
 from kvtier.tiers.disk.syncs import SegmentSyncer
 from kvtier.tiers.forks import leave_to_parent
-from kvtier.tiers.health import Health
 from kvtier.tiers.opening import opening
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, TransferJob
 
@@ -37,6 +38,8 @@ DEFAULT_MAX_IN_FLIGHT_BYTES = 256 << 20
 DEFAULT_QUEUE_DEPTH = 8
 RESET_WAIT_S = 2.0
 """how long a reset waits until the directory says that it was one"""
+CLOSE_S = 30.0
+"""how long ``close`` waits for a disk that answers slowly; one that does not answer is noticed before"""
 
 
 class DiskTier:
@@ -45,8 +48,11 @@ class DiskTier:
     The sum of the sizes of the directory's files never exceeds ``capacity_bytes``.  A STORE is OK once the block would be
     found again after ``kill -9``; with ``durable`` also after a power cut.  Every block is verified when it is loaded.
 
-    ``offline_count`` counts how often reads or writes were given up for a while after repeated failures; ``recovery`` says
-    how the directory was found.
+    ``offline_count`` counts how often reads or writes were given up for a while after repeated failures, or because one did not
+    end (:data:`~kvtier.tiers.disk.disk_health.HANG_S`); ``recovery`` says how the directory was found.
+
+    What the disk was given and does not end cannot be called back. Its job stays open and its memory in use; ``close`` leaves it behind,
+    and the directory locked and without the proof of a clean close, until it has ended or the process has.
     """
 
     def __init__(  # noqa: PLR0913 - every setting of the tier, by keyword
@@ -80,21 +86,20 @@ class DiskTier:
         self._lock = threading.Lock()
         self._progress = threading.Condition(self._lock)
         self._is_closed = False
-        self._read_health = Health(f"reading from {self.path}", clock)
-        self._write_health = Health(f"writing to {self.path}", clock)
         with opening(f"the disk tier at {self.path}") as undo:
             undo.callback(self._directory_lock.release)
             self._geometry = settle_geometry(self.path, capacity_bytes, segment_bytes, durable=durable)
             probe(self.path, direct_io)
             engine = _open_engine(io_engine, queue_depth, max_in_flight_bytes, memory)
             undo.callback(engine.close)
+            self._health = DiskHealth(self.path, engine, clock)
             self._sealing = Sealing(sealer)
             self._ledger = Ledger(self._geometry, max_in_flight_bytes=max_in_flight_bytes, sealing=self._sealing, clock=clock)
             self.recovery, index = recover(self.path, self._geometry, self._ledger, durable=durable)
             undo.callback(index.close, leave_proof=False)
             self._files = SegmentFiles(self.path, self._geometry.segment_bytes, direct=direct_io, durable=durable)
             self._records = RecordIO(self._files, self._geometry.pages_per_segment, self._sealing)
-            self._mover = Mover(self._records, engine, io_threads, self._writes_done, self._reads_done)
+            self._mover = Mover(self._records, engine, self._health, io_threads, writes_done=self._writes_done, reads_done=self._reads_done)
             undo.callback(self._mover.close)
             self._syncer = SegmentSyncer(self._files)
             undo.callback(self._syncer.close)
@@ -108,22 +113,22 @@ class DiskTier:
 
     @property
     def online(self) -> bool:
-        """False while reads or writes are given up after repeated failures.
+        """False while reads or writes are given up after repeated failures, or do not end.
 
         One answer for both: an owner that went on storing would evict good blocks to make room for stores that fail.
         """
-        return self._read_health.is_online and self._write_health.is_online
+        return self._health.is_online
 
     @property
     def offline_count(self) -> int:
         """How often reads or writes were taken offline."""
-        return self._read_health.offline_count + self._write_health.offline_count
+        return self._health.offline_count
 
     def max_blocks(self, num_bytes: int) -> int:
         return self._geometry.max_blocks(num_bytes)
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:
-        if not self._read_health.is_online:
+        if not self._health.may_try(is_read=True):
             return 0
         index = self._ledger.index
         for position, key in enumerate(keys):
@@ -132,8 +137,7 @@ class DiskTier:
         return len(keys)
 
     def submit(self, job: TransferJob) -> None:
-        health = self._write_health if job.kind is JobKind.STORE else self._read_health
-        is_online = health.is_online
+        is_online = self._health.may_try(is_read=job.kind is JobKind.LOAD)
         with self._lock:
             if self._is_closed:
                 raise ClosedError(f"the disk tier at {self.path} is closed")
@@ -178,7 +182,7 @@ class DiskTier:
         return iter(found)
 
     def take_events(self) -> dict[str, int]:
-        return self._sealing.take_events()
+        return self._sealing.take_events() | self._health.take_events()
 
     def check(self) -> list[Damage]:
         with self._lock:
@@ -194,14 +198,24 @@ class DiskTier:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._progress.wait_for(lambda: not self._ledger.num_jobs)
-        self._shut_down(leave_proof=True)
+        if not LastWork(self._finish, "kvtier-disk-closing").finish(CLOSE_S, self._health.look):
+            logger.error(
+                "%s does not answer: %d jobs are left behind with their memory and the directory locked, until they or this process end",
+                self.path,
+                self._ledger.num_jobs,
+            )
 
     def abandon(self) -> None:
         """Lets everything go as a crash would: nothing is finished or flushed, running jobs get no result. For tests."""
         with self._lock:
             self._is_closed = True
         self._shut_down(leave_proof=False)
+
+    def _finish(self) -> None:
+        """Waits for all jobs, however long, and leaves the directory as it should be. Whatever they use is in use until then."""
+        with self._lock:
+            self._progress.wait_for(lambda: not self._ledger.num_jobs)
+        self._shut_down(leave_proof=True)
 
     def forget_in_child(self) -> None:
         """A forked child counts the tier as closed. It has no thread that works for it, and nothing of the directory is touched."""
@@ -217,7 +231,7 @@ class DiskTier:
             index,
             rebuild=self._rebuild_index,
             sync_segments=self._sync_segments,
-            health=self._write_health,
+            health=self._health.writes,
             progressed=self._progressed,
         )
 
@@ -256,7 +270,7 @@ class DiskTier:
 
     def _writes_done(self, run: Sequence[PendingStore], error: BaseException | None) -> None:
         if error is not None:
-            self._write_health.failed(error)
+            self._health.writes.failed(error)
         with self._lock:
             if error is None:
                 self._committer.written(run)
@@ -268,9 +282,9 @@ class DiskTier:
     def _reads_done(self, outcomes: Sequence[tuple[PendingRead, Outcome, str | None]]) -> None:
         errors = [error for _, outcome, error in outcomes if outcome is Outcome.FAILED]
         if len(errors) == len(outcomes):
-            self._read_health.failed(OSError(errors[0]))
+            self._health.reads.failed(OSError(errors[0]))
         else:
-            self._read_health.succeeded()
+            self._health.reads.succeeded()
         with self._lock:
             for read, outcome, error in outcomes:
                 if outcome in (Outcome.CORRUPT, Outcome.MISS):
@@ -284,7 +298,7 @@ class DiskTier:
         segments = {self._records.segment_of(store.entry.place) for store in stores}
         errors = self._syncer.sync(segments)
         for error in errors.values():
-            self._write_health.failed(error)
+            self._health.writes.failed(error)
         if not errors:
             return {}
         problems = {segment: f"segment {segment} could not be synced: {error}" for segment, error in errors.items()}
