@@ -93,6 +93,8 @@ class Demoter:
         tier = self._lower[plan.tier - 1]
         tier.finished(len(plan.entries), plan.entries[0].num_bytes)
         self._space.release(plan.slots, job_id)
+        if self._space.stuck:
+            self.find_stuck()
         stored: list[Entry] = []
         for entry, outcome in zip(plan.entries, outcomes, strict=True):
             entry.busy &= ~tier.bit
@@ -125,6 +127,11 @@ class Demoter:
             if keys:
                 is_everywhere = plan.is_unwanted_everywhere or everywhere
                 self._running[job_id] = dataclasses.replace(plan, unwanted=plan.unwanted | keys, is_unwanted_everywhere=is_everywhere)
+
+    def find_stuck(self) -> None:
+        """Has host memory count no more on slots that are being written to tiers which are offline: nobody knows how long that takes."""
+        offline = {tier.index for tier in self._lower if not tier.online}
+        self._space.stuck = frozenset(slot for plan in self._running.values() if plan.tier in offline for slot in plan.slots)
 
     def _pump(self, tier: LowerTier, now: float) -> None:
         while tier.has_budget() and tier.has_due(now):

@@ -62,6 +62,8 @@ class HostSpace:
         self._draining: dict[int, int] = {}
         """retired slots that are still leased -> size of their block"""
         self._draining_count: dict[int, int] = {}
+        self.stuck: frozenset[int] = frozenset()
+        """slots that are read by copies of which nobody knows when they end"""
         self.registry: SlotRegistry | None = None
         self.growing = False
         """whether more room is coming without eviction (the arena is still being prepared)"""
@@ -71,8 +73,9 @@ class HostSpace:
         return self._allocator.available(num_bytes)
 
     def draining(self, num_bytes: int) -> int:
-        """How many slots of this size will be free as soon as the copies that use them are done."""
-        return self._draining_count.get(num_bytes, 0)
+        """How many slots of this size will be free as soon as the copies that use them are done; those that are ``stuck`` do not count."""
+        count = self._draining_count.get(num_bytes, 0)
+        return count - sum(self._draining.get(slot) == num_bytes for slot in self.stuck) if self.stuck else count
 
     def take(self, entry: Entry) -> bool:
         """Gives an entry a slot with a new generation. False where there is none."""

@@ -86,7 +86,8 @@ class Planner:
 
     def draining_blocks(self, num_bytes: int) -> int:
         """Blocks of a size whose room will be free as soon as the copies that still read it are done."""
-        return self._books.space.draining(num_bytes) + self._books.host.residency.num_leaving(num_bytes)[1]
+        draining = self._books.space.draining(num_bytes)
+        return draining if self._books.space.stuck else draining + self._books.host.residency.num_leaving(num_bytes)[1]
 
     @property
     def has_work(self) -> bool:
@@ -253,6 +254,7 @@ class Planner:
         tier = self._books.lower[tier_index - 1]
         tier.online = online
         self._books.visible = self._books.visible | tier.bit if online else self._books.visible & ~tier.bit
+        self._books.demoter.find_stuck()
 
     # ---- control ------------------------------------------------------------------------------------------------
     # Tiers by number: the pool in device memory -1, host memory 0, the tiers below from 1 on.

@@ -264,6 +264,10 @@ def test_the_queue(steps: list[tuple[bool, int] | None], depth: int, max_pages: 
         assert len(running) <= depth
         assert total <= max_pages * PAGE_BYTES or len(running) == 1
         assert running or not (waiting[True] or waiting[False])
+        for is_read in (True, False):
+            assert any(transfer.is_read is is_read for transfer in running) == (queue.oldest_start(is_read=is_read) is not None)
+    assert [*waiting[True], *waiting[False]] == queue.take_waiting()
+    assert queue.take() is None
     file.close()
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.control.commands import Command, Demote, Promote
+from kvtier.control.host_space import PAGE_BYTES
 from kvtier.control.lower import WriteMode
+from kvtier.control.operations import HOST_TIER
 from kvtier.control.planner import Planner
 from kvtier.types import BlockKey, Outcome
 from tests.unit.test_planner import keys_of, make_planner, store
@@ -96,3 +98,35 @@ def test_blocks_go_down_and_come_up(steps: list[Step], write: WriteMode, policy:
         for command in more:
             end(planner, command, now)
     assert [] == planner.check()
+
+
+def test_slots_that_a_disk_does_not_let_go_are_no_room_to_come() -> None:
+    """Where a tier goes offline with writes under way, stores evict for themselves instead of waiting for the slots those writes read."""
+    planner = make_planner(12)
+    assert 4 == store(planner, keys_of(1, 4))
+    planner.tick(0.0)
+    (demote,) = (command for command in planner.take_commands() if isinstance(command, Demote))
+    planner.clear([HOST_TIER], None)
+    assert 8 == store(planner, keys_of(2, 8))
+    assert 4 == planner.draining_blocks(PAGE_BYTES)
+    planner.set_online(1, False)
+    assert 0 == planner.draining_blocks(PAGE_BYTES)
+    assert 4 == store(planner, keys_of(3, 4))
+    assert (4, 4) == (planner.match(keys_of(3, 4)).ready_blocks, planner.leftovers()["leases"])
+    planner.demoted(demote.job_id, [Outcome.OK] * 4, [], 0.0)
+    assert 4 == store(planner, keys_of(4, 4))
+    assert 4 == planner.match(keys_of(3, 4)).ready_blocks, "the slots are free again"
+    assert [] == planner.check()
+
+
+def test_blocks_that_a_disk_does_not_let_go_are_not_waited_for() -> None:
+    """What was let go and is written to a tier that went offline is not said to leave soon; when the tier is back, it is."""
+    planner = make_planner(8)
+    store(planner, keys_of(1, 8))
+    planner.tick(0.0)
+    assert 0 == store(planner, keys_of(2, 8))
+    assert planner.draining_blocks(PAGE_BYTES)
+    planner.set_online(1, False)
+    assert 0 == planner.draining_blocks(PAGE_BYTES)
+    planner.set_online(1, True)
+    assert planner.draining_blocks(PAGE_BYTES)
