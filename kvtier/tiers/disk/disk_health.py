@@ -52,9 +52,9 @@ class Direction(Health):
 
     def look(self) -> bool:
         """Whether something is under way for too long."""
-        transfer = self._oldest_transfer()
         with self._watching:
-            starts = [start for start in (transfer, next(iter(self._calls.values()), None)) if start is not None]
+            oldest = (self._oldest_transfer(), next(iter(self._calls.values()), None))
+            starts = [start for start in oldest if start is not None]
             age_s = time.monotonic() - min(starts) if starts else 0.0
             hangs = age_s >= HANG_S
             has_changed = hangs is not self._hangs
