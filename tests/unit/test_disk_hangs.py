@@ -26,8 +26,9 @@ from kvtier.hashing import Namespace
 from kvtier.io import PAGE_BYTES, AlignedFile, EngineKind
 from kvtier.memory.arena import Arena
 from kvtier.testing.fake_system import FakeSystem, FakeSystemOptions
+from kvtier.testing.starts import refused_threads
 from kvtier.testing.tiers import key_of, load, load_job, meta_of, payload_of, store, store_job, wait_for
-from kvtier.tiers.disk import DiskTier, closing, disk_health, mover
+from kvtier.tiers.disk import DiskTier, check_path, closing, disk_health, mover
 from kvtier.tiers.disk.disk_health import Direction
 from kvtier.tiers.disk.index_file import IndexFile
 from kvtier.types import JobResult, Outcome
@@ -485,3 +486,15 @@ def test_what_hangs_is_what_is_old(calls: list[tuple[str, float]]) -> None:
             num_hangs += does_hang and not did_hang
             did_hang = does_hang
             assert (does_hang, num_hangs) == (direction.look(), direction.hang_count)
+
+
+def test_closing_where_no_thread_can_be_had(tmp_path: Path) -> None:
+    """A disk that answers is closed by the caller's own thread, in order."""
+    tier = DiskTier(tmp_path, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES)
+    assert (Outcome.OK,) == store(tier, [meta_of(1, 5000)])
+    with refused_threads("kvtier-disk-closing-0"):
+        tier.close()
+    assert [] == check_path(tmp_path)
+    tier = DiskTier(tmp_path, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES)
+    assert "clean" == tier.recovery.source
+    tier.close()

@@ -32,7 +32,7 @@ class LastWork:
         """
         try:
             pool = WorkerPool(1, self._name)
-        except RuntimeError:  # the interpreter is ending, or there can be no more threads
+        except OSError:  # the interpreter is ending, or there can be no more threads
             if is_hopeless():
                 return False
             self._work()
