@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,6 +192,42 @@ def test_nothing_is_left_of_requests_that_were_given_up(server: S3Server, caplog
     gc.collect()
     assert [] == caplog.messages
     proxy.close()
+
+
+def answer_without_end(connection: socket.socket, num_bytes: int, sent: list[int]) -> None:
+    """Says that it sends the range that was asked for, of a value of that length, and then sends bytes without end. Counts them."""
+    with connection, contextlib.suppress(OSError):
+        span = connection.recv(1 << 16).decode().lower().partition("range: bytes=")[2].split("\r\n")[0]
+        lines = [
+            "HTTP/1.1 206 Partial Content",
+            f"Content-Range: bytes {span}/{num_bytes}",
+            f"Content-Length: {1 << 36}",
+            'ETag: "x"',
+            "Last-Modified: Mon, 01 Jan 2024 00:00:00 GMT",
+        ]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        while True:
+            sent.append(connection.send(bytes(MIB)))
+
+
+def test_a_body_without_end_is_not_kept() -> None:
+    """Of each range no more is read than was asked for, and the block is none of that length."""
+    sent: list[int] = []
+    num_bytes = 2 * object_client.RANGE_BYTES
+
+    def serve() -> None:
+        for _ in range(2):
+            connection, _ = listener.accept()
+            threading.Thread(target=answer_without_end, args=(connection, num_bytes, sent), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        client = ObjectClient(s3(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        value = memoryview(bytearray(num_bytes))
+        (reply,) = client.get_into([Get("name", value[:128], value[128:])], Deadline(TOTAL_S))
+        client.close()
+    assert Answer.OTHER_SIZE is reply.answer
+    assert 0 < sum(sent) < 10 * num_bytes
 
 
 def test_a_server_that_is_not_there() -> None:

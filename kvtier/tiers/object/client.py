@@ -222,8 +222,13 @@ class ObjectClient:
         if result.meta["size"] != num_bytes:
             return OTHER_SIZE
         first, end = span or (0, num_bytes)
-        piece = memoryview(await result.bytes_async())
-        return piece if len(piece) == end - first else OTHER_SIZE
+        size = end - first
+        piece = memoryview(b"")
+        async for chunk in result.stream(min_chunk_size=max(1, size)):  # not all of the body: one that goes on and on would fill the memory
+            if piece or len(chunk) != size:
+                return OTHER_SIZE
+            piece = memoryview(chunk)
+        return piece if len(piece) == size else OTHER_SIZE
 
     async def _size(self, name: str) -> int | None:
         try:
