@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import random
@@ -25,6 +26,7 @@ from kvtier.tiers.object import ObjectAccess, ObjectClient
 from kvtier.tiers.object import client as object_client
 from kvtier.tiers.record import pack_text
 from kvtier.tiers.remote import Answer, Deadline, Get, Put, RemoteSettings, RemoteTier
+from kvtier.tiers.remote.client import DONE
 from kvtier.tiers.remote.records import FORMAT_TITLE
 from kvtier.types import BlockMeta, Outcome, ProbeJob
 
@@ -192,6 +194,29 @@ def test_nothing_is_left_of_requests_that_were_given_up(server: S3Server, caplog
     gc.collect()
     assert [] == caplog.messages
     proxy.close()
+
+
+def test_few_deletions_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a connection."""
+    num_running, most = 0, 0
+    delete = obstore.delete_async
+
+    async def counted(bucket: object, name: str) -> None:
+        nonlocal num_running, most
+        num_running += 1
+        most = max(most, num_running)
+        await asyncio.sleep(0.001)
+        await delete(bucket, name)  # type: ignore[arg-type]
+        num_running -= 1
+
+    monkeypatch.setattr(obstore, "delete_async", counted)
+    client = ObjectClient(ObjectAccess(url="memory://"))
+    names = [f"name-{number}" for number in range(300)]
+    assert {DONE} == {reply for name in names for reply in client.put([Put(name, b"", memoryview(b"x"))], Deadline(TOTAL_S))}
+    client.delete([*names, "absent"], Deadline(TOTAL_S))
+    assert [None] * 300 == client.sizes(names, Deadline(TOTAL_S))
+    assert 1 < most <= 64
+    client.close()
 
 
 def answer_without_end(connection: socket.socket, num_bytes: int, sent: list[int]) -> None:

@@ -163,6 +163,40 @@ def test_a_bad_value_is_deleted_and_can_be_stored_again(client: MemoryClient) ->
     tier.close()
 
 
+def test_many_removals_are_divided(client: MemoryClient) -> None:
+    """Each call has its own deadline; one that fails costs its own blocks, and what has come meanwhile is not kept waiting."""
+    tier = open_tier(client, threads=1)
+    metas = [meta_of(number, 10) for number in range(2500)]
+    for first in range(0, len(metas), 500):
+        assert {Outcome.OK} == set(store(tier, metas[first : first + 500], job_id=first))
+    client.calls.clear()
+    client.gate.clear()
+    tier.remove([meta.key for meta in metas])
+    while not client.calls:
+        time.sleep(0.001)
+    client.faults.extend([None, None, "cut"])
+    tier.submit(load_job(9999, [meta_of(9999, 10)]))
+    client.gate.set()
+    tier.close()
+    assert [("delete", 1000), ("get", 1), ("delete", 1000), ("delete", 500)] == [(what, len(names)) for what, names in client.calls]
+    assert 1000 == tier.take_events()["failed_removals"]
+    assert set(client.calls[2][1]) == {name for name in client.store.values if not name.endswith("format")}
+
+
+def test_closing_gives_up_removals(client: MemoryClient) -> None:
+    """Those that were not begun fail as well, and are counted."""
+    tier = open_tier(client, threads=1, close_timeout_s=0.2)
+    metas = [meta_of(number, 10) for number in range(2500)]
+    for first in range(0, len(metas), 500):
+        store(tier, metas[first : first + 500], job_id=first)
+    client.gate.clear()
+    tier.remove([meta.key for meta in metas])
+    began = time.monotonic()
+    tier.close()
+    assert time.monotonic() - began < 5
+    assert 2500 == tier.take_events()["failed_removals"]
+
+
 @pytest.mark.parametrize(("position", "value"), [(8, 2), (9, 99)], ids=["version", "codec"])
 def test_what_another_version_wrote_stays(client: MemoryClient, position: int, value: int) -> None:
     """Its header is whole, so somebody can read it: a miss, and nothing is deleted."""

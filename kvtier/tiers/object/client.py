@@ -137,7 +137,8 @@ class ObjectClient:
         return found
 
     def delete(self, names: Sequence[str], deadline: Deadline) -> None:
-        list(self._each([self._delete(name) for name in names], deadline))
+        for start in range(0, len(names), _MAX_QUESTIONS):
+            list(self._each([self._delete(name) for name in names[start : start + _MAX_QUESTIONS]], deadline))
 
     def take_events(self) -> dict[str, int]:
         return {}

@@ -10,13 +10,15 @@ from kvtier.errors import RemoteError
 from kvtier.tiers.health import Health
 from kvtier.tiers.remote.client import Answer, Get, Put, RemoteClient, Reply
 from kvtier.tiers.remote.deadline import Deadline, retry_pauses
-from kvtier.tiers.remote.ledger import Fetch, Write
+from kvtier.tiers.remote.ledger import Erase, Fetch, Write
 from kvtier.tiers.remote.records import HEADER_BYTES, Records, Verdict, name_of
 from kvtier.types import BlockKey, Outcome
 
 FIRST_RETRY_PAUSE_S = 0.05
 _OFFLINE = "the store is offline"
 _SMALL_BATCH_BYTES = 1 << 20
+_MAX_ERASES = 1000
+"""by one call; as many as an object store deletes by one request"""
 _Item = TypeVar("_Item")
 
 
@@ -28,6 +30,9 @@ class Reporter(Protocol):
 
     def written(self, write: Write, outcome: Outcome, error: str | None) -> None:
         """A store ended."""
+
+    def erased(self, erases: Sequence[Erase], error: BaseException | None) -> None:
+        """Removals ended."""
 
     def count(self, event: str, amount: int = 1) -> None:
         """Something happened."""
@@ -165,6 +170,38 @@ class WriteTask:
         meta, buffer = ticket.block
         namespace = ticket.running.job.namespace
         return Put(name_of(self._prefix, namespace, meta.key), *self._records.pack(meta, namespace, buffer))
+
+
+class EraseTask:
+    """Deletes any number of values, some by each call: each has a deadline of its own, and what has come meanwhile goes before the next."""
+
+    def __init__(
+        self, erases: Sequence[Erase], prefix: str, caller: Caller, reporter: Reporter, *, again: Callable[[EraseTask], object]
+    ) -> None:
+        """``again`` has the task run once more."""
+        self._erases = erases
+        self._prefix = prefix
+        self._caller = caller
+        self._reporter = reporter
+        self._again = again
+        self._num_done = 0
+
+    def run(self) -> None:
+        """Deletes the next ones."""
+        client = self._caller.client
+        erases = self._erases[self._num_done : self._num_done + _MAX_ERASES]
+        names = [name_of(self._prefix, erase.namespace, erase.key) for erase in erases]
+        error = self._caller.once(lambda deadline: client.delete(names, deadline))
+        self._num_done += len(erases)
+        self._reporter.erased(erases, error)
+        if self._num_done < len(self._erases):
+            self._again(self)
+
+    def fail(self, error: BaseException) -> None:
+        """The threads are gone, or a bug: nothing may be left waiting for it."""
+        erases = self._erases[self._num_done :]
+        self._num_done = len(self._erases)
+        self._reporter.erased(erases, error)
 
 
 class CallTask:

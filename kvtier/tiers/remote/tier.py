@@ -24,7 +24,7 @@ from kvtier.tiers.remote.client import Answer, Get, Put, RemoteClient
 from kvtier.tiers.remote.deadline import Deadline
 from kvtier.tiers.remote.ledger import Copy, Erase, Fetch, Ledger, Write
 from kvtier.tiers.remote.records import FORMAT_NAME, FORMAT_TITLE, Records, Verdict, name_of
-from kvtier.tiers.remote.tasks import Caller, CallTask, FetchTask, WriteTask, batches, probe_chunks
+from kvtier.tiers.remote.tasks import Caller, CallTask, EraseTask, FetchTask, WriteTask, batches, probe_chunks
 from kvtier.types import BlockKey, BlockMeta, Damage, JobKind, JobResult, Outcome, ProbeJob, ProbeResult, TransferJob
 
 logger = logging.getLogger(__name__)
@@ -330,7 +330,7 @@ class RemoteTier:
         for write_run in batches(writes, [write.num_bytes for write in writes], settings.batch_bytes, settings.threads):
             self._pool.submit(WriteTask(write_run, settings.prefix, self._records, self._caller, self))
         if erases:
-            self._pool.submit(CallTask(lambda: self._erase(erases), lambda error: self._erased(erases, error)))
+            self._pool.submit(EraseTask(erases, settings.prefix, self._caller, self, again=self._pool.submit))
 
     def _copy(self, copy: Copy) -> None:
         copy.ticket.block.buffer[:] = copy.write.tickets[0].block.buffer
@@ -343,11 +343,8 @@ class RemoteTier:
             self._ledger.copied(copy, Outcome.FAILED, repr(error))
         self._progressed()
 
-    def _erase(self, erases: Sequence[Erase]) -> None:
-        names = [name_of(self.settings.prefix, erase.namespace, erase.key) for erase in erases]
-        self._erased(erases, self._caller.once(lambda deadline: self._client.delete(names, deadline)))
-
-    def _erased(self, erases: Sequence[Erase], error: BaseException | None) -> None:
+    def erased(self, erases: Sequence[Erase], error: BaseException | None) -> None:
+        """Removals ended."""
         if error is not None:
             self.count("failed_removals", len(erases))
             logger.debug("%d blocks were not deleted at %s: %s", len(erases), self._client.address, error)
