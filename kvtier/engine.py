@@ -143,7 +143,7 @@ class CacheEngine:
             ArenaError: host memory cannot be had.
             TierError: a tier cannot be opened.
         """
-        slab = SlabAllocator.of_host(_host_bytes(config, block_bytes), block_bytes, limit_bytes=0)  # grows with what is prepared: _grow
+        slab = SlabAllocator.of_host(usable_host_bytes(config, block_bytes), block_bytes, limit_bytes=0)  # grows with memory: _grow
         with contextlib.ExitStack() as undo:
             if arena is None:
                 arena = undo.enter_context(_own_arena(config))
@@ -354,7 +354,7 @@ class CacheEngine:
         self._space.growing = self._arena.ready_bytes < self._arena.capacity_bytes and self._arena.reserve_error is None
 
 
-def _host_bytes(config: Config, block_bytes: int) -> int:
+def usable_host_bytes(config: Config, block_bytes: int) -> int:
     """The capacity of host memory, in whole pages. Raises ConfigError where it holds no block."""
     capacity_bytes = config.host.capacity_bytes // PAGE_BYTES * PAGE_BYTES
     if capacity_bytes < round_up_to_page(block_bytes):

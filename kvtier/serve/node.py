@@ -10,11 +10,11 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvtier.config import Config
-from kvtier.engine import CacheEngine
+from kvtier.engine import CacheEngine, usable_host_bytes
 from kvtier.errors import ArenaError, DaemonError
 from kvtier.hashing import Namespace
 from kvtier.io import round_up_to_page
@@ -29,6 +29,28 @@ _LOG = logging.getLogger(__name__)
 DIRECTORY = "/dev/shm"
 ADOPT_WAIT_S = 5.0
 """how long an engine that attaches waits for other engines to let go of the host memory of a daemon that died"""
+
+
+@dataclass(frozen=True, slots=True)
+class _HostMemory:
+    """An arena and its table, before there is a cache on them."""
+
+    arena: Arena
+    slots: SlotTable | None
+    is_new: bool
+    """nobody has left it: there is nothing in it yet"""
+
+    def put_back(self, cache: CacheEngine | None) -> None:
+        """Closes both, and the cache that is on them already. What was taken over stays for the next attempt."""
+        if self.is_new:
+            self.arena.unlink()
+        if self.is_new and self.slots is not None:
+            self.slots.unlink()
+        if cache is not None:
+            cache.close()
+        self.arena.close()
+        if self.slots is not None:
+            self.slots.close()
 
 
 class Node:
@@ -133,56 +155,63 @@ class Node:
     def _open(self, hello: messages.Hello, namespace: Namespace) -> None:
         if not hello.block_bytes or not hello.block_tokens:
             raise DaemonError("an engine without a block size")
+        usable_host_bytes(self._config, hello.block_bytes)  # a ConfigError before any memory is touched
         digest = hashlib.sha256(namespace.digest + struct.pack("=QQ", hello.block_bytes, hello.block_tokens)).digest()
-        arena, slots = self._host_memory(round_up_to_page(hello.block_bytes), digest[:IDENTITY_BYTES])
+        memory = self._host_memory(round_up_to_page(hello.block_bytes), digest[:IDENTITY_BYTES])
         try:
-            arena.prefault()
             self.cache = CacheEngine.open(
                 self._config,
                 namespace=namespace,
                 block_bytes=hello.block_bytes,
-                arena=arena,
-                slots=slots,
+                arena=memory.arena,
+                slots=memory.slots,
                 events=True,
                 clock=self._clock,
                 estimates=self._estimates,
             )
+            self._clean_up(memory.arena.path)
+            memory.arena.prefault()
         except BaseException:
-            arena.unlink()
-            arena.close()
-            if slots is not None:
-                slots.unlink()
-                slots.close()
+            cache, self.cache = self.cache, None
+            memory.put_back(cache)
             raise
-        self._arena, self._slots = arena, slots
+        self._arena, self._slots = memory.arena, memory.slots
         _LOG.info(
             "blocks of %d tokens and %d bytes of %s; %s", hello.block_tokens, hello.block_bytes, namespace.model, self.cache.num_blocks()
         )
 
-    def _host_memory(self, slot_bytes: int, identity: bytes) -> tuple[Arena, SlotTable | None]:
-        """The arena of a daemon that died, with its table, where that can be had and fits; else new ones. Removes all others."""
-        host = self._config.host
-        options: dict[str, Any] = {"huge_pages": host.huge_pages, "numa_node": host.numa_node}
-        capacity_bytes = round_up_to_page(host.capacity_bytes)
-        found: tuple[Arena, SlotTable] | None = None
+    def _host_memory(self, slot_bytes: int, identity: bytes) -> _HostMemory:
+        """The arena of a daemon that died, with its table, where that can be had and fits; else new ones.
+
+        What others have left is still there, unless there is no room beside it: the tiers below may not open, and the next attempt
+        finds it then.
+        """
+        capacity_bytes = round_up_to_page(self._config.host.capacity_bytes)
         for path in self._left_behind():
-            table = SlotTable.open(path, capacity_bytes, slot_bytes, identity) if found is None else None
+            table = SlotTable.open(path, capacity_bytes, slot_bytes, identity)
             if table is not None:
                 try:
-                    found = Arena.open(path, capacity_bytes, take_over=True, **options), table
+                    return _HostMemory(self._open_arena(path, take_over=True), table, is_new=False)
                 except ArenaError as error:
                     _LOG.warning("the host memory of the daemon before cannot be used: %s", error)
                     table.close()
-        self._clean_up(None if found is None else found[0].path)
-        if found is not None:
-            return found
         path = f"{DIRECTORY}/{self._prefix}{self._arena_id}"
-        arena = Arena.open(path, host.capacity_bytes, **options)
         try:
-            return arena, SlotTable.create(path, capacity_bytes, slot_bytes, identity) if self._config.daemon.adopt else None
+            arena = self._open_arena(path)
+        except ArenaError:
+            self._clean_up()
+            arena = self._open_arena(path)
+        try:
+            slots = SlotTable.create(path, capacity_bytes, slot_bytes, identity) if self._config.daemon.adopt else None
         except ArenaError as error:
             _LOG.warning("the next daemon will not find what is in host memory: %s", error)
-            return arena, None
+            slots = None
+        return _HostMemory(arena, slots, is_new=True)
+
+    def _open_arena(self, path: str, *, take_over: bool = False) -> Arena:
+        host = self._config.host
+        capacity_bytes = round_up_to_page(host.capacity_bytes)
+        return Arena.open(path, capacity_bytes, huge_pages=host.huge_pages, numa_node=host.numa_node, take_over=take_over)
 
     def _left_behind(self) -> list[str]:
         """Arenas that daemons of this socket have left, each beside its table."""
