@@ -209,7 +209,7 @@ def available_memory_bytes() -> int | None:
 def remove_stale(directory: str, prefix: str) -> list[str]:
     """Deletes arena files called ``prefix``... on which no process lives any more; returns their paths.
 
-    Never touches a live arena, one that is being set up, or a file that is not an arena.
+    Never touches a live arena, one that is being set up, another user's, or a file that is not an arena.
     """
     removed: list[str] = []
     try:
@@ -223,7 +223,8 @@ def remove_stale(directory: str, prefix: str) -> list[str]:
         except OSError:
             continue  # another user's, a directory, or gone meanwhile
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode) or not try_setup_lock(fd) or not leads_to(path, fd):
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or not try_setup_lock(fd) or not leads_to(path, fd):
                 continue
             if nobody_lives(fd) and is_arena_or_empty(fd):
                 os.unlink(path)

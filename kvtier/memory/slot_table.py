@@ -3,14 +3,20 @@
 Layout (native byte order): one page of header, then an entry of 128 bytes for each slot. Entries and header carry a digest of their own,
 so one that a crash cut short counts as empty. A process that dies has written what it wrote, in its order; a machine that dies has no
 shared memory left. So nothing is ever synced.
+
+Whoever has the table open holds an exclusive ``flock`` on it, which the kernel drops when the process dies: nobody else takes it over or
+removes it. Workers hold a lock on the arena alone, so a table without one belongs to nobody, whoever still has the arena mapped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,6 +82,7 @@ class SlotTable:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Reserved now: a file system that is full when a page is touched kills the process.
                 os.posix_fallocate(fd, 0, _file_bytes(capacity_bytes, slot_bytes))
                 os.pwrite(fd, _header(slot_bytes, identity), 0)
@@ -89,14 +96,14 @@ class SlotTable:
 
     @classmethod
     def open(cls, arena_path: str, capacity_bytes: int, slot_bytes: int, identity: bytes) -> Self | None:
-        """The table that is there; None where there is none, or none of this version, size and identity."""
+        """The table that is there; None where there is none of this user, version, size and identity, or somebody has it open."""
         path = arena_path + SUFFIX
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = _open_unused(path)
         except OSError:
             return None
-        is_ours = os.pread(fd, _HEADER.size, 0) == _header(slot_bytes, identity)
-        if not is_ours or os.fstat(fd).st_size != _file_bytes(capacity_bytes, slot_bytes):
+        is_same = os.pread(fd, _HEADER.size, 0) == _header(slot_bytes, identity)
+        if not is_same or os.fstat(fd).st_size != _file_bytes(capacity_bytes, slot_bytes):
             os.close(fd)
             return None
         return cls(path, fd, capacity_bytes, slot_bytes)
@@ -146,6 +153,29 @@ class SlotTable:
 
     def _offset(self, slot: int) -> int:
         return _PAGE_BYTES + slot // self._slot_pages * _ENTRY.size
+
+
+def remove_unused(path: str) -> None:
+    """Removes a table that nobody has open. Raises OSError where the path leads to anything else; BlockingIOError: somebody has it open."""
+    fd = _open_unused(path)
+    try:
+        os.unlink(path)
+    finally:
+        os.close(fd)
+
+
+def _open_unused(path: str) -> int:
+    """Opens a regular file of this user that nobody has open, and locks it. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise OSError(errno.EPERM, "it is not a regular file of this user", path)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _file_bytes(capacity_bytes: int, slot_bytes: int) -> int:

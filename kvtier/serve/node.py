@@ -20,7 +20,7 @@ from kvtier.hashing import Namespace
 from kvtier.io import round_up_to_page
 from kvtier.memory.arena import Arena, remove_stale
 from kvtier.memory.arena_file import is_lived_on
-from kvtier.memory.slot_table import IDENTITY_BYTES, SUFFIX, SlotTable
+from kvtier.memory.slot_table import IDENTITY_BYTES, SUFFIX, SlotTable, remove_unused
 from kvtier.serve import messages
 from kvtier.serve.estimates import SharedEstimates
 from kvtier.serve.session import Session
@@ -169,7 +169,7 @@ class Node:
                 clock=self._clock,
                 estimates=self._estimates,
             )
-            self._clean_up(memory.arena.path)
+            self._clean_up()
             memory.arena.prefault()
         except BaseException:
             cache, self.cache = self.cache, None
@@ -219,13 +219,18 @@ class Node:
         paths = [os.path.join(DIRECTORY, name.removesuffix(SUFFIX)) for name in tables]
         return [path for path in paths if os.path.exists(path)]
 
-    def _clean_up(self, keep: str | None = None) -> None:
-        """Removes what daemons of this socket have left, but for arenas that somebody has mapped."""
+    def _clean_up(self) -> None:
+        """Removes what daemons of this socket have left, but for arenas that somebody has mapped and tables that a daemon has open."""
         remove_stale(DIRECTORY, self._prefix)
         for name in os.listdir(DIRECTORY):
-            path = os.path.join(DIRECTORY, name)
-            if name.startswith(self._prefix) and name.endswith(SUFFIX) and path != f"{keep}{SUFFIX}":
-                os.unlink(path)
+            if name.startswith(self._prefix) and name.endswith(SUFFIX):
+                path = os.path.join(DIRECTORY, name)
+                try:
+                    remove_unused(path)
+                except (BlockingIOError, FileNotFoundError):
+                    continue  # this daemon's own, or one's in another container; or gone meanwhile
+                except OSError as error:
+                    _LOG.warning("%s has the name of a table of this daemon's and cannot be removed: %s", path, error.strerror)
 
 
 def _describe(namespace: Namespace, block_bytes: int, block_tokens: int) -> str:

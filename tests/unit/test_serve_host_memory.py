@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 from kvtier.config import Config
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.memory import arena_file
+from kvtier.memory.arena import Arena
 from kvtier.memory.arena_file import PAGE_BYTES
+from kvtier.memory.slot_table import IDENTITY_BYTES, SUFFIX, SlotTable
 from kvtier.serve.node import DIRECTORY, Node
 from kvtier.testing.daemons import BLOCK_BYTES, hello, payload_of
 from kvtier.testing.starts import refused_threads
@@ -177,5 +180,89 @@ def test_a_cache_that_is_open_is_closed_where_its_memory_cannot_be_prepared(plac
     gc.collect()
     welcome(node)
     assert len(KEYS) == ready_blocks(node)
+    node.close()
+    assert set() == place.left()
+
+
+# ---- what is not the daemon's to remove ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adopt", [True, False])
+@pytest.mark.parametrize("what", ["folder", "pipe", "link", "not ours"])
+def test_what_has_a_tables_name_is_named_and_passed_over(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str, adopt: bool
+) -> None:
+    """Anybody can make a name in shared memory: the daemon serves all the same, and removes what it can."""
+    stale, bad = (f"{DIRECTORY}/{place.prefix}{name}{SUFFIX}" for name in ("0", "1"))
+    Path(stale).touch()
+    make: dict[str, Callable[[str], object]] = {
+        "folder": os.mkdir,
+        "pipe": os.mkfifo,
+        "link": lambda path: os.symlink("/dev/null", path),
+        "not ours": lambda path: Path(path).touch(),
+    }
+    make[what](bad)
+    if what == "not ours":
+        fstat, number = os.fstat, os.stat(bad).st_ino
+
+        def as_of_another_user(fd: int) -> os.stat_result:
+            status = fstat(fd)
+            return os.stat_result([*status[:4], os.geteuid() + 1, *status[5:10]]) if status.st_ino == number else status
+
+        monkeypatch.setattr(os, "fstat", as_of_another_user)
+    Path(bad.removesuffix(SUFFIX)).touch()
+    node = place.node(adopt=adopt)
+    welcome(node)
+    assert os.path.lexists(bad)
+    assert not os.path.exists(stale)
+    assert f"{bad} has the name of a table of this daemon's and cannot be removed: " in caplog.text
+    node.close()
+
+
+def test_a_table_of_another_user_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may lay one beside an arena that was left without."""
+    arena_path, identity = str(tmp_path / "arena"), bytes(IDENTITY_BYTES)
+    SlotTable.create(arena_path, HOST_BYTES, BLOCK_BYTES, identity).close()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert SlotTable.open(arena_path, HOST_BYTES, BLOCK_BYTES, identity) is None
+    monkeypatch.undo()
+    table = SlotTable.open(arena_path, HOST_BYTES, BLOCK_BYTES, identity)
+    assert table is not None
+    table.close()
+
+
+def test_a_daemon_that_lives_keeps_its_table(place: Place) -> None:
+    """Two of one user at the same path in two containers share /dev/shm: each keeps what the next one at its place will look for."""
+    first, second = place.node(), place.node()
+    welcome(first)
+    store(first)
+    welcome(second)
+    assert 4 == len(place.left())
+    assert not ready_blocks(second), "nobody takes over what is in use"
+    second.close()
+    die(first)
+    third = place.node()
+    welcome(third)
+    assert len(KEYS) == ready_blocks(third)
+    third.close()
+
+
+def test_a_table_that_only_workers_outlive_is_removed(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Its arena is never taken over later: what was forgotten meanwhile would come back."""
+    caplog.set_level(logging.ERROR)  # a record of an error knows the frames that it passed, and they the arena
+    node = place.node()
+    welcome(node)
+    store(node)
+    assert node._arena is not None
+    worker = Arena.open(node._arena.path, node._arena.capacity_bytes, huge_pages=False)
+    die(node)
+    node = place.node()
+    welcome(node)
+    assert not ready_blocks(node)
+    worker.close()
+    die(node)
+    node = place.node()
+    welcome(node)
+    assert not ready_blocks(node)
     node.close()
     assert set() == place.left()
