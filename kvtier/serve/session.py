@@ -26,6 +26,10 @@ MAX_PINS = 100_000
 MAX_COPIES = 100_000
 MAX_EVENTS = 100_000
 """events that wait for an engine that does not ask for them; the oldest are lost"""
+MAX_GROWTH = 1 << 40
+"""of a counter by one poll: more than an engine counts while its daemon is away"""
+MAX_COUNT = 1 << 53
+"""where the engines' counters stop, so that whoever asks for them can be answered"""
 
 
 @dataclass(slots=True)
@@ -226,7 +230,8 @@ class Session:
         for name, amount in frame.counters.items():
             if not is_counted_by_engines(name):
                 raise ProtocolError(f"a counter called {name!r}")
-            self._cache.stats.add(name, amount)
+            room = MAX_COUNT - self._cache.stats[name]
+            self._cache.stats.add(name, min(amount, MAX_GROWTH, room))
         for step in frame.computed:
             self._estimates.computed(*step)
         if frame.wait_s and self._cache.busy:

@@ -24,7 +24,7 @@ from kvtier.engine import CacheEngine
 from kvtier.errors import ControlError, DaemonError, QuotaError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena_file import PAGE_BYTES
-from kvtier.serve import frames, messages
+from kvtier.serve import frames, messages, session
 from kvtier.serve.channel import Attaching
 from kvtier.serve.client import ServedCache
 from kvtier.serve.daemon import Daemon
@@ -688,6 +688,27 @@ def test_a_peer_that_breaks_the_rules_loses_its_connection(served: Served, case:
     assert len(received) >= frames.PREAMBLE_BYTES
     assert 4 == engine.load(keys_of(1, 4))
     wait_for(lambda: not served.open())
+
+
+@pytest.mark.parametrize("most", [session.MAX_COUNT, 2 * session.MAX_GROWTH + 5])
+def test_counters_of_a_broken_peer_stay_numbers(served: Served, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Whatever it says that it has counted, the control API answers."""
+    monkeypatch.setattr(session, "MAX_COUNT", most)
+    huge = (1 << 63) - 1
+    served.engine("honest")
+    link, controller = connect(served.path, hello("control"), 5.0), kvtier.connect(served.path)
+    counted = 0
+
+    def is_counted() -> bool:
+        return controller.stats().result(10.0).counters["lookup.hit_blocks"] == counted
+
+    for _ in range(4):
+        link.tell(messages.Poll(0.0, {"lookup.hit_blocks": huge}, ((huge, huge, 5e-324), (1, huge, 1e9)) * 5))
+        link.flush()
+        counted = min(counted + session.MAX_GROWTH, most)
+        wait_for(is_counted)
+    controller.close()
+    link.close()
 
 
 def test_random_bytes_never_end_the_daemon(served: Served) -> None:
