@@ -211,11 +211,11 @@ class Daemon:
         elif not hello.engine:
             raise ProtocolError("an engine without a name")
         elif hello.role == "worker":
-            self._member(hello.engine).workers.add(connection.number)
+            self._member(hello.engine).workers[connection.number] = hello.launch
         else:
             member = self._member(hello.engine)
             self._make_place(member, hello.instance)
-            member.scheduler_came(connection.number, hello.instance)
+            member.scheduler_came(connection.number, hello.instance, hello.launch)
             connection.session = Session(cache, estimates, member, connection.send, self._clock)
             connection.session.wants_events = hello.wants_events
         connection.role, connection.engine = hello.role, hello.engine

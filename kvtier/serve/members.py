@@ -4,6 +4,10 @@ A slot that a worker may still be writing or reading must not get a new tenant. 
 the kernel closes the connection when the process dies, however it dies. So the copies of a scheduler that has gone wait for the
 workers that were connected then; once the last of them has gone too, they are given up. A scheduler that comes back
 takes over what it had begun: its workers' reports end those copies, without a result.
+
+A worker that outlives its scheduler is none of the next scheduler's, which has workers of its own and copies nothing before they have
+mapped the arena: whoever was connected when a scheduler left belongs to that one. But for workers that say that they were started with
+the next one: they may be there before the kernel has closed the connection of a scheduler that is dying.
 """
 
 from __future__ import annotations
@@ -57,9 +61,12 @@ class Member:
     scheduler: int = 0
     """0: there is none"""
     instance: str = ""
+    launch: str = ""
+    """of the scheduler"""
     copies: dict[int, Copy] = field(default_factory=dict)
     """by the engine's own number"""
-    workers: set[int] = field(default_factory=set)
+    workers: dict[int, str] = field(default_factory=dict)
+    """connection -> launch"""
     mapped: set[int] = field(default_factory=set)
     """workers that have mapped the arena"""
     left: list[Left] = field(default_factory=list)
@@ -71,9 +78,14 @@ class Member:
         """Whether nothing is left to remember."""
         return not self.scheduler and not self.workers and not self.left
 
-    def scheduler_came(self, connection: int, instance: str) -> None:
+    @property
+    def num_ready(self) -> int:
+        """Workers of the scheduler that have mapped the arena."""
+        return sum(map(self._is_own, self.mapped))
+
+    def scheduler_came(self, connection: int, instance: str, launch: str = "") -> None:
         """A scheduler attaches. The one before has left."""
-        self.scheduler, self.instance = connection, instance
+        self.scheduler, self.instance, self.launch = connection, instance, launch
         for left in list(self.left):
             if left.instance == instance:
                 self.left.remove(left)
@@ -92,16 +104,20 @@ class Member:
         """The scheduler's connection is closed."""
         copies = {job: replace(copy, is_void=True) for job, copy in self.copies.items()}
         self.left.append(Left(self.instance, copies, set(self.workers)))
-        self.scheduler, self.instance, self.copies, self.ended = 0, "", {}, set()
+        self.scheduler, self.instance, self.launch, self.copies, self.ended = 0, "", "", {}, set()
         self._give_up(cache)
 
     def worker_left(self, connection: int, cache: CopyEnder) -> None:
         """A worker's connection is closed: it copies no more."""
-        self.workers.discard(connection)
+        self.workers.pop(connection, None)
         self.mapped.discard(connection)
         for left in self.left:
             left.waits_for.discard(connection)
         self._give_up(cache)
+
+    def _is_own(self, worker: int) -> bool:
+        is_of_launch = self.launch != "" and self.workers[worker] == self.launch
+        return is_of_launch or all(worker not in left.waits_for for left in self.left)
 
     def _give_up(self, cache: CopyEnder) -> None:
         for left in self.left:

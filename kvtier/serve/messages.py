@@ -13,7 +13,7 @@ import msgspec
 from kvtier.stats import COUNTERS
 from kvtier.types import KEY_BYTES, BlockKey
 
-PROTOCOL = 2
+PROTOCOL = 3
 """grows whenever a frame changes its meaning; both sides must have the same"""
 MAX_KEYS = 1 << 18
 """in one frame"""
@@ -47,6 +47,8 @@ class Hello(Frame, tag=1):
     block_bytes: Natural = 0
     block_tokens: Natural = 0
     wants_events: bool = False
+    launch: Name = ""
+    """tells one start of an engine, with scheduler and workers, from the next; empty: nobody knows"""
 
 
 class Resume(Frame, tag=2):
@@ -279,7 +281,7 @@ class Status(Frame, tag=7):
     is_growing: bool
     draining_blocks: int
     num_workers: int
-    """workers of this engine that have mapped the arena"""
+    """workers of this start of the engine that have mapped the arena"""
     num_transfers: int
     """transfers that were seen to end since the daemon started"""
     transfers: tuple[tuple[str, int, float], ...]

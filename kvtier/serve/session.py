@@ -258,7 +258,7 @@ class Session:
         self._transfers.clear()
         events = tuple((one.stored, one.tier, one.meta.key, one.meta.parent, one.meta.num_bytes) for one in self._events)
         self._events.clear()
-        num_workers = 0 if self._member is None else len(self._member.mapped)
+        num_workers = 0 if self._member is None else self._member.num_ready
         num_transfers = self._estimates.num_transfers
         return messages.Status(cache.busy, cache.is_growing, cache.draining_blocks, num_workers, num_transfers, transfers, events)
 

@@ -250,6 +250,44 @@ def test_an_engine_of_two_workers(served: Served) -> None:
     assert "pair" not in served.thread.daemon._members
 
 
+def test_a_worker_that_outlives_its_scheduler_is_none_of_the_next_ones(served: Served) -> None:
+    """The next scheduler of that name has no worker before its own has mapped the arena; then nothing keeps it."""
+    killed = served.engine("engine")
+    other = served.engine("other")
+    other.store(keys_of(1, 4))
+    killed.cache.close()
+    started_again = EngineWithoutModel(served.path, "engine", has_worker=False)
+    served.engines.append(started_again)
+    assert not started_again.cache.wait_until_usable(0.3)
+    assert not started_again.cache.begin_load(keys_of(1, 4)).slots
+    started_again.attach_worker()
+    started_again.wait_until_usable()
+    assert 4 == started_again.load(keys_of(1, 4))
+    killed.detach_worker()
+    wait_for(lambda: len(served.thread.daemon._members["engine"].workers) == 1)
+    assert polled(started_again).is_usable
+
+
+def test_a_worker_may_come_before_the_scheduler_before_has_gone(served: Served) -> None:
+    """One that is dying keeps its connection for a while. The new worker says which start of the engine it belongs to."""
+    dying = ServedCache(Attaching(settings(served.path), hello("scheduler", "engine", launch="1"), num_workers=1))
+    workers = [connect(served.path, hello("worker", "engine", launch=launch), 5.0) for launch in ("1", "2", "")]
+    for worker in workers:
+        worker.tell(messages.Mapped())
+        worker.flush()
+    assert dying.wait_until_usable(20.0)
+    dying.close()
+    wait_for(lambda: served.thread.daemon._members["engine"].scheduler == 0)
+    num_ready = []
+    for launch in ("2", "3", ""):
+        with contextlib.closing(ServedCache(Attaching(settings(served.path), hello("scheduler", "engine", launch=launch)))):
+            num_ready.append(served.thread.daemon._members["engine"].num_ready)
+        wait_for(lambda: served.thread.daemon._members["engine"].scheduler == 0)
+    assert [1, 0, 0] == num_ready
+    for worker in workers:
+        worker.close()
+
+
 def test_copies_go_on_when_the_scheduler_comes_back(served: Served) -> None:
     """A session that was lost and found again: its copies count for nothing, and their slots are free once the worker has reported them."""
     engine = served.engine("engine", reconnect="10ms")

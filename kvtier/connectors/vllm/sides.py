@@ -58,6 +58,7 @@ class SchedulerSide:
         sizes: BlockSizes,
         arena_path: str,
         *,
+        launch: str,
         name: str,
         stores_are_async: bool,
         events: bool,
@@ -73,7 +74,7 @@ class SchedulerSide:
             engine = self._open_engine(config, namespace, arena_path, wants_events)
             host_bytes = config.host.capacity_bytes
         else:
-            engine = served = _attach(config, namespace, sizes, arena_path, wants_events)
+            engine = served = _attach(config, namespace, sizes, arena_path, wants_events, launch)
             host_bytes = served.welcome.arena_bytes
         geometry = Geometry(
             namespace=namespace.digest,
@@ -121,7 +122,7 @@ class SchedulerSide:
             raise
 
 
-def _attach(config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, wants_events: bool) -> ServedCache:
+def _attach(config: Config, namespace: Namespace, sizes: BlockSizes, arena_path: str, wants_events: bool, launch: str) -> ServedCache:
     """A daemon's cache. Raises DaemonError where there is none, ConfigError for what only an engine's own cache can do."""
     if config.gpu is not None:
         raise ConfigError("daemon.socket is set and tiers[0].type is gpu; allowed with a daemon: host and what is below it")
@@ -133,6 +134,7 @@ def _attach(config: Config, namespace: Namespace, sizes: BlockSizes, arena_path:
         sizes.block_bytes,
         sizes.block_tokens,
         wants_events,
+        launch,
     )
     cache = ServedCache(Attaching(config.daemon, hello, sizes.num_workers))
     if not cache.wait_until_usable(config.daemon.attach_timeout_s):
@@ -144,10 +146,19 @@ class WorkerSide:
     """Owns one rank's mapping of the arena, copier and worker half. One thread."""
 
     def __init__(
-        self, config: Config, sizes: BlockSizes, arena_path: str, *, num_blocks: int, max_step_tokens: int, has_draft_layers: bool = False
+        self,
+        config: Config,
+        sizes: BlockSizes,
+        arena_path: str,
+        *,
+        launch: str,
+        num_blocks: int,
+        max_step_tokens: int,
+        has_draft_layers: bool = False,
     ) -> None:
         """
         Args:
+            launch: the same for all processes of one start of the engine
             num_blocks: of the engine
             max_step_tokens: that the engine computes in one
             has_draft_layers: blocks hold KV of layers that run behind the model's, some of them several times in a step
@@ -159,6 +170,7 @@ class WorkerSide:
         self._num_blocks = num_blocks
         self._max_step_tokens = max_step_tokens
         self._name = os.path.basename(arena_path)
+        self._launch = launch
         self._arena = open_arena(arena_path, config) if config.daemon.socket is None else None
         self._served: ServedArena[Movers] | None = None
         self._half: WorkerHalf | None = None
@@ -194,7 +206,7 @@ class WorkerSide:
             self._half = WorkerHalf(self._arena, self._movers, part, blender=blender, stores_at_end=self._has_draft_layers)
         else:
             self._half = WorkerHalf(None, Movers(), part, blender=blender, stores_at_end=self._has_draft_layers)
-            hello = Hello("worker", self._name, str(rank), {})
+            hello = Hello("worker", self._name, str(rank), {}, launch=self._launch)
             self._served = ServedArena(self._config.daemon, hello, self, movers_for, release=lambda movers: movers.release())
 
     def attach(self, arena: Arena, arena_id: str, prepared: Movers) -> None:
