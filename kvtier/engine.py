@@ -200,12 +200,12 @@ class CacheEngine:
         """
         return self._planner.begin_load(keys, self._clock(), pooled=pooled)
 
-    def end_load(self, job_id: int, failed: Collection[int] = (), *, partial: Collection[int] = ()) -> None:
-        """Ends a load. Blocks at the positions ``failed`` are forgotten in host memory and counted.
+    def end_load(self, job_id: int, failed: Collection[int] = (), *, partial: Collection[int] = (), forgets: bool = True) -> None:
+        """Ends a load. Blocks at the positions ``failed`` are counted and, with ``forgets``, forgotten in host memory.
 
         ``partial``: of these blocks only a part was copied, so a copy put into the device pool on the way is not whole.
         """
-        self._planner.end_load(job_id, failed, self._clock(), partial=partial)
+        self._planner.end_load(job_id, failed, self._clock(), partial=partial, forgets=forgets)
 
     def begin_store(
         self, keys: Sequence[BlockKey], first: int, tenant: str = "", *, may_evict: bool = True, pooled: bool = True

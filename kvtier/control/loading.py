@@ -31,11 +31,11 @@ class Loading:
         self._running[job_id] = LoadInFlight(entries, slots, device_slots, device_ready)
         return LoadPlan(job_id, books.space.refs(slots), device_slots, device_ready)
 
-    def end(self, job_id: int, failed: Collection[int], partial: Collection[int], now: float) -> None:
+    def end(self, job_id: int, failed: Collection[int], partial: Collection[int], now: float, *, forgets: bool = True) -> None:
         """See :meth:`Planner.end_load`."""
         books = self._books
         plan = self._running.pop(job_id)
-        for position in failed:
+        for position in failed if forgets else ():
             entry = plan.entries[position]
             if entry.slot == plan.slots[position]:
                 books.host.give_up(entry)

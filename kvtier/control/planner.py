@@ -191,12 +191,13 @@ class Planner:
         """
         return self._loading.begin(keys, now, pooled=pooled)
 
-    def end_load(self, job_id: int, failed: Collection[int], now: float, *, partial: Collection[int] = ()) -> None:
+    def end_load(self, job_id: int, failed: Collection[int], now: float, *, partial: Collection[int] = (), forgets: bool = True) -> None:
         """The copies of a load are done; blocks at the indexes ``failed`` are forgotten in host memory.
 
-        ``partial``: blocks of which not all was copied; what the device pool got of them is not whole.
+        ``partial``: blocks of which not all was copied; what the device pool got of them is not whole. ``forgets``: False where
+        others load the same blocks, and whoever failed is going to ask for others.
         """
-        self._loading.end(job_id, failed, partial, now)
+        self._loading.end(job_id, failed, partial, now, forgets=forgets)
 
     def promote(self, keys: Sequence[BlockKey], now: float) -> int:
         """Starts to bring the leading run into host memory. Returns how many leading blocks are or will be there."""

@@ -12,9 +12,11 @@ the next one: they may be there before the kernel has closed the connection of a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+from kvtier.types import BlockKey
 
 
 class CopyEnder(Protocol):
@@ -32,6 +34,8 @@ class Copy:
     """the planner's number"""
     is_load: bool
     num_slots: int
+    keys: Sequence[BlockKey] = ()
+    """of a load: the blocks in its slots"""
     is_void: bool = False
     """its session has ended: what was copied counts for nothing, but its slots are taken"""
 

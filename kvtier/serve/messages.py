@@ -105,7 +105,10 @@ class BeginLoad(Frame, tag=9):
 
 
 class EndLoad(Frame, tag=10):
-    """A load has ended; positions of blocks that could not be copied, and of those copied in part."""
+    """A load has ended; positions of blocks that could not be copied, and of those copied in part.
+
+    Nobody loses a block by it: for this session those that failed are not there for a while.
+    """
 
     job: Natural
     failed: Positions

@@ -15,6 +15,7 @@ from kvtier.errors import ControlError
 from kvtier.policies import POLICIES
 from kvtier.serve import messages
 from kvtier.serve.estimates import SharedEstimates
+from kvtier.serve.failed_loads import FailedLoads
 from kvtier.serve.frames import ProtocolError
 from kvtier.serve.members import Copy, Member
 from kvtier.serve.messages import Frame, is_counted_by_engines, keys_of
@@ -70,6 +71,7 @@ class Session:
         self._pins: dict[int, tuple[int, float]] = {}
         """the engine's number -> the planner's, and when it ends by itself"""
         self._prune_pins_at = 1024
+        self._failed_loads = FailedLoads(clock)
         self._reserved: set[int] = set()
         """pins of the control API, by the planner's number"""
         self._poll: LongPoll | None = None
@@ -89,7 +91,7 @@ class Session:
         self._handlers: Mapping[type[Frame], Callable[[Any], None]] = {
             messages.Resume: self._resume,
             messages.Match: self._match,
-            messages.Promote: lambda frame: self._answer(frame.call, self._cache.promote(self._keys(frame.keys))),
+            messages.Promote: lambda frame: self._answer(frame.call, self._cache.promote(self._loadable(frame.keys))),
             messages.Pin: self._pin,
             messages.Unpin: self._unpin,
             messages.Touch: lambda frame: self._cache.touch(self._keys(frame.keys)),
@@ -141,7 +143,7 @@ class Session:
         self._require_member().resume(frame.open_jobs, self._cache)
 
     def _match(self, frame: messages.Match) -> None:
-        found = self._cache.match(self._keys(frame.keys))
+        found = self._cache.match(self._loadable(frame.keys))
         self._send(messages.Matched(frame.call, found.hit_blocks, found.ready_blocks, found.pending))
 
     def _pin(self, frame: messages.Pin) -> None:
@@ -169,16 +171,22 @@ class Session:
 
     def _begin_load(self, frame: messages.BeginLoad) -> None:
         member = self._require_room(frame.job)
-        plan = self._cache.begin_load(self._keys(frame.keys))
-        member.copies[frame.job] = Copy(plan.job_id, is_load=True, num_slots=len(plan.slots))
+        keys = self._loadable(frame.keys)
+        plan = self._cache.begin_load(keys)
+        num_slots = len(plan.slots)
+        member.copies[frame.job] = Copy(plan.job_id, is_load=True, num_slots=num_slots, keys=keys[:num_slots])
         self._send(messages.Slots(frame.call, *_columns(plan.slots)))
 
     def _end_load(self, frame: messages.EndLoad) -> None:
         copy = self._copy(frame.job, frame.failed, is_load=True)
         if copy is None:
             return
-        failed = () if copy.is_void else frame.failed
-        self._cache.end_load(copy.plan_id, failed, partial=[at for at in frame.partial if at < copy.num_slots])
+        failed = set() if copy.is_void else set(frame.failed)
+        if not copy.is_void:
+            self._failed_loads.discard(key for at, key in enumerate(copy.keys) if at not in failed)
+            self._failed_loads.add(copy.keys[at] for at in sorted(failed))
+        # Workers do not look at what they copy, so this says something of the engine and nothing of the blocks.
+        self._cache.end_load(copy.plan_id, failed, partial=[at for at in frame.partial if at < copy.num_slots], forgets=False)
 
     def _begin_stores(self, frame: messages.BeginStores) -> None:
         orders = [self._order(store) for store in frame.stores]
@@ -248,7 +256,8 @@ class Session:
         strangers = set(frame.tiers or ()) - set(self._cache.sharing.tiers)
         if len(keys) <= first or strangers:
             raise ProtocolError("a question for no block, or to a tier that nobody shares")
-        self._answer(frame.call, self._cache.sharing.probe(keys, first, frame.tenant, tiers=frame.tiers))
+        can_load = len(self._failed_loads.loadable(keys[: first + 1])) > first
+        self._answer(frame.call, can_load and self._cache.sharing.probe(keys, first, frame.tenant, tiers=frame.tiers))
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -270,6 +279,10 @@ class Session:
             return keys_of(joined)
         except ValueError as error:
             raise ProtocolError(str(error)) from error
+
+    def _loadable(self, joined: bytes) -> Sequence[BlockKey]:
+        """As far as this engine can load them."""
+        return self._failed_loads.loadable(self._keys(joined))
 
     def _tiers(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
         if set(numbers) - set(self._cache.verbs.tiers.values()):

@@ -24,10 +24,11 @@ from kvtier.engine import CacheEngine
 from kvtier.errors import ControlError, DaemonError, QuotaError
 from kvtier.hashing import Namespace
 from kvtier.memory.arena_file import PAGE_BYTES
-from kvtier.serve import frames, messages, session
+from kvtier.serve import failed_loads, frames, messages, session
 from kvtier.serve.channel import Attaching
 from kvtier.serve.client import ServedCache
 from kvtier.serve.daemon import Daemon
+from kvtier.serve.failed_loads import FailedLoads
 from kvtier.serve.link import connect
 from kvtier.serve.node import Node
 from kvtier.testing.daemons import BLOCK_BYTES, DaemonProcess, DaemonThread, EngineWithoutModel, break_link, hello, payload_of, settings
@@ -248,6 +249,49 @@ def test_an_engine_of_two_workers(served: Served) -> None:
     workers[1].close()
     wait_for(lambda: not served.open())
     assert "pair" not in served.thread.daemon._members
+
+
+def test_what_one_engine_cannot_copy_others_keep(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed loads of an engine whose copies fail cost nobody a block. It is not promised them again for a while, then once more."""
+    monkeypatch.setattr(failed_loads, "FIRST_WAIT_S", 0.5)
+    broken, other = served.engine("broken"), served.engine("other")
+    keys = keys_of(1, 8)
+    other.store(keys)
+    for _ in range(2):
+        load = broken.cache.begin_load(keys)
+        assert 8 == len(load.slots)
+        broken.cache.end_load(load.job_id, {2, 3})
+        assert PrefixMatch(2, 2) == broken.cache.match(keys)
+        assert 2 == broken.cache.promote(keys)
+        assert PrefixMatch(0, 0) == broken.cache.match(keys[2:])
+        assert 2 == broken.load(keys)
+        assert 0 == broken.store(keys), "they are there all the same"
+        assert 8 == other.load(keys)
+        wait_for(lambda: broken.cache.match(keys).ready_blocks == 8)
+    assert 8 == broken.load(keys)
+    with contextlib.closing(kvtier.connect(served.path)) as controller:
+        assert 4 == controller.stats().result(10.0).counters["load.failed_blocks"]
+
+
+def test_what_fails_again_is_kept_back_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as long each time, up to a bound, and from the beginning once it was loaded; no more keys than a bound are known."""
+    now = 0.0
+    failed = FailedLoads(lambda: now)
+    key, other = keys_of(1, 2)
+    for wait_s in (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 3600.0, 3600.0):
+        failed.add([key])
+        now += wait_s - 1.0
+        assert [other] == failed.loadable([other, key])
+        now += 1.0
+        assert [other, key] == failed.loadable([other, key])
+    failed.discard([key])
+    failed.add([key])
+    now += 10.0
+    assert [key] == failed.loadable([key])
+    monkeypatch.setattr(failed_loads, "MAX_KEYS", 4)
+    many = keys_of(2, 6)
+    failed.add(many)
+    assert many[:2] == failed.loadable(many)
 
 
 def test_a_worker_that_outlives_its_scheduler_is_none_of_the_next_ones(served: Served) -> None:
