@@ -121,6 +121,7 @@ COUNTERS: Mapping[str, str] = {
     "daemon.lost": "times the node daemon was lost: gone, or it refused",
     "daemon.timeouts": "times the node daemon was given up because it did not answer by the deadline",
     "daemon.missed_calls": "calls that were answered with a miss because there was no node daemon",
+    "daemon.unknown_counters": "counters that engines of another version told a node daemon, which does not know them",
     "daemon.void_copies": "copies whose slots belonged to a node daemon that was lost before they ended",
     "connector.errors": "unexpected errors inside kvtier that became misses",
     "index.reset": "times the whole cache was forgotten on request",

@@ -236,8 +236,9 @@ class Session:
 
     def _begin_poll(self, frame: messages.Poll) -> None:
         for name, amount in frame.counters.items():
-            if not is_counted_by_engines(name):
-                raise ProtocolError(f"a counter called {name!r}")
+            if not is_counted_by_engines(name):  # by one of another version
+                self._cache.stats.add("daemon.unknown_counters")
+                continue
             room = MAX_COUNT - self._cache.stats[name]
             self._cache.stats.add(name, min(amount, MAX_GROWTH, room))
         for step in frame.computed:

@@ -741,7 +741,6 @@ HOSTILE: dict[str, bytes] = {
     "negative": encoded(HELLO, messages.Unpin(-1)),
     "a hint of nothing": encoded(HELLO, messages.TakeHint(1, "ToolCall", {"color": "red"})),
     "a workflow of nothing": encoded(HELLO, messages.TakeHint(1, "Workflow", {"graph": 3, "running": []})),
-    "a counter of the daemon's": encoded(HELLO, messages.Poll(0.0, {"disk.corrupt_blocks": 5}, ())),
     "an unknown tier": encoded(HELLO, messages.Verb(1, "clear", tiers=(9,))),
     "a strange quota": encoded(HELLO, messages.Verb(1, "set_quota", tiers=(0,), text="a", number=1.5)),
     "copies of a worker": encoded(hello("worker", "hostile"), messages.BeginLoad(1, 1, KEY)),
@@ -789,6 +788,21 @@ def test_counters_of_a_broken_peer_stay_numbers(served: Served, monkeypatch: pyt
         link.flush()
         counted = min(counted + session.MAX_GROWTH, most)
         wait_for(is_counted)
+    controller.close()
+    link.close()
+
+
+def test_counters_of_another_version_are_left_out(served: Served) -> None:
+    """An engine that counts what its daemon does not, or leaves to itself, keeps its session."""
+    served.engine("honest")
+    link, controller = connect(served.path, hello("control"), 5.0), kvtier.connect(served.path)
+    before = controller.stats().result(10.0).counters
+    link.tell(messages.Poll(0.0, {"lookup.blocks": 1, "disk.corrupt_blocks": 5, "of.tomorrow": 3}, ()))
+    link.flush()
+    wait_for(lambda: controller.stats().result(10.0).counters["daemon.unknown_counters"] == 2)
+    after = controller.stats().result(10.0).counters
+    assert {"lookup.blocks": 1, "daemon.unknown_counters": 2} == {name: n - before[name] for name, n in after.items() if n != before[name]}
+    link.flush()
     controller.close()
     link.close()
 
