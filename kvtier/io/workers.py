@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -66,8 +67,9 @@ class WorkerPool:
     def close(self, *, discard: bool = False, timeout_s: float | None = None) -> None:
         """Waits for the queued tasks, or only for the running ones and drops the rest unreported (``discard``). Idempotent.
 
-        Waits ``timeout_s`` for each thread, where that is given; one that still runs then is left to itself.
+        Waits ``timeout_s`` for all threads together, where that is given; one that still runs then is left to itself.
         """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             self._closing = True
             if discard:
@@ -75,7 +77,7 @@ class WorkerPool:
                 self._normal.clear()
             self._work.notify_all()
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _loop(self) -> None:
         while True:

@@ -315,7 +315,7 @@ def test_a_sentinel_names_a_new_primary(tmp_path: Path, monkeypatch: pytest.Monk
 def test_sentinels_at_addresses_of_ipv6() -> None:
     """Their brackets are no part of the address."""
     client = RedisClient(RedisAccess(url="redis://[::1]:5000,b:6000/0", sentinel="primary"))
-    pool = client._endpoint.pool_for("any")
+    pool = client._endpoint.pool_for("any", Deadline(5.0))
     places = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
     assert [("::1", 5000), ("b", 6000)] == [(place["host"], place["port"]) for place in places]
     client.close()

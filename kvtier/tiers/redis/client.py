@@ -38,7 +38,7 @@ class RedisClient:
         self._events: Counter[str] = Counter()
 
     def ping(self, deadline: Deadline) -> None:
-        with self._endpoint.wire(self._endpoint.pool_for("")) as wire:
+        with self._endpoint.wire(self._endpoint.pool_for("", deadline), deadline) as wire:
             wire.send([command(b"PING")], deadline)
             line = wire.read_line(deadline)
             if line != b"+PONG":
@@ -46,7 +46,7 @@ class RedisClient:
 
     def put(self, items: Sequence[Put], deadline: Deadline) -> Iterator[Reply]:
         with ExitStack() as stack:
-            wires = self._wires(stack, [item.name for item in items])
+            wires = self._wires(stack, [item.name for item in items], deadline)
             for item, wire in zip(items, wires, strict=True):
                 num_bytes = len(item.header) + len(item.payload)
                 begin = b"*%d\r\n$3\r\nSET\r\n%b$%d\r\n" % (self._num_arguments, _bulk(item.name.encode()), num_bytes)
@@ -83,20 +83,20 @@ class RedisClient:
     def close(self) -> None:
         self._endpoint.close()
 
-    def _wires(self, stack: ExitStack, names: Sequence[str]) -> list[Wire]:
+    def _wires(self, stack: ExitStack, names: Sequence[str], deadline: Deadline) -> list[Wire]:
         """The wire for each name, one for each server."""
         wire_of: dict[Any, Wire] = {}
         wires = []
         for name in names:
-            pool = self._endpoint.pool_for(name)
+            pool = self._endpoint.pool_for(name, deadline)
             if pool not in wire_of:
-                wire_of[pool] = stack.enter_context(self._endpoint.wire(pool))
+                wire_of[pool] = stack.enter_context(self._endpoint.wire(pool, deadline))
             wires.append(wire_of[pool])
         return wires
 
     def _ask(self, stack: ExitStack, names: Sequence[str], verb: bytes, deadline: Deadline) -> list[Wire]:
         """Sends a command with one name as its argument for each name; the wires on which the replies come, in the order of the names."""
-        wires = self._wires(stack, names)
+        wires = self._wires(stack, names, deadline)
         _send(wires, names, verb, deadline)
         return wires
 
@@ -114,7 +114,8 @@ class RedisClient:
         """Asks on a second wire what was asked on the first one; whichever begins to answer first."""
         self._events["hedged_reads"] += 1
         try:
-            second = stack.enter_context(self._endpoint.wire(self._endpoint.pool_for(names[0])))
+            soon = Deadline(deadline.remaining_s() / 2)  # the first one may answer meanwhile
+            second = stack.enter_context(self._endpoint.wire(self._endpoint.pool_for(names[0], soon), soon))
         except RemoteError:
             return first  # a server that lets no second connection in may still answer on the first one
         _send([second] * len(names), names, b"GET", deadline)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 import redis.cluster
@@ -17,9 +19,14 @@ from redis.retry import Retry
 
 from kvtier.errors import RemoteError
 from kvtier.tiers.redis.wire import Wire
+from kvtier.tiers.remote.bounded_calls import BoundedCalls, CallsAbortedError
+from kvtier.tiers.remote.deadline import Deadline
 
 _CONNECT_ERRORS = (RedisError, RedisClusterException, OSError, UnicodeError)
 """RedisClusterException is no RedisError; UnicodeError: a host that can be none"""
+_NUM_CONNECTING = 8
+"""connections that may be under way at once"""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +63,28 @@ class Endpoint:
         self._access = access
         self._options = _options(access)
         self._lock = threading.Lock()
-        self._wires: set[Wire] = set()
+        self._wires: dict[Any, Wire] = {}
+        """by redis-py's connection"""
+        self._calls = BoundedCalls(_NUM_CONNECTING, "kvtier-redis-connect")
+        self._asking = threading.Lock()
+        """held while a cluster is asked who keeps what"""
         self._is_aborted = False
         self._cluster: redis.RedisCluster | None = None
         self._may_have_moved = False
         """names of the cluster may be kept elsewhere by now"""
         self._pool = None if access.cluster else _pool(access, self._options)
 
-    def pool_for(self, name: str) -> Any:
+    def pool_for(self, name: str, deadline: Deadline) -> Any:
         """The connection pool of the server that keeps a name."""
         if self._pool is not None:
             return self._pool
         try:
-            node = self._current_cluster().get_node_from_key(name)
+            cluster = self._cluster
+            if cluster is None or self._may_have_moved:
+                cluster = self._call(self._current_cluster, deadline)
+            node = cluster.get_node_from_key(name)
+        except RemoteError:
+            raise
         except _CONNECT_ERRORS as error:
             self._may_have_moved = True
             raise self._failure(error) from error
@@ -77,25 +93,20 @@ class Endpoint:
         return node.redis_connection.connection_pool
 
     @contextmanager
-    def wire(self, pool: Any) -> Iterator[Wire]:
+    def wire(self, pool: Any, deadline: Deadline) -> Iterator[Wire]:
         """A connection, to itself; given back where nothing was raised, else closed."""
-        self._check_open()
-        try:
-            connection = pool.get_connection()
-        except _CONNECT_ERRORS as error:
-            self._may_have_moved = True
-            raise self._failure(error) from error
+        connection = self._connection(pool, deadline)
         wire = Wire(connection._sock, self._access.address, self._access.stall_timeout_s)
         is_clean = False
         try:
             with self._lock:
                 self._check_open()  # aborted while it connected
-                self._wires.add(wire)
+                self._wires[connection] = wire
             yield wire
             is_clean = True
         finally:
             with self._lock:
-                self._wires.discard(wire)
+                self._wires.pop(connection, None)
             if not is_clean:
                 connection.disconnect()
                 self._may_have_moved = True
@@ -110,11 +121,13 @@ class Endpoint:
         """Makes every wire fail, those to come too."""
         with self._lock:
             self._is_aborted = True
-            for wire in self._wires:
+            for wire in self._wires.values():
                 wire.abort()
+        self._calls.abort()
 
     def close(self) -> None:
         """Closes what is idle."""
+        self._calls.close()
         if self._pool is not None:
             self._pool.disconnect()
         for node in [] if self._cluster is None else self._cluster.get_nodes():
@@ -122,20 +135,56 @@ class Endpoint:
 
     def _current_cluster(self) -> redis.RedisCluster:
         """The cluster, asked anew who keeps what after anything went wrong: a replica may have taken over, or names may have moved."""
-        if self._cluster is None:
-            self._cluster = redis.RedisCluster.from_url(self._access.url, **self._options)
-        elif self._may_have_moved:
-            self._may_have_moved = False
-            before = self._cluster.get_nodes()
-            self._cluster.nodes_manager.initialize()
-            for node in before:
-                if self._cluster.get_node(node_name=node.name) is None:
-                    _disconnect(node, with_busy=False)
-        return self._cluster
+        with self._asking:
+            if self._cluster is None:
+                self._cluster = redis.RedisCluster.from_url(self._access.url, **self._options)
+            elif self._may_have_moved:
+                self._may_have_moved = False
+                before = self._cluster.get_nodes()
+                self._cluster.nodes_manager.initialize()
+                for node in before:
+                    if self._cluster.get_node(node_name=node.name) is None:
+                        _disconnect(node, with_busy=False)
+            return self._cluster
+
+    def _connection(self, pool: Any, deadline: Deadline) -> Any:
+        """Of redis-py, which resolves names and speaks to the server before it gives one out, within no deadline."""
+
+        def dispose(connection: Any) -> None:
+            connection.disconnect()
+            pool.release(connection)
+
+        self._check_open()
+        try:
+            return self._call(pool.get_connection, deadline, dispose)
+        except RemoteError:
+            raise
+        except _CONNECT_ERRORS as error:
+            self._may_have_moved = True
+            if isinstance(error, TimeoutError):
+                self._end_handshakes(pool)
+            raise self._failure(error) from error
+
+    def _call(self, work: Callable[[], _T], deadline: Deadline, dispose: Callable[[_T], object] = lambda _: None) -> _T:
+        try:
+            return self._calls.call(work, deadline, dispose=dispose)
+        except CallsAbortedError as error:
+            raise self._closing() from error
+
+    def _end_handshakes(self, pool: Any) -> None:
+        """Lets connections that nobody waits for go, or a server that sends and sends would fill the memory."""
+        with self._lock:
+            for connection in set(pool._in_use_connections) - self._wires.keys():
+                if connection._sock is not None:
+                    with contextlib.suppress(OSError):
+                        connection._sock.shutdown(socket.SHUT_RDWR)
 
     def _check_open(self) -> None:
         if self._is_aborted:
-            raise RemoteError("connect_errors", f"{self._access.address}: the tier is closing", may_pass=False)
+            raise self._closing()
+
+    def _closing(self) -> RemoteError:
+        return RemoteError("connect_errors", f"{self._access.address}: the tier is closing", may_pass=False)
 
     def _failure(self, error: Exception) -> RemoteError:
         where = self._access.address
