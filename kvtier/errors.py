@@ -56,13 +56,15 @@ class TierFormatError(TierError):
 class RemoteError(TierError):
     """A remote store does not answer, or refuses. Raised at start; later it becomes an outcome and a counted event.
 
-    ``event`` is the counter's name; ``may_pass`` says whether the same call may work if it is repeated at once.
+    ``event`` is the counter's name; ``may_pass`` says whether the same call may work if it is repeated at once, ``is_failure`` whether the
+    store is the worse for it: one that answers, and refuses one thing, may do all others.
     """
 
-    def __init__(self, event: str, message: str, *, may_pass: bool = True) -> None:
+    def __init__(self, event: str, message: str, *, may_pass: bool = True, is_failure: bool = True) -> None:
         super().__init__(message)
         self.event = event
         self.may_pass = may_pass
+        self.is_failure = is_failure
 
 
 class ArenaError(KVTierError, OSError):

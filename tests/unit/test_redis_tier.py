@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -163,6 +164,49 @@ def test_wrong_password(tmp_path: Path) -> None:
         tier.close()
     finally:
         server.kill()
+
+
+def names_of(tier: RemoteTier, metas: list[BlockMeta]) -> list[str]:
+    """Of their values in the store."""
+    return [name_of(tier.settings.prefix, NAMESPACE, meta.key) for meta in metas]
+
+
+def test_a_name_that_holds_something_else_costs_one_block(server: ValkeyServer, tmp_path: Path) -> None:
+    """A hash where a value should be is a miss, as often as it is met; the blocks beside it come."""
+    tier = open_tier(server.unix_url, f"{tmp_path}/")
+    metas = blocks(tier, 4, 1000)
+    with redis.Redis(unix_socket_path=str(server.socket_path)) as admin:
+        admin.delete(names_of(tier, metas)[1])
+        admin.hset(names_of(tier, metas)[1], "a", "b")
+    for _ in range(MAX_CONSECUTIVE_FAILURES + 1):
+        assert (Outcome.OK, Outcome.MISS, Outcome.OK, Outcome.OK) == load(tier, metas)
+    other = open_tier(server.unix_url, f"{tmp_path}/")
+    found = wait_for_probe(other, ProbeJob(1, NAMESPACE, tuple(meta.key for meta in metas)))
+    assert (True, 1) == (found.is_complete, len(found.num_bytes))
+    assert tier.online
+    assert other.online
+    tier.close()
+    other.close()
+
+
+def test_a_user_who_may_not_delete_goes_on_reading(own_server: ValkeyServer) -> None:
+    """Values stay, which is counted; the store is as good as before."""
+    with redis.Redis(unix_socket_path=str(own_server.socket_path)) as admin:
+        admin.execute_command("ACL", "SETUSER", "w", "on", ">p", "~*", "+get", "+set", "+strlen", "+ping", "+client", "+select")
+    tier = open_tier(own_server.unix_url, username="w", password="p")
+    metas = blocks(tier, 2 * MAX_CONSECUTIVE_FAILURES, 1000)
+    seen: Counter[str] = Counter()
+    for count, meta in enumerate(metas[1:], start=1):
+        tier.remove([meta.key])
+        end = time.monotonic() + 30
+        while seen["failed_removals"] < count:
+            assert time.monotonic() < end
+            seen.update(tier.take_events())
+            time.sleep(0.005)
+    assert len(metas) - 1 == seen["server_errors"]
+    assert tier.online
+    assert (Outcome.OK,) == load(tier, metas[:1])
+    tier.close()
 
 
 def test_another_format_version(server: ValkeyServer, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from kvtier.tiers.remote.client import ABSENT, DONE, OTHER_SIZE
 
 _REFUSALS = (b"OOM", b"READONLY", b"NOPERM", b"MISCONF", b"NOREPLICAS")
 """beginnings of errors that say: this is not taken, others may be"""
+_WRONG_TYPE = b"-WRONGTYPE"
+"""somebody has put a list, a hash or the like under the name"""
 _AUTH_ERRORS = (b"NOAUTH", b"WRONGPASS")
 
 
@@ -66,12 +68,19 @@ class RedisClient:
     def sizes(self, names: Sequence[str], deadline: Deadline) -> list[int | None]:
         with ExitStack() as stack:
             wires = self._ask(stack, names, b"STRLEN", deadline)
-            return [self._number(wire, deadline) or None for wire in wires]
+            return [self._size(wire, deadline) for wire in wires]
 
     def delete(self, names: Sequence[str], deadline: Deadline) -> None:
         with ExitStack() as stack:
+            refusal = b""
             for wire in self._ask(stack, names, b"UNLINK", deadline):
-                self._number(wire, deadline)
+                line = wire.read_line(deadline)
+                if self._is_refusal(line):
+                    refusal = line
+                else:
+                    self._number(wire, line)
+            if refusal:  # to this user, or by a replica: values can be read all the same
+                raise RemoteError("server_errors", f"{self.address}: {_text(refusal)}", may_pass=False, is_failure=False)
 
     def take_events(self) -> dict[str, int]:
         events, self._events = self._events, Counter()
@@ -127,15 +136,20 @@ class RedisClient:
     def _put_reply(self, wire: Wire, line: bytes) -> Reply:
         if line in (b"+OK", b"$-1"):
             return DONE
-        has_new_primary = self._endpoint.has_sentinel and line.startswith(b"-READONLY")
-        if line.startswith(b"-") and line[1:].startswith(_REFUSALS) and not has_new_primary:
+        if self._is_refusal(line):
             return Reply(Answer.REFUSED, f"{self.address}: {_text(line)}")
         raise self._error(wire, line)
+
+    def _is_refusal(self, line: bytes) -> bool:
+        has_new_primary = self._endpoint.has_sentinel and line.startswith(b"-READONLY")
+        return line.startswith(b"-") and line[1:].startswith(_REFUSALS) and not has_new_primary
 
     def _get_reply(self, wire: Wire, item: Get, deadline: Deadline) -> Reply:
         line = wire.read_line(deadline)
         if line == b"$-1":
             return ABSENT
+        if line.startswith(_WRONG_TYPE):
+            return OTHER_SIZE
         if not line.startswith(b"$") or not line[1:].isdigit():
             raise self._error(wire, line)
         num_bytes = int(line[1:])
@@ -144,8 +158,11 @@ class RedisClient:
             return OTHER_SIZE
         return Reply(Answer.DONE, checksum=wire.read_value(item.header, item.payload, deadline))
 
-    def _number(self, wire: Wire, deadline: Deadline) -> int:
+    def _size(self, wire: Wire, deadline: Deadline) -> int | None:
         line = wire.read_line(deadline)
+        return None if line.startswith(_WRONG_TYPE) else self._number(wire, line) or None
+
+    def _number(self, wire: Wire, line: bytes) -> int:
         if not line.startswith(b":") or not line[1:].isdigit():
             raise self._error(wire, line)
         return int(line[1:])

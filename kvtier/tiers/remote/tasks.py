@@ -83,7 +83,8 @@ class Caller:
                 except RemoteError as caught:
                     error = caught
                     self._reporter.count(error.event)
-                    self.health.failed(error)
+                    if error.is_failure:
+                        self.health.failed(error)
             if error is None:
                 continue
             pause = next(pauses, None) if error.may_pass else None
