@@ -114,6 +114,7 @@ class DribblingServer:
 
     def __init__(self, *, flood: bool = False) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._connections: list[socket.socket] = []
         self._piece = bytes(1 << 20) if flood else b"-"
         self._pause_s = 0.0 if flood else 0.1
         self.port = self._listener.getsockname()[1]
@@ -123,6 +124,7 @@ class DribblingServer:
         try:
             while True:
                 connection, _ = self._listener.accept()
+                self._connections.append(connection)
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
         except OSError:
             return
@@ -134,8 +136,12 @@ class DribblingServer:
                 time.sleep(self._pause_s)
 
     def close(self) -> None:
+        """Ends all connections too: who asks a cluster reads on as long as something comes."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(params=[False, True], ids=["dribble", "flood"])
