@@ -43,7 +43,7 @@ class Loading:
             self._end_on_device(job_id, plan, [*failed, *partial], now)
         books.space.release(plan.slots, job_id)
         books.stats.add("load.failed_blocks", len(failed))
-        books.stats.add("host.loaded_blocks", len(plan.entries) - len(failed) - sum(plan.device_ready))
+        books.stats.add("host.loaded_blocks", plan.num_from_host(failed))
 
     def _end_on_device(self, job_id: int, plan: LoadInFlight, failed: Collection[int], now: float) -> None:
         pool = self._books.host.device

@@ -155,11 +155,11 @@ class Planner:
         self._expire(now)
         if self._books.host.device is not None:
             self._books.host.device.expire(now)
-        if len(self._mover):
-            self._mover.step(now)
         if self._books.lower:
             self._books.host.let_go_ahead(now)
             self._books.demoter.pump(now)
+        if len(self._mover):  # behind the writes: what they turned away is waited for no more
+            self._mover.step(now)
 
     # ---- storing ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvtier.control.index import Entry
@@ -52,3 +53,8 @@ class LoadInFlight:
     slots: tuple[int, ...]
     device_slots: tuple[int, ...] = ()
     device_ready: tuple[bool, ...] = ()
+
+    def num_from_host(self, failed: Collection[int]) -> int:
+        """How many were copied from host memory, and did not fail."""
+        ready = self.device_ready or (False,) * len(self.entries)
+        return sum(not is_ready and position not in failed for position, is_ready in enumerate(ready))

@@ -109,9 +109,8 @@ class Prober:
         for entry in entries:
             entry.readable |= tier.bit
             books.host.tell(True, residency.name, entry)
-        # Blocks that were known from elsewhere may be nobody's: books are kept by tenant.
-        for _, group in itertools.groupby(entries, key=lambda entry: entry.tenant):
-            residency.insert([entry.meta for entry in group], now)
+        if entries:
+            residency.insert([entry.meta for entry in entries], now)
 
     def __len__(self) -> int:
         return len(self._running)

@@ -1,12 +1,13 @@
 """What the planner keeps of one tier: who is in it, in which order they leave, until when, and who may not.
 
 Blocks of different sizes have an order each, because room freed by one size is of no use to another; and so have the blocks of each
-tenant with a quota, so that a tenant's blocks can leave without others'. A tenant's blocks continue only its own, so victims are leaves
-in each order.
+tenant with a quota, so that a tenant's blocks can leave without others'. A tenant's blocks continue its own, or what a restart has found
+of them, which counts as nobody's; so victims are leaves in each order, but for those, which may leave before what continues them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -77,7 +78,7 @@ class Residency:
 
     def written(self, entry: Entry) -> None:
         """A write of a block has begun or ended, or will not be: it may leave, or no longer."""
-        policy = self._policy_of((entry.key,), entry.num_bytes)
+        policy = self._policy_of(entry.key, entry.num_bytes)
         if isinstance(policy, VictimBuffer):
             policy.written(entry)
 
@@ -87,17 +88,22 @@ class Residency:
         return sum(buffer.num_waiting for buffer in buffers), sum(buffer.num_writing for buffer in buffers)
 
     def insert(self, blocks: Sequence[BlockMeta], now: float, *, is_use: bool = True) -> None:
-        """Takes blocks of one size and one tenant in as just used, in the given order. There must be one at least.
+        """Takes blocks of one size in as just used, in the given order. There must be one at least.
 
         ``is_use`` False: they are only brought here; ``touch`` follows if they are used.
         """
+        tenant_of = self.tenant_of
+        if tenant_of is None:
+            self._insert(blocks, POOL, now, is_use)
+            return
+        # One tenant's, but for what a restart has found, which is nobody's, between them.
+        for tenant, group in itertools.groupby(blocks, key=lambda block: tenant_of(block.key)):
+            members = list(group)
+            self._quotas.count(tenant, members[0].num_bytes * len(members))
+            self._insert(members, self._quotas.owner(tenant), now, is_use)
+
+    def _insert(self, blocks: Sequence[BlockMeta], owner: str, now: float, is_use: bool) -> None:
         block_bytes = blocks[0].num_bytes
-        num_bytes = block_bytes * len(blocks)
-        owner = POOL
-        if self.tenant_of is not None:
-            tenant = self.tenant_of(blocks[0].key)
-            owner = self._quotas.owner(tenant)
-            self._quotas.count(tenant, num_bytes)
         policy = self._ensure_policy(block_bytes, owner)
         if is_use:
             insert = policy.insert
@@ -106,7 +112,7 @@ class Residency:
         else:
             for run in runs_of(blocks[::-1]):
                 policy.put_back(run, now)
-        self.num_bytes += num_bytes
+        self.num_bytes += block_bytes * len(blocks)
         if self._expiry is not None:
             for block in blocks:
                 self._expiry.insert(block.key, now)
@@ -117,23 +123,21 @@ class Residency:
 
     def touch(self, keys: Sequence[BlockKey], num_bytes: int, now: float) -> None:
         """Marks blocks of one size and one tenant as used, in the given order."""
-        policy = self._policy_of(keys, num_bytes)
-        if policy is None:
-            return
-        policy.touch(keys, now)
-        if self._expiry is not None:
+        policies = self._policies_of(keys, num_bytes)
+        for policy in policies:
+            policy.touch(keys, now)
+        if policies and self._expiry is not None:
             for key in keys:
                 self._expiry.touch(key, now)
 
     def expect(self, keys: Sequence[BlockKey], num_bytes: int, seconds: float, now: float) -> None:
         """Somebody expects blocks of one size and one tenant, the tail of their prompt first, to be used in so many seconds."""
-        policy = self._policy_of(keys, num_bytes)
-        if policy is not None:
+        for policy in self._policies_of(keys, num_bytes):
             policy.expect(keys, seconds, now)
 
     def index_of(self, key: BlockKey, num_bytes: int, now: float) -> float | None:
         """What the place of a block yields, in uses per second; None where its policy does not know."""
-        policy = self._policy_of((key,), num_bytes)
+        policy = self._policy_of(key, num_bytes)
         return None if policy is None else policy.index_of(key, now)
 
     def least_index(self, tenant: str, num_bytes: int, now: float) -> float | None:
@@ -143,7 +147,7 @@ class Residency:
 
     def remove(self, key: BlockKey, num_bytes: int) -> None:
         """Forgets a block; an absent one is fine. Pins on it stay and hold again when it comes back."""
-        policy = self._policy_of((key,), num_bytes)
+        policy = self._policy_of(key, num_bytes)
         if policy is None or key not in policy:
             return
         policy.remove(key)
@@ -188,7 +192,7 @@ class Residency:
         """Keeps a block (and so its whole prefix in this tier) until as many ``unpin`` calls."""
         self._pins[key] = self._pins.get(key, 0) + 1
         if self._pins[key] == 1:
-            policy = self._policy_of((key,), num_bytes)
+            policy = self._policy_of(key, num_bytes)
             if policy is not None:
                 policy.pin(key)
 
@@ -199,7 +203,7 @@ class Residency:
             self._pins[key] = left
             return
         del self._pins[key]
-        policy = self._policy_of((key,), num_bytes)
+        policy = self._policy_of(key, num_bytes)
         if policy is not None:
             policy.unpin(key, now)
 
@@ -254,13 +258,17 @@ class Residency:
             policy = self._policies[num_bytes, owner] = policy if self._buffer is None else self._buffer(policy)
         return policy
 
-    def _policy_of(self, keys: Sequence[BlockKey], num_bytes: int) -> EvictionPolicy | None:
-        """The order in which blocks of one tenant are; it may not hold all of them."""
-        owner = POOL
-        if self._quotas.limits and self.tenant_of is not None:
-            tenant = next((tenant for key in keys if (tenant := self.tenant_of(key))), POOL)
-            owner = self._quotas.owner(tenant)
+    def _policy_of(self, key: BlockKey, num_bytes: int) -> EvictionPolicy | None:
+        """The order in which a block would be; it need not be there."""
+        owner = self._owner_of(key) if self._quotas.limits else POOL
         return self._policies.get((num_bytes, owner))
+
+    def _policies_of(self, keys: Sequence[BlockKey], num_bytes: int) -> list[EvictionPolicy]:
+        """The orders in which blocks of one tenant are: its own, and that of nobody in particular. Neither may hold all of them."""
+        owners = {POOL}
+        if self._quotas.limits and self.tenant_of is not None:
+            owners.add(self._quotas.owner(next((tenant for key in keys if (tenant := self.tenant_of(key))), POOL)))
+        return [policy for owner in owners if (policy := self._policies.get((num_bytes, owner))) is not None]
 
     def _owner_of(self, key: BlockKey) -> str:
         return POOL if self.tenant_of is None else self._quotas.owner(self.tenant_of(key))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, rule
+
 from kvtier.control.admission import Admission
 from kvtier.control.commands import Demote, Promote, Remove
+from kvtier.control.device_pool import DevicePool
 from kvtier.control.expiry import ExpiryQueue
 from kvtier.control.host_space import PAGE_BYTES, HostSpace
 from kvtier.control.lower import LowerTierSpec, WriteMode
@@ -12,7 +16,7 @@ from kvtier.control.residency import Residency
 from kvtier.memory.slab import SlabAllocator
 from kvtier.policies import create_policy
 from kvtier.stats import Stats
-from kvtier.testing.planner_machine import PlannerMachine
+from kvtier.testing.planner_machine import MAX_BLOCKS, PROMPTS, TIER_BLOCKS, PlannerMachine, chain, counts, prompts, tenant_of
 from kvtier.types import BlockKey, BlockMeta, Outcome, StoreOrder
 
 
@@ -90,6 +94,29 @@ class DevicePoolWithTTLMachine(PlannerMachine):
     write = WriteMode.ON_EVICT
 
 
+class RestartedMachine(PlannerMachine):
+    """The tier holds blocks that nobody is known to own, and their owners come, with quotas and without."""
+
+    @initialize(found=st.lists(st.tuples(prompts, counts), min_size=1, max_size=3))
+    def recover(self, found: list[tuple[int, int]]) -> None:
+        """What a restart finds, as far as it fits."""
+        chains = [chain(prompt, count) for prompt, count in found]
+        parents = {key: before for keys in chains for before, key in zip([None, *keys], keys, strict=False)}
+        blocks = [BlockMeta(key, parent, PAGE_BYTES) for key, parent in parents.items()][:TIER_BLOCKS]
+        self.tier = {meta.key for meta in blocks}
+        self.planner.recover(1, blocks[::-1], self.now)
+
+    @rule(prompt=prompts, tiers=st.sets(st.sampled_from([0, 1]), min_size=1))
+    def clear(self, prompt: int, tiers: set[int]) -> None:
+        """What is known to be a tenant's goes; of what was found nothing is. Nobody else loses anything."""
+        before = {other: self.planner.match(chain(other, MAX_BLOCKS)) for other in range(PROMPTS)}
+        self.planner.clear(tiers, tenant_of(prompt))
+        self.carry_on()
+        for other, found in before.items():
+            assert tenant_of(other) == tenant_of(prompt) or found == self.planner.match(chain(other, MAX_BLOCKS))
+
+
+TestRestarted = RestartedMachine.TestCase
 TestDevicePool = DevicePoolMachine.TestCase
 TestDevicePoolWithTTL = DevicePoolWithTTLMachine.TestCase
 TestWriteThrough = ThroughMachine.TestCase
@@ -137,6 +164,19 @@ def test_a_store_that_only_partly_fits_keeps_its_leading_part() -> None:
     planner = make_planner(4)
     assert 4 == store(planner, keys_of(1, 6))
     assert 4 == planner.match(keys_of(1, 6)).ready_blocks
+
+
+def test_what_a_load_is_counted_as() -> None:
+    """What came from host memory: not what failed, and not what lay in the device pool, nor both of one block."""
+    stats = Stats()
+    planner = make_planner(4, stats=stats)
+    planner.use_device_pool(DevicePool(3, PAGE_BYTES, Residency("gpu", lambda: create_policy("lru"), None), stats))
+    keys = keys_of(1, 3)
+    store(planner, keys)
+    for pooled, failed, num_loaded in ((True, (0, 2), 0), (True, (), 0), (False, (1,), 2)):
+        plan = planner.begin_load(keys, 1.0, pooled=pooled)
+        planner.end_load(plan.job_id, failed, 1.0, forgets=False)
+        assert num_loaded == stats["host.loaded_blocks"]
 
 
 def test_a_store_never_evicts_the_prefix_it_continues() -> None:

@@ -151,3 +151,21 @@ def test_who_is_over_by_most_gives_first() -> None:
         put(planner, tenant, prompt)
     put(planner, "", 20)
     assert {"a": 6, "b": 4, "": 2} == blocks(planner)
+
+
+def test_a_prompt_of_which_a_part_is_known_to_be_nobodys() -> None:
+    """A restart found its beginning, the rest is its tenant's: each part is in its own order, counted there, and used with the prompt."""
+    tenants = dict.fromkeys(keys_of(1, 3)[1:], "a")
+    tier = Residency("tier", lambda: create_policy("lru"), None)
+    tier.tenant_of = lambda key: tenants.get(key, "")
+    tier.set_quota("a", 2, lambda key: BlockMeta(key, None, 1), 0.0)
+    prompt = [BlockMeta(key, None, 1) for key in keys_of(1, 3)]
+    other = BlockMeta(keys_of(2, 1)[0], None, 1)
+    tier.insert(prompt[::-1], 1.0)
+    tier.insert([other], 2.0)
+    assert {"": 2, "a": 2} == tier.bytes_by_tenant()
+    tier.touch([block.key for block in prompt[::-1]], 1, 3.0)
+    assert [other.key] == tier.victims(1, 1, 4.0).keys
+    for block in prompt:
+        tier.remove(block.key, 1)
+    assert (0, 0, {}) == (len(tier), tier.num_bytes, tier.bytes_by_tenant())
