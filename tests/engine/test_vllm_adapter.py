@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -333,6 +334,32 @@ def test_an_engine_that_does_not_start_leaves_no_memory(tmp_path: Path) -> None:
     first.close()
 
 
+def test_two_engines_of_one_name_share_no_memory() -> None:
+    """Each gives out the slots of its host memory as it likes, whatever ``engine_id`` says."""
+    first = engine_config(host())
+    second = copy.deepcopy(first)
+    second.instance_id = "another start"
+    engine_id = first.kv_transfer_config.engine_id
+    made = cache_config(first, dict.fromkeys(LAYERS, full_attention()))
+    halves = [(config, role) for config in (first, second) for role in (KVConnectorRole.WORKER, KVConnectorRole.SCHEDULER)]
+    connectors = [KVConnectorFactory.create_connector(config, role, made) for config, role in halves]
+    names = [path.name for path in Path("/dev/shm").glob(f"kvtier-*{engine_id}*")]
+    for connector in connectors:
+        connector.shutdown()
+    assert len(names) == 2
+    assert [] == list(Path("/dev/shm").glob(f"kvtier-*{engine_id}*"))
+
+
+def test_an_engine_that_was_asked_nothing_leaves_no_memory_when_it_is_killed(rig: Rig) -> None:
+    """vLLM kills its engine core where a server is stopped. The name of host memory is gone before, with the start's last call."""
+    engine_id = rig.config.kv_transfer_config.engine_id
+    assert len(list(Path("/dev/shm").glob(f"kvtier-*{engine_id}*"))) == 1
+    rig.connector.set_xfer_handshake_metadata({})  # what vLLM makes of workers that have none
+    assert [] == list(Path("/dev/shm").glob(f"kvtier-*{engine_id}*"))
+    rig.ask("first", prompt(1, 64))
+    assert rig.ask("again", prompt(1, 64)) > 0
+
+
 def refuses(config: VllmConfig, made: Any, role: KVConnectorRole, kind: type[KVTierError], *texts: str) -> None:
     """The connector is not made, the error says all that, and no shared memory is left behind."""
     before = set(Path("/dev/shm").glob("kvtier-*"))
@@ -495,7 +522,7 @@ def test_statistics_go_through_vllms_metrics(rig: Rig, caplog: pytest.LogCapture
     assert ["host.stored_blocks=6"] == [word for line in lines for word in line.replace(",", "").split() if word.startswith("host.stored")]
 
     prometheus = KVConnectorProm(rig.config, ["engine"], {0: ["0"], 1: ["1"]})
-    for report in reports:
+    for report in [*reports, {"lookup.blocks": -1}]:
         prometheus.observe(dict(report), 1)
     values = {name: REGISTRY.get_sample_value(f"kvtier:{name.replace('.', '_')}_total", {"engine": "1"}) for name in expected}
     assert expected == values

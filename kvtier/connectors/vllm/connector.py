@@ -145,6 +145,10 @@ class KVTierConnector(KVConnectorBase_V1):
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         self._unfilled.pool = gpu_block_pool
 
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
+        """Workers have nothing to say to one another. vLLM calls this at start, once all of them have registered their KV memory."""
+        self._half.forget_arena_name(is_mapped=True)
+
     def on_new_request(self, request: Request) -> None:
         """Nothing yet: a request costs nothing before it is looked up."""
 

@@ -44,7 +44,7 @@ class KVTierPromMetrics(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():
             counter = self._counters.get(name)
-            if counter is not None:
+            if counter is not None and value > 0:  # below 0 would be a mistake of ours; Prometheus raises then, in the engine's step
                 counter.labels(*self.per_engine_labelvalues[engine_idx]).inc(value)
 
 

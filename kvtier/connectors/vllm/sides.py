@@ -40,10 +40,13 @@ _LOG = logging.getLogger(__name__)
 _DIRECTORY, _PREFIX = "/dev/shm", "kvtier-"
 
 
-def open_arena(path: str, config: Config) -> Arena:
-    """Host memory of one engine: made by whichever half comes first, mapped by the others; prepared in the background."""
+def open_arena(path: str, config: Config, launch: str) -> Arena:
+    """Host memory of one engine: made by whichever half comes first, mapped by the others; prepared in the background.
+
+    ``launch`` is part of its name: two engines of one ``engine_id`` would give out the same slots, each for itself.
+    """
     remove_stale(_DIRECTORY, _PREFIX)
-    arena = Arena.open(path, config.host.capacity_bytes, huge_pages=config.host.huge_pages, numa_node=config.host.numa_node)
+    arena = Arena.open(f"{path}-{launch}", config.host.capacity_bytes, huge_pages=config.host.huge_pages, numa_node=config.host.numa_node)
     arena.prefault()
     return arena
 
@@ -71,7 +74,7 @@ class SchedulerSide:
         wants_events = events or config.record.path is not None
         engine: Cache
         if config.daemon.socket is None:
-            engine = self._open_engine(config, namespace, arena_path, wants_events)
+            engine = self._open_engine(config, namespace, arena_path, launch, wants_events)
             host_bytes = config.host.capacity_bytes
         else:
             engine = served = _attach(config, namespace, sizes, arena_path, wants_events, launch)
@@ -92,9 +95,12 @@ class SchedulerSide:
             self.half = RecordingHalf(engine, geometry, config.connector, recorder=recorder, keep_events=events, **more)
         _LOG.info("kvtier: blocks of %d tokens and %d bytes; %s", sizes.block_tokens, sizes.block_bytes, engine.num_blocks())
 
-    def forget_arena_name(self) -> None:
-        """Takes the arena's name away once every worker has mapped it, so that a killed engine leaves nothing behind."""
-        if self._arena is not None and self.half.num_attached_workers >= self.sizes.num_workers:
+    def forget_arena_name(self, *, is_mapped: bool = False) -> None:
+        """Takes the arena's name away once every worker has mapped it, so that a killed engine leaves nothing behind.
+
+        ``is_mapped``: they have; else their reports say so.
+        """
+        if self._arena is not None and (is_mapped or self.half.num_attached_workers >= self.sizes.num_workers):
             self._arena.unlink()
             self._arena = None
 
@@ -105,8 +111,8 @@ class SchedulerSide:
             self._arena = None
         self.half.close()
 
-    def _open_engine(self, config: Config, namespace: Namespace, arena_path: str, wants_events: bool) -> CacheEngine:
-        self._arena = open_arena(arena_path, config)
+    def _open_engine(self, config: Config, namespace: Namespace, arena_path: str, launch: str, wants_events: bool) -> CacheEngine:
+        self._arena = open_arena(arena_path, config, launch)
         try:
             return CacheEngine.open(
                 config,
@@ -171,7 +177,7 @@ class WorkerSide:
         self._max_step_tokens = max_step_tokens
         self._name = os.path.basename(arena_path)
         self._launch = launch
-        self._arena = open_arena(arena_path, config) if config.daemon.socket is None else None
+        self._arena = open_arena(arena_path, config, launch) if config.daemon.socket is None else None
         self._served: ServedArena[Movers] | None = None
         self._half: WorkerHalf | None = None
         self._movers: Movers | None = None
