@@ -41,7 +41,6 @@ class Places:
         self._pages_per_segment = geometry.pages_per_segment
         self._allocator = SlabAllocator(geometry.num_segments * geometry.segment_bytes, geometry.segment_bytes)
         self._tenants: dict[int, _Tenants] = {}
-        self._num_by_size: dict[int, int] = {}
         self._num_live = 0
 
     def __len__(self) -> int:
@@ -79,16 +78,16 @@ class Places:
         tenants.num_live -= 1
         if not tenants.num_live:
             del self._tenants[segment]
-        self._num_by_size[tenants.record_pages * PAGE_BYTES] -= 1
         self._num_live -= 1
         self._allocator.free(place * PAGE_BYTES)
 
     def crowded_out(self, num_bytes: int) -> list[BlockKey]:
-        """The blocks to drop so that a size without any segment gets one; empty where it has one or nothing would help."""
+        """The blocks to drop so that a size without a free slot gets a segment of another one; empty where nothing would help.
+
+        Only an engine of before stored blocks of another size. Nobody else makes room among them.
+        """
         record_bytes = record_bytes_for(num_bytes)
-        if record_bytes > self._geometry.segment_bytes or self._num_by_size.get(record_bytes):
-            return []
-        if self._num_live >= self._geometry.max_entries:
+        if record_bytes > self._geometry.segment_bytes:
             return []
         return [self._key_at(offset // PAGE_BYTES) for offset in self._allocator.crowded_out(record_bytes)]
 
@@ -113,7 +112,6 @@ class Places:
             tenants = self._tenants[segment] = _Tenants(record_bytes // PAGE_BYTES, self._pages_per_segment)
         tenants.keys[page // tenants.record_pages] = key
         tenants.num_live += 1
-        self._num_by_size[record_bytes] = self._num_by_size.get(record_bytes, 0) + 1
         self._num_live += 1
 
 
