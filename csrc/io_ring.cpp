@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <csignal>
+#include <cstdio>
 #include <cstring>
 
 namespace kvtier {
@@ -91,6 +92,14 @@ uint32_t* Word(void* start, uint32_t offset) noexcept {
   return reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(start) + offset);
 }
 
+// Whether a descriptor is not a ring's: whoever closed it by mistake has opened something else since.
+bool IsOfSomethingElse(int fd) noexcept {
+  char path[32], target[64] = {};
+  std::snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  if (readlink(path, target, sizeof target - 1) < 0) return false;
+  return std::strcmp(target, "anon_inode:[io_uring]") != 0;
+}
+
 }  // namespace
 
 int IoRing::Map(Mapping* mapping, size_t num_bytes, uint64_t offset) noexcept {
@@ -137,7 +146,7 @@ void IoRing::Close() noexcept {
     if (is_mapped && mapping->start != nullptr) munmap(mapping->start, mapping->num_bytes);
     *mapping = {};
   }
-  if (fd_ >= 0) close(fd_);
+  if (fd_ >= 0 && !IsOfSomethingElse(fd_)) close(fd_);
   fd_ = -1;
 }
 

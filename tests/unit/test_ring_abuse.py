@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -91,6 +93,33 @@ def test_closed_while_another_thread_waits(ring: object) -> None:
     assert not thread.is_alive()
     assert [(0, 0)] == found
     _core.ring_close(ring)
+
+
+def test_closing_spares_what_has_its_number_by_now(tmp_path: Path) -> None:
+    """Somebody closed the ring's descriptor by mistake, and the number went to a file."""
+    before = _rings()
+    try:
+        ring = _core.ring_open(4)
+    except OSError as error:
+        pytest.skip(f"no io_uring here: {error}")
+    (number,) = _rings() - before
+    with (tmp_path / "other").open("wb") as file:
+        os.dup2(file.fileno(), number)
+        _core.ring_close(ring)
+        try:
+            assert 5 == os.write(number, b"lives")
+        finally:
+            os.close(number)
+
+
+def _rings() -> set[int]:
+    """Descriptors of rings."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if "io_uring" in str(Path(f"/proc/self/fd/{name}").readlink()):
+                found.add(int(name))
+    return found
 
 
 def test_closed_by_its_own_arguments(ring: object) -> None:
