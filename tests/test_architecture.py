@@ -173,6 +173,7 @@ CATCH_ALL: Mapping[str, str] = {
     "kvtier.tiers.disk.mover": "thread boundary: without this thread every job would hang",
     "kvtier.serve.attachment": "thread boundary: without this thread a worker would have no arena, or lose one under its copies",
     "kvtier.serve.link": "thread boundary: without this thread an engine would never have the daemon again",
+    "kvtier.sim.processes": "process boundary: who asked for the work gets what it raised",
 }
 """who may say ``except Exception`` -> why"""
 

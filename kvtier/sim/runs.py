@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import multiprocessing
-import queue
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +13,14 @@ import numpy as np
 from kvtier.sim.hinting import Agents, Hinting, HintKind
 from kvtier.sim.model import Machine
 from kvtier.sim.optimum import Future, ideal_hits, look_ahead, optimal_hits, token_hit_rate
-from kvtier.sim.replay import PROGRESS_EVERY, Replay, Replayed, times_to_first_token
+from kvtier.sim.processes import Progress, in_processes
+from kvtier.sim.replay import Replay, Replayed, times_to_first_token
 from kvtier.sim.setup import Setup, TierSetup
 from kvtier.sim.trace import Trace
 
 PERCENTILES = (50, 95, 99)
-_POLL_S = 0.1
-
-Progress = Callable[[int], None]
-"""told how many more requests have been replayed"""
+_WORKER = "kvtier.sim.worker"
+"""what replays in a process of its own"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,64 +147,20 @@ def record_of(task: Task, run: Run, done: Replayed) -> dict[str, Any]:
     return record
 
 
-def replay_all(task: Task, runs: Sequence[Run], *, jobs: int = 1, progress: Progress = lambda _more: None) -> Iterator[dict[str, Any]]:
-    """The records of all runs in their order, with shares of the optimum. ``jobs``: processes at the same time."""
+def replay_all(task: Task, runs: Sequence[Run], *, jobs: int = 1, progress: Progress = lambda _more: None) -> Generator[dict[str, Any]]:
+    """The records of all runs in their order, with shares of the optimum. ``jobs``: processes at the same time.
+
+    ``progress`` is told how many more requests have been replayed. Closing the generator ends the processes.
+    Raises ChildProcessError: one of them ended by itself.
+    """
     ceiling = Ceiling(task.trace)
-    records = (replay(task, run, progress) for run in runs) if min(jobs, len(runs)) <= 1 else _in_processes(task, runs, jobs, progress)
+    if min(jobs, len(runs)) <= 1:
+        records: Iterator[dict[str, Any]] = (replay(task, run, progress) for run in runs)
+    else:
+        records = in_processes(_WORKER, task, runs, jobs, progress)
     for record in records:
         optimum = ceiling.at(max(1, min(task.trace.num_unique, record["capacity_blocks"] + record["disk_capacity_blocks"])))
         record["optimum_token_hit_rate"] = optimum
         record["ideal_token_hit_rate"] = ceiling.ideal
         record["share_of_optimum"] = record["token_hit_rate"] / optimum if optimum else None
         yield record
-
-
-def _in_processes(task: Task, runs: Sequence[Run], jobs: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    with ProcessPoolExecutor(min(jobs, len(runs)), context, _start_process, (task, told)) as pool:
-        futures = [pool.submit(_replay_here, run) for run in runs]
-        try:
-            for future in futures:
-                while not future.done():
-                    _drain(told, progress)
-                yield future.result()
-            _drain(told, progress)
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-def _drain(told: multiprocessing.Queue[int], progress: Progress) -> None:
-    try:
-        progress(told.get(timeout=_POLL_S))
-        while True:
-            progress(told.get_nowait())
-    except queue.Empty:
-        return
-
-
-_here: tuple[Task, Any] | None = None
-"""of a worker process"""
-
-
-def _start_process(task: Task, told: Any) -> None:
-    global _here  # noqa: PLW0603 - what a pool's initializer leaves for its tasks
-    _here = (task, told)
-
-
-def _replay_here(run: Run) -> dict[str, Any]:
-    assert _here is not None, "the pool was started with _start_process"
-    task, told = _here
-    waiting = 0
-
-    def tell(more: int) -> None:
-        nonlocal waiting
-        waiting += more
-        if waiting >= 4 * PROGRESS_EVERY:
-            told.put(waiting)
-            waiting = 0
-
-    record = replay(task, run, tell)
-    told.put(waiting)
-    return record

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,79 @@ def test_processes_give_the_same_records(trace: Path) -> None:
     )
     assert alone == together
     assert 2 * 3 * SIZE == sum(done)
+
+
+INTERRUPTIBLE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from kvtier.cli import main; raise SystemExit(main())"
+)
+"""``kvtier`` as a terminal starts it; in the background of a shell it would ignore Ctrl-C"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 1.5])
+def test_an_interrupt_ends_all_processes(seconds: float, number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole group. What is under way is not waited for, nothing is said of it, and no process is left."""
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as file:
+        for line in range(3000):
+            ids = list(range(line % 50 * 1000, line % 50 * 1000 + 300))
+            file.write(json.dumps({"timestamp": line, "input_length": 512 * 300, "output_length": 5, "hash_ids": ids}) + "\n")
+    words = ["simulate", str(path), "--policy", "all", "--jobs", "2"]
+    command = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(children := _children(command.pid)) < 2:
+            assert time.monotonic() < deadline, "the runs do not begin"
+            assert command.poll() is None
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.killpg(command.pid, number)
+        _, errors = command.communicate(timeout=30)
+    finally:
+        command.kill()
+    assert (130 if number == signal.SIGINT else -number, "") == (command.returncode, errors)
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline + 60, "a process is left"
+        time.sleep(0.05)
+
+
+def test_processes_that_end_by_themselves(trace: Path) -> None:
+    """An error names what happened, and the others end; so do all where nobody wants the rest."""
+    opened = open_trace(trace)
+    runs = host_runs(opened, Setup(TierSetup(1)), ["lru", "hazard"], [0.1, 0.2])
+    records = replay_all(Task(opened, Machine()), runs, jobs=2)
+    next(records)
+    before = _children(os.getpid())
+    assert len(before) == 2
+    records.close()
+    assert not [child for child in before if Path(f"/proc/{child}").exists()]
+
+    records = replay_all(Task(opened, Machine()), runs * 50, jobs=2)
+    next(records)
+    first, _ = before = _children(os.getpid())
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match=f"{first}, was ended by signal 9 before its time"):
+        list(records)
+    assert not [child for child in before if Path(f"/proc/{child}").exists()]
+
+
+def test_what_a_process_raises_is_raised(trace: Path) -> None:
+    """As if it had been done here."""
+    opened = open_trace(trace)
+    runs = host_runs(opened, Setup(TierSetup(1, "none such")), ["none such"], [0.1, 0.2])
+    with pytest.raises(ValueError, match="none such"):
+        list(replay_all(Task(opened, Machine()), runs, jobs=2))
+
+
+def _children(pid: int) -> list[int]:
+    """The processes of this package that a process has started and not waited for."""
+    try:
+        pids = [int(word) for thread in Path(f"/proc/{pid}/task").iterdir() for word in (thread / "children").read_text().split()]
+        return [child for child in pids if b"kvtier.sim.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:  # one of them has gone meanwhile
+        return []
 
 
 def test_all_stands_for_each_policy_once(trace: Path, tmp_path: Path) -> None:
@@ -181,6 +257,22 @@ def test_plan_within_bounds(trace: Path, tmp_path: Path, capsys: pytest.CaptureF
     points = json.loads(out.read_text())
     assert 640 << 20 == max(point["capacity_bytes"] for point in points)
     assert 2 << 30 == max(point["disk_capacity_bytes"] for point in points)
+
+
+def test_plan_below_one_block(trace: Path) -> None:
+    """A bound that no block fits into is named."""
+    prices = ("--target-p95", "1s", "--gpu-hour-price", "1", "--dram-gib-month", "1")
+    status, _, errors = run("plan", trace, *prices, "--max-host", "1")
+    assert 2 == status
+    assert errors.startswith("--max-host: 1 bytes hold no block; allowed: at least ")
+
+
+@pytest.mark.parametrize("name", ["--json", "--markdown", "--plot"])
+def test_files_are_tried_before_the_work(name: str, trace: Path, tmp_path: Path) -> None:
+    """A result that cannot be written is refused before anything is computed."""
+    status, printed, errors = run("simulate", trace, name, tmp_path / "missing" / "out")
+    assert (2, "") == (status, printed)
+    assert f"argument {name}: " in errors
 
 
 def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
