@@ -48,11 +48,13 @@ BENCHMARKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0 well, 1 damage found, 2 wrong usage or nothing to work on.
+    """Runs one command and returns the exit status: 0 well, 1 damage found, 2 wrong usage or nothing to work on, 130 interrupted.
 
     Raises:
         SystemExit: from argparse, for ``--help`` (0) and wrong usage (2).
     """
+    # a stream that was closed before the start is None here
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115 - open to the end
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
@@ -61,9 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError as error:
         if not _reader_is_gone():
             return _refuse(f"the other end of a connection has gone: {error}")
-        # the reader has seen enough; without this the interpreter fails once more when it flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader has seen enough
         return OK
+    except OSError as error:  # what can fail otherwise has been told by the command itself
+        _drop_output()
+        return _refuse(f"standard output: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return status
 
 
@@ -145,8 +151,11 @@ def _show_defaults(options: argparse.Namespace) -> int:  # noqa: ARG001 - all co
 
 def _serve(options: argparse.Namespace) -> int:
     from kvtier.config import Config  # noqa: PLC0415 - takes pydantic
-    from kvtier.serve.command import serve  # noqa: PLC0415 - takes msgspec, numpy
 
+    try:
+        from kvtier.serve.command import serve  # noqa: PLC0415 - takes msgspec, numpy
+    except ImportError as error:
+        return _refuse(f"kvtier serve needs the extra kvtier[serve], which is not installed ({error})")
     try:
         serve(Config.load(options.config), options.socket)
     except (ConfigError, OSError) as error:  # DaemonError, ArenaError and TierError are OSErrors
@@ -253,6 +262,12 @@ def _reader_is_gone() -> bool:
     except (OSError, ValueError):  # no file: a test's, or closed
         return False
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere; without this the interpreter fails once more when it flushes at its end."""
+    with contextlib.suppress(OSError, ValueError):  # no file: a test's, or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str) -> int:

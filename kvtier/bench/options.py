@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from kvtier.sim.arguments import file_to_write
+
 MOST_ROUNDS = 1_000_000
 MOST_MIB = 1 << 20
 MOST_BLOCKS = 100_000_000
@@ -35,14 +37,6 @@ def writable_directory(text: str) -> Path:
     path = Path(text)
     if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"{text} is not a directory that this process may write to")
-    return path
-
-
-def file_to_write(text: str) -> Path:
-    """The type of an option that names a file, which may be there already."""
-    path = Path(text)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} is not a file that this process may write")
     return path
 
 

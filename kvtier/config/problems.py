@@ -17,10 +17,12 @@ from kvtier.config.fields import text_of
 TIER_ORDER = "tier_order"
 """type of the pydantic error that says tiers are in the wrong order"""
 _MAX_SHOWN = 80
-_SECRET = re.compile("password|secret|token", re.IGNORECASE)
+_SECRET = re.compile("pass|secret|token|auth|credential|key", re.IGNORECASE)
 """in the name of a key: its value is not shown"""
-_CREDENTIALS = re.compile(r"://[^/\s]*@")
-"""user and password inside an address"""
+_CREDENTIALS = re.compile(
+    r"(?<=://).*@|(?<=^\")[^\"@:/]*:(?!//).*@|(?<=[?&])[^=&\"]*(?:pass|sig|secret|token|auth|credential|key)[^=&\"]*=[^&\"]*", re.IGNORECASE
+)
+"""user and password inside an address, with or without its scheme, and secrets behind a question mark"""
 
 _NOWHERE = object()
 """in place of a value that the file does not have"""
@@ -120,7 +122,7 @@ def _resolve(loc: Location, root: type[BaseModel], *, at_default: bool) -> _Spot
         location.append(part)
         if isinstance(part, int):
             models = [] if field is None else list(models_in(field.annotation))
-            tagged = {str(model.model_fields["type"].default): model for model in models}
+            tagged = {str(model.model_fields["type"].default): model for model in models if "type" in model.model_fields}
             continue
         if field is not None:
             section = next(models_in(field.annotation), section)
@@ -207,11 +209,15 @@ def _unknown_type(tier: object, field: FieldInfo | None) -> str:
     return f"type {shown(given)} is unknown; allowed: {', '.join(types)}{did_you_mean(str(given), types)}"
 
 
+def _hidden(match: re.Match[str]) -> str:
+    return "***@" if match[0].endswith("@") else f"{match[0].partition('=')[0]}=***"
+
+
 def shown(value: object) -> str:
     """A value as it stands in YAML, cut where it is long."""
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, (list, tuple)):
         return "a list"
-    text = _CREDENTIALS.sub("://***@", json.dumps(value, default=str, ensure_ascii=False))
+    text = _CREDENTIALS.sub(_hidden, json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

@@ -165,7 +165,7 @@ class ObjectTierConfig(RemoteTierConfig):
     url: str = setting(
         REQUIRED,
         kind="text",
-        allowed="`s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `az://CONTAINER/PATH` or `file:///PATH`",
+        allowed="`s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `az://CONTAINER/PATH` or `file:///PATH`, without credentials",
         about="The bucket. Old objects leave it by a lifecycle rule of the bucket, for the names that begin with `prefix`.",
     )
     endpoint: str | None = setting(
@@ -186,7 +186,7 @@ class ObjectTierConfig(RemoteTierConfig):
     @classmethod
     def _is_a_bucket(cls, url: str) -> str:
         scheme, separator, rest = url.partition("://")
-        if not separator or not rest or scheme not in ("s3", "gs", "az", "file") or "@" in rest:
+        if not separator or not rest or scheme not in ("s3", "gs", "az", "file") or "@" in rest or ("?" in rest and scheme != "file"):
             raise ValueError("not the address of a bucket alone")
         return url
 
@@ -214,7 +214,10 @@ class MooncakeTierConfig(RemoteTierConfig):
     url: str = setting(REQUIRED, kind="text", allowed="`mooncake://HOST:PORT`", about="The master.")
     host: str = setting("127.0.0.1", kind="text", allowed="an address", about="This machine, as the others reach it.")
     metadata: str = setting(
-        "P2PHANDSHAKE", kind="text", allowed="`P2PHANDSHAKE`, or the address of a metadata server", about="How processes find each other."
+        "P2PHANDSHAKE",
+        kind="text",
+        allowed="`P2PHANDSHAKE`, or the address of a metadata server without user and password",
+        about="How processes find each other.",
     )
     protocol: Literal["tcp", "rdma"] = setting("tcp", kind="name", allowed="`tcp`, `rdma`", about="How blocks travel.")
     devices: str = setting("", kind="text", allowed="names, or empty: all", about="The devices of RDMA.")
@@ -235,6 +238,13 @@ class MooncakeTierConfig(RemoteTierConfig):
         if scheme != "mooncake" or not host or not port.isdecimal() or "@" in host or "/" in host:
             raise ValueError("not the address of a master")
         return url
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_holds_no_password(cls, metadata: str) -> str:
+        if "@" in metadata:
+            raise ValueError("not the address of a server alone")
+        return metadata
 
     @property
     def master(self) -> str:

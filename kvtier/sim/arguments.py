@@ -52,9 +52,11 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     _add_machine(parser)
     parser.add_argument("--jobs", type=_positive, metavar="N", default=os.cpu_count() or 1, help="runs at the same time (default: CPUs)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write one record per run")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against capacity")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of hit rates; between marks, where FILE has them")
+    parser.add_argument("--json", type=file_to_write, metavar="OUT", help="write one record per run")
+    parser.add_argument("--plot", type=file_to_write, metavar="PNG", help="draw hit rate against capacity")
+    parser.add_argument(
+        "--markdown", type=file_to_write, metavar="FILE", help="write the tables of hit rates; between marks, where FILE has them"
+    )
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +81,16 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="default", metavar="P", help="eviction policy of all tiers (default: default)")
     _add_machine(parser)
     parser.add_argument("--jobs", type=_positive, metavar="N", default=os.cpu_count() or 1, help="runs at the same time (default: CPUs)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every point that was tried")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw cost against time to first token")
+    parser.add_argument("--json", type=file_to_write, metavar="OUT", help="write every point that was tried")
+    parser.add_argument("--plot", type=file_to_write, metavar="PNG", help="draw cost against time to first token")
+
+
+def file_to_write(text: str) -> Path:
+    """The type of an option that names a file, which may be there already."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} is not a file that this process may write")
+    return path
 
 
 def machine_of(options: argparse.Namespace) -> Machine:

@@ -69,6 +69,8 @@ def search(trace: Trace, policy: str, options: argparse.Namespace) -> list[Point
     machine, size = machine_of(options), options.engine_block_tokens
     block_bytes = trace.block_tokens * machine.kv_bytes_per_token
     hosts = _sizes(HOST_SHARES, trace, block_bytes, options.max_host)
+    if not hosts:
+        raise ValueError(f"--max-host: {options.max_host} bytes hold no block; allowed: at least {block_bytes} bytes, one block")
     lowers = _sizes(LOWER_SHARES, trace, block_bytes, options.max_disk)
     pairs = [(host, lower) for host in hosts for lower in lowers if lower > host]
     kinds: list[tuple[str, Task, list[Run]]] = [("", Task(trace, machine, size), [Run(Setup(TierSetup(host, policy))) for host in hosts])]

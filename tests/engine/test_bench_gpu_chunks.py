@@ -40,8 +40,7 @@ def test_what_was_measured_stays_where_the_rest_fails(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ChunksOnDevice, "loading", killed)
-    with pytest.raises(KeyboardInterrupt):
-        main(["bench", "gpu-chunks", "--device", "cpu", *SMALL, "--json", str(path)])
+    assert 130 == main(["bench", "gpu-chunks", "--device", "cpu", *SMALL, "--json", str(path)])
     names = {record["name"] for record in json.loads(path.read_text())["records"]}
     assert {"time to first token, computed", "time to first token, combined"} <= names
 

@@ -271,6 +271,35 @@ def test_reader_that_leaves(tmp_path: Path) -> None:
     assert (0, "") == (done.returncode, done.stderr)
 
 
+@pytest.mark.parametrize("words", ["version", "config show-defaults", "config check kvtier.yaml"])
+def test_output_that_cannot_be_written(words: str, tmp_path: Path) -> None:
+    """A full disk behind standard output is status 2 and one line; a closed one is nothing to complain of."""
+    (tmp_path / "kvtier.yaml").write_text("tiers: [{type: host, capacity: 1GiB}]\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    for output, expected in ((">/dev/full", (2, "standard output: No space left on device\n")), (">&-", (0, ""))):
+        command = ["sh", "-c", f'"$0" -m kvtier {words} {output}', sys.executable]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert expected == (done.returncode, done.stderr)
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C ends a command without a traceback."""
+
+    def interrupted(_options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_version", interrupted)
+    assert 130 == cli.main(["version"])
+    assert "" == capsys.readouterr().err
+
+
+def test_serving_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """``kvtier serve`` of a plain installation says what to install."""
+    monkeypatch.setitem(sys.modules, "kvtier.serve.command", None)
+    assert 2 == cli.main(["serve", "--config", "kvtier.yaml"])
+    assert "kvtier[serve]" in capsys.readouterr().err
+
+
 def _damage(directory: Path) -> str:
     """Overwrites the middle of the first segment file and returns its name."""
     segment = min(path for path in directory.iterdir() if path.stat().st_size == SEGMENT_BYTES)

@@ -418,3 +418,9 @@ def test_what_auto_stands_for() -> None:
     assert ("lru", "lru") == (stacked.policy_of(stacked.host), stacked.policy_of(stacked.disk))
     named = Config.from_mapping({"tiers": [{**host, "policy": "arc"}, disk]})
     assert "arc" == named.policy_of(named.host)
+
+
+def test_key_that_is_no_text_in_a_section() -> None:
+    """Settings built by a program: a wrong key of a section is named like any other mistake."""
+    with pytest.raises(ConfigError, match=r"connector.*a key that is not a text"):
+        Config.from_mapping({"tiers": [{"type": "host", "capacity": "1GiB"}], "connector": {1: 2}})

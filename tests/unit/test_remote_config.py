@@ -93,6 +93,26 @@ def test_order_and_defaults() -> None:
         assert not [line for line in text.splitlines() if name in line and "null" not in line]
 
 
+@pytest.mark.parametrize(
+    "tier",
+    [
+        *({"type": "redis", "url": "redis://h", key: SECRET} for key in ("encryption_key", "passwd", "auth", "aws_key")),
+        *(
+            {"type": "redis", "url": url}
+            for url in (f"redis://:{SECRET}/x@h:1", f"redis://u:a {SECRET}@h", f"redis://h:1/0?password={SECRET}", f"u:{SECRET}@h:1")
+        ),
+        {"type": "object", "url": f"az://c/p?sig={SECRET}"},
+        {"type": "object", "url": "s3://b", "endpoint": f"http://u:{SECRET}/y@h"},
+        {"type": "mooncake", "url": "mooncake://h:1", "metadata": f"http://u:{SECRET}@h/m"},
+    ],
+)
+def test_no_refusal_shows_a_secret(tier: dict[str, object]) -> None:
+    """Whatever shape a secret was written in where none belongs."""
+    with pytest.raises(ConfigError) as error:
+        Config.from_mapping({"tiers": [{"type": "host", "capacity": "1GiB"}, tier]})
+    assert SECRET not in str(error.value)
+
+
 def test_secrets_come_from_variables_or_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read when the tier is opened; what is missing is named."""
     monkeypatch.delenv("KVTIER_TEST_SECRET", raising=False)

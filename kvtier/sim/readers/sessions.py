@@ -173,7 +173,9 @@ def _load(path: Path) -> Columns:
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
         if isinstance(error, TraceError):
             raise
-        raise TraceError(f"{path}: expected an .npz file of sessions: {error}") from None
+        # numpy answers a file of another kind by advice to load it unsafely
+        what = "not a file of numpy arrays" if "allow_pickle" in str(error) else error
+        raise TraceError(f"{path}: expected an .npz file of sessions: {what}") from None
     for name in (*_PER_REQUEST, *_PER_RUN, *_PER_SESSION, "run_off"):
         if name not in columns:
             raise TraceError(f"{path}: expected a column `{name}`, found {', '.join(sorted(columns)) or 'none'}")
