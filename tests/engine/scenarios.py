@@ -357,9 +357,11 @@ def _run(settings: dict[str, Any]) -> dict[str, Any]:
         return refusals(settings)
     from tests.engine.blend_scenarios import BLEND_SCENARIOS  # noqa: PLC0415 - it uses this module
     from tests.engine.draft_scenarios import drafted  # noqa: PLC0415 - as above
+    from tests.engine.random_scenarios import answered_alone, random_requests  # noqa: PLC0415 - as above
 
     llm = make_engine(settings)
-    result: dict[str, Any] = {**SCENARIOS, **BLEND_SCENARIOS, "drafted": drafted}[settings["scenario"]](llm, settings)
+    more = {"drafted": drafted, "random_requests": random_requests, "answered_alone": answered_alone}
+    result: dict[str, Any] = {**SCENARIOS, **BLEND_SCENARIOS, **more}[settings["scenario"]](llm, settings)
     del llm
     gc.collect()
     return result
